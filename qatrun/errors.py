@@ -1,0 +1,84 @@
+"""Everything qatrun raises on purpose.
+
+    QatrunError              exit code 3
+    ├── InputError           exit code 2: what the user gave is wrong; holds every problem found
+    │   ├── RecipeError      a recipe, or a --set
+    │   └── MismatchError    arms that may not be compared
+    └── RunError             exit code 3: the run could not go on
+        ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
+        ├── CheckpointError  a checkpoint that is damaged or belongs to another run
+        └── Interrupted      SIGINT or SIGTERM; the run was saved first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "CheckpointError",
+    "InputError",
+    "Interrupted",
+    "MismatchError",
+    "NonFiniteError",
+    "Problem",
+    "QatrunError",
+    "RecipeError",
+    "RunError",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in one line: `recipes/x.yaml:12: quant.format -- unknown format 'hif9'`."""
+
+    message: str
+    key: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        key = f"{self.key} -- " if self.key else ""
+        return f"{where}{key}{self.message}"
+
+
+class QatrunError(Exception):
+    """Base of all; the command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 3
+
+
+class InputError(QatrunError):
+    """What the user gave is wrong. `problems` holds all of it, so that one try shows every mistake."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem] | Problem | str) -> None:
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RecipeError(InputError):
+    """A recipe or a `--set` that cannot be run."""
+
+
+class MismatchError(InputError):
+    """Arms whose difference would not be the quantizer's alone."""
+
+
+class RunError(QatrunError):
+    """The run could not go on."""
+
+
+class NonFiniteError(RunError):
+    """A loss, a gradient or logits turned NaN or Inf."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is damaged or belongs to another run."""
+
+
+class Interrupted(RunError):
+    """SIGINT or SIGTERM: the run was saved first and can be resumed."""

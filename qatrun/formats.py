@@ -1,0 +1,79 @@
+"""The 8-bit number formats: names, ranges and the value that amax is mapped to. Torch-free.
+
+| name     | what                                      | source                              |
+|----------|-------------------------------------------|-------------------------------------|
+| hif8     | HiFloat8: tapered precision, 38 binades   | arXiv:2409.16626 (Ascend HiFloat8)  |
+| fp8_e4m3 | OCP FP8 E4M3 (fn): no Inf, one NaN a sign | OCP 8-bit Floating Point spec v1.0  |
+| fp8_e5m2 | OCP FP8 E5M2: IEEE-like, with Inf         | OCP 8-bit Floating Point spec v1.0  |
+| int8     | symmetric integers, -127..127             | arXiv:1712.05877, symmetric variant |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Literal
+
+from qatrun.errors import InputError, Problem
+
+Role = Literal["weight", "input", "grad_output"]
+ROLES: tuple[Role, ...] = ("weight", "input", "grad_output")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format. Magnitudes are of the grid itself, that is, at scale 1.
+
+    Attributes:
+        overflow_threshold: smallest magnitude that no longer rounds to a finite value of the grid (what `overflow` decides about).
+        target_amax: role -> the grid value that a tensor's amax is mapped to by default. HiF8 is most precise for
+            magnitudes in [1/8, 16), so mapping amax to its largest value would waste it; the others use their whole range.
+    """
+
+    name: str
+    bits: int
+    max_finite: float
+    min_normal: float
+    min_subnormal: float
+    overflow_threshold: float
+    target_amax: Mapping[Role, float]
+
+
+def _same_target(value: float) -> Mapping[Role, float]:
+    return MappingProxyType({role: value for role in ROLES})
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            Format(
+                name="hif8",
+                bits=8,
+                max_finite=2.0**15,
+                min_normal=2.0**-15,
+                min_subnormal=2.0**-22,
+                overflow_threshold=40960.0,
+                target_amax=MappingProxyType({"weight": 15.0, "input": 15.0, "grad_output": 224.0}),
+            ),
+            Format("fp8_e4m3", 8, 448.0, 2.0**-6, 2.0**-9, 464.0, _same_target(448.0)),
+            Format("fp8_e5m2", 8, 57344.0, 2.0**-14, 2.0**-16, 61440.0, _same_target(57344.0)),
+            Format("int8", 8, 127.0, 1.0, 1.0, 127.5, _same_target(127.0)),
+        )
+    }
+)
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        InputError: no such format; the message names the nearest one.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    close = get_close_matches(name, FORMATS, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(FORMATS)}"
+    raise InputError(Problem(f"unknown format '{name}' ({hint})"))
