@@ -1,0 +1,159 @@
+"""Load a model, its tokenizer or only its architecture, and save them as a Hugging Face folder.
+
+OpenPangu-Embedded checkpoints name a `model_type` that transformers does not know and remote code that does not load in
+transformers 5. They are Llamas with a bias on q/k/v/o: their config is read as a LlamaConfig, so no remote code runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from qatrun import demo
+from qatrun.errors import InputError, Problem
+from qatrun.recipe import ModelConfig
+
+PANGU_MODEL_TYPE = "PanguEmbedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_config(model: ModelConfig) -> Any:
+    """The architecture's config; fetches config.json alone.
+
+    Raises:
+        InputError: no such folder or hub id, or an architecture that is unknown without remote code.
+    """
+    raw = _config_json(model)
+    if raw.get("model_type") == PANGU_MODEL_TYPE:
+        fields = {key: value for key, value in raw.items() if key not in {"model_type", "auto_map", "architectures"}}
+        bias = fields.pop("bias", True)
+        return LlamaConfig(**fields, attention_bias=bias, architectures=["LlamaForCausalLM"])
+    try:
+        return AutoConfig.from_pretrained(
+            _location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(Problem(f"{model.path}: {_first_line(error)}", key="model.path")) from error
+
+
+def load_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The pretrained model in `dtype` on the CPU, in eval mode.
+
+    Raises:
+        InputError: it cannot be found or read, or its checkpoint lacks weights (they would be random).
+    """
+    config = load_config(model)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            _location(model),
+            config=config,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attn_implementation,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(Problem(f"{model.path}: {_first_line(error)}", key="model.path")) from error
+    if missing := sorted(info["missing_keys"]):
+        message = (
+            f"{model.path}: the checkpoint lacks {len(missing)} weights, such as {missing[0]}; they would be random"
+        )
+        raise InputError(Problem(message, key="model.path"))
+    loaded.config.use_cache = False
+    assert isinstance(loaded, nn.Module)
+    return loaded.eval()
+
+
+def architecture(model: ModelConfig) -> nn.Module:
+    """The model on the meta device: shapes and names, no weights, no memory."""
+    config = load_config(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(
+            config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
+        )
+    assert isinstance(empty, nn.Module)
+    return empty
+
+
+def from_tensors(empty: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """A model of the architecture of `empty` with these weights, in eval mode.
+
+    Raises:
+        InputError: weights are missing.
+    """
+    model, info = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
+    model.config.use_cache = False
+    return model.eval()
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer. A model without a pad token keeps none: packed sequences need no padding.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        if _config_json(model).get("model_type") == PANGU_MODEL_TYPE and not model.trust_remote_code:
+            # Its tokenizer class is remote code too; tokenizer.json holds the same tokenizer.
+            return PreTrainedTokenizerFast.from_pretrained(_location(model), revision=model.revision)
+        return AutoTokenizer.from_pretrained(_location(model), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(Problem(f"{model.path}: no tokenizer: {_first_line(error)}", key="model.path")) from error
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder (config, safetensors, tokenizer) that plain `from_pretrained` opens in `dtype`."""
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    config_dtype, model.config.dtype = model.config.dtype, dtype
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype, model.config.use_cache = config_dtype, use_cache
+    tokenizer.save_pretrained(folder)
+
+
+def _location(model: ModelConfig) -> str:
+    return str(demo.MODEL_DIR) if model.path == demo.BUILTIN else model.path
+
+
+def _config_json(model: ModelConfig) -> dict[str, Any]:
+    """config.json as it stands, from a folder, the hub's cache or the hub."""
+    location = _location(model)
+    try:
+        path = cached_file(location, "config.json", revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(Problem(_not_found(model.path), key="model.path")) from error
+    if path is None:
+        raise InputError(Problem(_not_found(model.path), key="model.path"))
+    try:
+        raw: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(Problem(f"{path} is no JSON: {error}", key="model.path")) from error
+    return raw
+
+
+def _not_found(path: str) -> str:
+    if Path(path).is_dir():
+        return f"folder '{path}' holds no config.json"
+    offline = " (offline: HF_HUB_OFFLINE is set)" if transformers.utils.is_offline_mode() else ""
+    return f"no model folder '{path}' here, and the hub did not give one{offline}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

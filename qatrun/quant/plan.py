@@ -1,0 +1,206 @@
+"""Which linears of a model are quantized, and how: decided once, before anything is changed.
+
+A plan is data. It is made from a recipe and a model (a model on the meta device will do), printed as coverage by
+`qatrun check`, applied by `attach`, and saved beside the quantized weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qatrun.errors import InputError, Problem
+from qatrun.formats import Role
+from qatrun.numerics import Clip, Ste
+from qatrun.recipe import QatConfig, ResolvedRole, ScalingConfig
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """The linears to quantize and the treatment of each role, the same for all of them.
+
+    Attributes:
+        linears: module names, in the model's order.
+        input_group: linear -> first linear of the model (in the plan or not) that reads the same tensor. The linears of
+            a group share one input quantizer.
+        roles: "weight" and "input", and "grad_output" where the backward is quantized too.
+        clip: whether values saturate at the target or at the format's own largest value.
+        ste: gradient of the rounding: all passes, or nothing passes where the value saturated.
+    """
+
+    linears: tuple[str, ...]
+    input_group: Mapping[str, str]
+    roles: Mapping[Role, ResolvedRole]
+    clip: Clip = "format"
+    ste: Ste = "clipped"
+
+    def slots(self) -> Iterator[tuple[str, ResolvedRole]]:
+        """(name, treatment) of every quantized tensor: one an input group, one a weight, one an output gradient."""
+        for group in dict.fromkeys(self.input_group[name] for name in self.linears):
+            yield f"{group}:input", self.roles["input"]
+        for name in self.linears:
+            yield f"{name}:weight", self.roles["weight"]
+            if "grad_output" in self.roles:
+                yield f"{name}:grad_output", self.roles["grad_output"]
+
+    def slot_name(self, linear: str, role: Role) -> str:
+        """Name of the quantizer of one of a linear's tensors."""
+        return f"{self.input_group[linear] if role == 'input' else linear}:{role}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return {
+            "linears": list(self.linears),
+            "input_group": dict(self.input_group),
+            "roles": {
+                role: {**asdict(spec), "scaling": spec.scaling.model_dump()} for role, spec in self.roles.items()
+            },
+            "clip": self.clip,
+            "ste": self.ste,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
+        """The plan that `to_dict` described."""
+        roles: dict[Role, ResolvedRole] = {
+            role: ResolvedRole(**{**spec, "scaling": ScalingConfig(**spec["scaling"])})
+            for role, spec in data["roles"].items()
+        }
+        return cls(tuple(data["linears"]), dict(data["input_group"]), roles, data["clip"], data["ste"])
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model a plan quantizes. FLOPs are those of the linears: proportional to their weights' sizes.
+
+    Attributes:
+        uncovered_experts: names of 3-D expert parameters, which no plan can quantize yet.
+    """
+
+    num_quantized: int
+    num_linears: int
+    quantized_weights: int
+    linear_weights: int
+    uncovered_experts: tuple[str, ...]
+
+    @property
+    def flops_share(self) -> float:
+        return self.quantized_weights / self.linear_weights if self.linear_weights else 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.num_quantized} of {self.num_linears} linears, {self.flops_share:.0%} of linear FLOPs quantized"
+        if self.uncovered_experts:
+            text += f"; not covered: {len(self.uncovered_experts)} expert tensors such as {self.uncovered_experts[0]}"
+        return text
+
+
+def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of the model by name, lm_head included, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
+
+
+def make_plan(model: nn.Module, qat: QatConfig) -> QuantPlan:
+    """The plan that a recipe's `qat` section means for this model.
+
+    Raises:
+        InputError: a pattern of `targets` or `ignore` that matches no linear, or nothing left to quantize.
+    """
+    linears = named_linears(model)
+    head = _output_head_name(model, linears)
+    problems: list[Problem] = []
+    if qat.targets is None:
+        chosen = {name for name in linears if name != head}
+    else:
+        chosen = _matching(linears, qat.targets, "qat.targets", problems)
+    chosen -= _matching(linears, qat.ignore, "qat.ignore", problems)
+    chosen -= _edge_blocks(linears, qat.skip_blocks.first, qat.skip_blocks.last)
+    if not problems and not chosen:
+        problems.append(Problem("nothing is left to quantize after ignore and skip_blocks", key="qat.targets"))
+    if problems:
+        raise InputError(problems)
+    roles: dict[Role, ResolvedRole] = {spec.role: spec for spec in qat.roles}
+    names = tuple(name for name in linears if name in chosen)
+    first_reader = _first_reader_of_same_input(model, linears)
+    return QuantPlan(names, {name: first_reader[name] for name in names}, roles, qat.clip, qat.ste)
+
+
+def coverage(model: nn.Module, plan: QuantPlan) -> Coverage:
+    """What share of the model's linears and linear FLOPs the plan quantizes."""
+    sizes = {name: module.get_parameter("weight").numel() for name, module in named_linears(model).items()}
+    return Coverage(
+        num_quantized=len(plan.linears),
+        num_linears=len(sizes),
+        quantized_weights=sum(sizes[name] for name in plan.linears),
+        linear_weights=sum(sizes.values()),
+        uncovered_experts=tuple(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n),
+    )
+
+
+def _output_head_name(model: nn.Module, linears: Mapping[str, nn.Module]) -> str | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return next((name for name, module in linears.items() if module is head), None)
+
+
+def _matching(linears: Mapping[str, nn.Module], patterns: Sequence[str], key: str, problems: list[Problem]) -> set[str]:
+    """Names that any pattern matches: a name, a glob, or `re:` and a regular expression that matches in full."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            expression = re.compile(pattern[3:])
+            hits = {name for name in linears if expression.fullmatch(name)}
+        else:
+            hits = {name for name in linears if fnmatchcase(name, pattern)}
+        if not hits:
+            close = get_close_matches(pattern, linears, n=1, cutoff=0.5)
+            nearest = f"did you mean '{close[0]}'?" if close else f"names look like '{next(iter(linears), 'none')}'"
+            problems.append(Problem(f"pattern '{pattern}' matches no linear ({nearest})", key=key))
+        matched |= hits
+    return matched
+
+
+def _edge_blocks(linears: Mapping[str, nn.Module], first: int, last: int) -> set[str]:
+    """Names of the linears in the first and last transformer blocks. A block's index is the first number in a name."""
+    block = {name: int(m.group(1)) for name in linears if (m := re.search(r"\.(\d+)\.", name))}
+    num_blocks = max(block.values(), default=-1) + 1
+    return {name for name, index in block.items() if index < first or index >= num_blocks - last}
+
+
+def _first_reader_of_same_input(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Linear -> first linear that is called with the very same tensor (q for q/k/v, gate for gate/up).
+
+    Found by running two tokens through the architecture on the meta device, which costs no memory and no arithmetic.
+    An architecture that cannot run there (its forward looks at values) gets one quantizer a linear, which computes
+    the same numbers.
+    """
+    alone = {name: name for name in linears}
+    config = getattr(model, "config", None)
+    if config is None:
+        return alone
+    readers: dict[str, str] = {}
+    seen: list[tuple[torch.Tensor, str]] = []  # holds the tensors, so that an address is not used twice
+
+    def note(name: str, tensor: torch.Tensor) -> None:
+        readers[name] = next((reader for other, reader in seen if other is tensor), name)
+        seen.append((tensor, readers[name]))
+
+    with torch.device("meta"), torch.no_grad():
+        skeleton = type(model)(config).eval()
+        for name, module in named_linears(skeleton).items():
+            module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        try:
+            skeleton(input_ids=tokens, attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool), use_cache=False)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+            return alone
+    return alone | readers

@@ -1,0 +1,339 @@
+"""The training loop: one for trunk and arms, on Accelerate.
+
+A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there to
+the end. What differs between them is data; the loop is the same. Optimizer steps are counted from 0 while they run, and
+by how many are done everywhere a user sees them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from qatrun.data import IGNORE_INDEX, Batch, PackedStream
+from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
+from qatrun.model import DTYPES
+from qatrun.quant import Mode, QuantPlan, ScaleState, attach
+from qatrun.recipe import Arm
+from qatrun.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    write_checkpoint,
+)
+from qatrun.train.memory import peak_memory_bytes, reset_peak_memory
+from qatrun.train.metrics import MetricsFile
+from qatrun.train.nonfinite import first_bad_tensors
+from qatrun.train.schedule import learning_rate_at, mode_at
+from qatrun.train.signals import stop_on_signals
+
+# A loss this close to that of a uniform guess means labels or weights are wrong, not that the text is hard.
+UNIFORM_GUESS_SHARE = 0.9
+
+
+class Listener(Protocol):
+    """Who is told how training goes."""
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        """After each optimizer step: the row that went to metrics.jsonl."""
+
+    def on_warning(self, text: str) -> None:
+        """Something a person should know."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training.
+
+    Attributes:
+        arm: the settings; for a trunk those that its arms share.
+        folder: where checkpoints and metrics.jsonl go.
+        plan: what quantizers watch (trunk) or quantize (arm); None leaves the model as it is.
+        quantizes: False for a trunk.
+        last_step: how many optimizer steps are done when it ends.
+        switch_step: first step with fake quantization, or a trunk's branch point.
+        trunk: folder of the segment it starts from, or None for the pretrained model.
+        identity: hash of everything that decides the outcome; a checkpoint of another identity is refused.
+    """
+
+    name: str
+    arm: Arm
+    folder: Path
+    plan: QuantPlan | None
+    quantizes: bool
+    last_step: int
+    switch_step: int
+    trunk: Path | None
+    identity: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known when a segment is done.
+
+    Attributes:
+        data_hash: of all token ids consumed since step 0.
+        seconds: time spent in optimizer steps since step 0, the trunk's included.
+    """
+
+    steps: int
+    data_hash: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+def train(
+    segment: Segment, model: nn.Module, stream: PackedStream, listener: Listener, trackers: Sequence[str] = ()
+) -> Outcome:
+    """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
+        Interrupted: a signal asked for it; the state was saved.
+        CheckpointError: the checkpoint belongs to another run.
+    """
+    reset_peak_memory()
+    with stop_on_signals() as request:
+        session = _Session(segment, model, stream, listener, trackers)
+        session.start_or_resume()
+        try:
+            while session.step < segment.last_step:
+                session.run_step()
+                at_end = session.step == segment.last_step
+                if at_end or request.name or session.step % segment.arm.train.save_every == 0:
+                    session.save()
+                if request.name and not at_end:
+                    raise Interrupted(f"{request.name} at step {session.step} of {segment.name}; saved")
+        finally:
+            session.close()
+    return Outcome(session.step, stream.data_hash, session.seconds, max(session.earlier_peak, peak_memory_bytes()))
+
+
+class _Session:
+    """The moving parts of a segment while it runs."""
+
+    def __init__(
+        self, segment: Segment, model: nn.Module, stream: PackedStream, listener: Listener, trackers: Sequence[str]
+    ) -> None:
+        config = segment.arm.train
+        self.segment, self.stream, self.listener = segment, stream, listener
+        self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=segment.folder)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.plain_model = model.train()
+        self.quant: ScaleState | None = attach(model, segment.plan) if segment.plan is not None else None
+        self.model = self.accelerator.prepare_model(model)
+        self.optimizer = torch.optim.AdamW(
+            list(_parameter_groups(model, config.weight_decay)), betas=config.betas, eps=config.eps, fused=True
+        )
+        if trackers:
+            self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(segment.arm))
+        self.step, self.seconds, self.earlier_peak = 0, 0.0, 0
+        self.metrics: MetricsFile | None = None
+        self.observed_steps = _observed_steps(self.quant, config.global_batch_size // config.micro_batch_size)
+
+    def start_or_resume(self) -> None:
+        """Take up the newest checkpoint of this segment, else the last one of its trunk, else the pretrained model."""
+        own, warnings = latest_checkpoint(self.segment.folder / "checkpoints")
+        for text in warnings:
+            self.listener.on_warning(text)
+        torch.manual_seed(self.segment.arm.train.seed)
+        inherited = None
+        if own is not None:
+            self._restore(own, from_trunk=False)
+        elif self.segment.trunk is not None:
+            trunk, _ = latest_checkpoint(self.segment.trunk / "checkpoints")
+            if trunk is None:
+                raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
+            inherited = self.segment.trunk / "metrics.jsonl"
+            self._restore(trunk, from_trunk=True)
+        self.segment.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsFile(self.segment.folder / "metrics.jsonl", from_step=self.step, inherited=inherited)
+
+    def run_step(self) -> None:
+        """One optimizer step: micro-batches, clipping, update, scales, metrics."""
+        began = time.perf_counter()
+        config = self.segment.arm.train
+        mode = self._enter_phase()
+        batch = self.stream.take(config.global_batch_size)
+        learning_rate = learning_rate_at(self.step, config, self.segment.arm.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._accumulate_gradients(batch, config.micro_batch_size)
+        parameters = [p for p in self.plain_model.parameters() if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not (math.isfinite(loss) and grad_norm.isfinite()):
+            self._stop_on_nonfinite(loss, float(grad_norm), batch)
+        if config.max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_saturated = 0
+        if self.quant is not None and mode is not Mode.OFF:
+            if self.quant.unit == "optimizer_step":
+                self.quant.push()
+            num_saturated = int(self.quant.take_num_saturated())
+        if self.step == 0:
+            self._warn_if_guessing(loss)
+        self.step += 1
+        elapsed = time.perf_counter() - began
+        self.seconds += elapsed
+        self._report(
+            {
+                "step": self.step,
+                "phase": "qat" if mode is Mode.QUANTIZE else "bf16",
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "grad_norm": float(grad_norm),
+                "num_saturated": num_saturated,
+                "tokens": self.step * batch.input_ids.numel(),
+                "seconds": self.seconds,
+                "tokens_per_second": batch.input_ids.numel() / elapsed,
+            }
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        state = rng_tensors()
+        progress: dict[str, Any] = {
+            "step": self.step,
+            "identity": self.segment.identity,
+            "data": self.stream.position(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": max(self.earlier_peak, peak_memory_bytes()),
+        }
+        if self.quant is not None:
+            state |= {f"quant/{name}": tensor for name, tensor in self.quant.tensors().items()}
+            progress["quant"] = self.quant.counters()
+        checkpoint = Checkpoint(
+            model=dict(self.plain_model.named_parameters()),
+            optimizer=optimizer_tensors(self.plain_model, self.optimizer),
+            state=state,
+            progress=progress,
+        )
+        write_checkpoint(self.segment.folder / "checkpoints", checkpoint, self.segment.arm.train.keep_last)
+
+    def close(self) -> None:
+        """Let go of files and trackers."""
+        if self.metrics is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
+
+    def _restore(self, checkpoint: Checkpoint, *, from_trunk: bool) -> None:
+        if not from_trunk and checkpoint.progress["identity"] != self.segment.identity:
+            raise CheckpointError(f"the checkpoints in {self.segment.folder} were made by a run with other settings")
+        with torch.no_grad():
+            for name, parameter in self.plain_model.named_parameters():
+                parameter.copy_(checkpoint.model[name])
+        restore_optimizer(self.plain_model, self.optimizer, checkpoint.optimizer)
+        restore_rng(checkpoint.state)
+        self.stream.seek(checkpoint.progress["data"])
+        self.step, self.seconds = checkpoint.step, checkpoint.progress["seconds"]
+        if self.quant is not None and "quant" in checkpoint.progress:
+            take = self.quant.adopt_history if from_trunk else self.quant.restore
+            take(checkpoint.quant_tensors(), checkpoint.progress["quant"])
+        if not from_trunk:
+            self.earlier_peak = checkpoint.progress["peak_memory_bytes"]
+
+    def _enter_phase(self) -> Mode:
+        if self.quant is None:
+            return Mode.OFF
+        mode = mode_at(
+            self.step,
+            switch_step=self.segment.switch_step,
+            observed_steps=self.observed_steps,
+            quantizes=self.segment.quantizes,
+        )
+        if mode is Mode.QUANTIZE and self.quant.mode is not Mode.QUANTIZE:
+            self.quant.begin_quantizing()
+        self.quant.mode = mode
+        return mode
+
+    def _accumulate_gradients(self, batch: Batch, micro_batch_size: int) -> float:
+        """Backward over all micro-batches; returns the mean loss over the targets of the whole batch."""
+        num_targets = max(1, batch.num_targets)
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro in batch.split(micro_batch_size):
+            input_ids, labels = (t.to(self.accelerator.device) for t in (micro.input_ids, micro.labels))
+            with self._autocast():
+                logits = self.model(input_ids=input_ids, use_cache=False).logits
+            loss = summed_loss(logits, labels) / num_targets
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            if self.quant is not None and self.quant.unit == "microbatch" and self.quant.mode is not Mode.OFF:
+                self.quant.push()
+        return float(total)
+
+    def _autocast(self) -> torch.autocast:
+        """The compute dtype of the arm. Not Accelerate's own, which is one a process: arms may differ."""
+        wanted = DTYPES[self.segment.arm.model.compute_dtype]
+        enabled = wanted != DTYPES[self.segment.arm.model.param_dtype]
+        return torch.autocast(self.accelerator.device.type, dtype=wanted, enabled=enabled)
+
+    def _stop_on_nonfinite(self, loss: float, grad_norm: float, batch: Batch) -> NoReturn:
+        micro = batch.split(self.segment.arm.train.micro_batch_size)[0].input_ids.to(self.accelerator.device)
+        bad = first_bad_tensors(self.plain_model, micro)
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+        raise NonFiniteError(
+            f"{what} at step {self.step + 1} of {self.segment.name}; first bad: {', '.join(bad) or 'unknown'}"
+        )
+
+    def _warn_if_guessing(self, loss: float) -> None:
+        uniform = math.log(self.plain_model.config.vocab_size)
+        if loss > UNIFORM_GUESS_SHARE * uniform:
+            self.listener.on_warning(
+                f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only guesses. "
+                "Check that model and tokenizer belong together and that its weights are pretrained"
+            )
+
+    def _report(self, row: dict[str, Any]) -> None:
+        assert self.metrics is not None
+        self.metrics.append(row)
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=self.step)
+        self.listener.on_step(row)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each next token, summed, in float32. This is where labels are shifted, once.
+
+    Args:
+        logits: [batch, seq_len, vocab].
+        labels: [batch, seq_len], not shifted; IGNORE_INDEX is not counted.
+    """
+    predictions = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
+    """Matrices decay; norms and biases, which are vectors, do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    yield {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay}
+    yield {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
+
+
+def _observed_steps(quant: ScaleState | None, micro_batches: int) -> int:
+    """Optimizer steps that fill the longest window."""
+    if quant is None:
+        return 0
+    return math.ceil(len(quant.history) / (micro_batches if quant.unit == "microbatch" else 1))
+
+
+def _flat_settings(arm: Arm) -> dict[str, str]:
+    """Settings as a tracker takes them."""
+    return {key: str(value) for key, value in arm.model_dump().items()}
+
+

@@ -1,0 +1,45 @@
+"""When a loss or gradient turns NaN or Inf: say which tensors went bad first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 3
+
+
+def first_bad_tensors(model: nn.Module, input_ids: Tensor) -> list[str]:
+    """Names of what is not finite, in the order in which it arises: parameters, then outputs of modules in a forward
+    over these ids, then gradients."""
+    bad = [f"parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
+    bad += bad_outputs(model, input_ids)
+    bad += [
+        f"gradient of {name}" for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    return bad[:SHOWN]
+
+
+def bad_outputs(model: nn.Module, input_ids: Tensor) -> list[str]:
+    """Leaf modules whose output is not finite, in the order of the forward."""
+    bad: list[str] = []
+
+    def check(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            bad.append(f"output of {name}")
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, name=name: check(name, output))
+        for name, module in leaves
+    ]
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=input_ids, use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return bad
