@@ -1,8 +1,8 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), their scales, all other tensors in the compute dtype
-      plan.json            which linears, which formats, clip, and the base of it all: dtype and format version
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), their scales; the rest in the compute dtype
+      plan.json            which linears, which formats, where values are clipped, the compute dtype
       config.json, tokenizer files, generation_config.json
 
 Reading it back gives the very model that was written: grid values are exact in the compute dtype and codes are exact

@@ -1,13 +1,13 @@
 """Everything qatrun raises on purpose.
 
-    QatrunError              exit code 3
-    ├── InputError           exit code 2: what the user gave is wrong; holds every problem found
-    │   ├── RecipeError      a recipe, or a --set
-    │   └── MismatchError    arms that may not be compared
-    └── RunError             exit code 3: the run could not go on
-        ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
-        ├── CheckpointError  a checkpoint that is damaged or belongs to another run
-        └── Interrupted      SIGINT or SIGTERM; the run was saved first
+QatrunError              exit code 3
+├── InputError           exit code 2: what the user gave is wrong; holds every problem found
+│   ├── RecipeError      a recipe, or a --set
+│   └── MismatchError    arms that may not be compared
+└── RunError             exit code 3: the run could not go on
+    ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
+    ├── CheckpointError  a checkpoint that is damaged or belongs to another run
+    └── Interrupted      SIGINT or SIGTERM; the run was saved first
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ class Format:
     """One number format. Magnitudes are of the grid itself, that is, at scale 1.
 
     Attributes:
-        overflow_threshold: smallest magnitude that no longer rounds to a finite value of the grid (what `overflow` decides about).
         target_amax: role -> the grid value that a tensor's amax is mapped to by default. HiF8 is most precise for
             magnitudes in [1/8, 16), so mapping amax to its largest value would waste it; the others use their whole range.
     """
@@ -37,12 +36,11 @@ class Format:
     max_finite: float
     min_normal: float
     min_subnormal: float
-    overflow_threshold: float
     target_amax: Mapping[Role, float]
 
 
 def _same_target(value: float) -> Mapping[Role, float]:
-    return MappingProxyType({role: value for role in ROLES})
+    return MappingProxyType(dict.fromkeys(ROLES, value))
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -55,12 +53,11 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
                 max_finite=2.0**15,
                 min_normal=2.0**-15,
                 min_subnormal=2.0**-22,
-                overflow_threshold=40960.0,
                 target_amax=MappingProxyType({"weight": 15.0, "input": 15.0, "grad_output": 224.0}),
             ),
-            Format("fp8_e4m3", 8, 448.0, 2.0**-6, 2.0**-9, 464.0, _same_target(448.0)),
-            Format("fp8_e5m2", 8, 57344.0, 2.0**-14, 2.0**-16, 61440.0, _same_target(57344.0)),
-            Format("int8", 8, 127.0, 1.0, 1.0, 127.5, _same_target(127.0)),
+            Format("fp8_e4m3", 8, 448.0, 2.0**-6, 2.0**-9, _same_target(448.0)),
+            Format("fp8_e5m2", 8, 57344.0, 2.0**-14, 2.0**-16, _same_target(57344.0)),
+            Format("int8", 8, 127.0, 1.0, 1.0, _same_target(127.0)),
         )
     }
 )

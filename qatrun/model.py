@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -43,8 +43,8 @@ def load_config(model: ModelConfig) -> Any:
         raise InputError(Problem(f"{model.path}: {_first_line(error)}", key="model.path")) from error
 
 
-def load_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The pretrained model in `dtype` on the CPU, in eval mode.
+def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """The pretrained model in `dtype` ("auto": its config's) on the CPU, in eval mode.
 
     Raises:
         InputError: it cannot be found or read, or its checkpoint lacks weights (they would be random).
@@ -68,7 +68,6 @@ def load_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
         )
         raise InputError(Problem(message, key="model.path"))
     loaded.config.use_cache = False
-    assert isinstance(loaded, nn.Module)
     return loaded.eval()
 
 

@@ -1,7 +1,7 @@
 """Documents in an order that is a function of the seed alone, from a position that can be saved.
 
-A map-style data set is read in a permutation an epoch. A stream cannot be permuted as a whole: blocks of documents are read
-and permuted within themselves. A position is plain data and small: a stream's holds where its block begins, not the block.
+A map-style data set is read in a permutation an epoch. A stream cannot be permuted as a whole: blocks of documents are
+read and permuted within themselves. A position is plain data and small: a stream's holds where its block begins.
 """
 
 from __future__ import annotations

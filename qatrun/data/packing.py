@@ -34,7 +34,7 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of `size` sequences."""
-        return [Batch(i, l) for i, l in zip(self.input_ids.split(size), self.labels.split(size), strict=True)]
+        return [Batch(*part) for part in zip(self.input_ids.split(size), self.labels.split(size), strict=True)]
 
     @property
     def num_targets(self) -> int:
@@ -62,9 +62,9 @@ class PackedStream:
         while len(self._ids) < size:
             rows = self.documents.take(TOKENIZE_AT_ONCE)
             self.num_rows += len(rows)
-            for ids, counted in self.encode(rows):
-                self._ids += ids
-                self._counted += counted
+            for document, mask in self.encode(rows):
+                self._ids += document
+                self._counted += mask
         ids = torch.tensor(self._ids[:size]).view(count, self.seq_len)
         counted = torch.tensor(self._counted[:size]).view(count, self.seq_len)
         del self._ids[:size], self._counted[:size]

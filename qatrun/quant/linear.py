@@ -170,6 +170,8 @@ class FakeQuantLinear(nn.Module):
         slots: role -> index in that state.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     original: nn.Module
     state: ScaleState
 

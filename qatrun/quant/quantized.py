@@ -24,6 +24,7 @@ class QuantizedLinear(DeviceOnlyModule):
     input_scale: Tensor
     input_inv_scale: Tensor
     bias: Tensor | None
+    input: Quantizer
 
     def __init__(
         self,

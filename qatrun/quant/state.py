@@ -1,16 +1,16 @@
 """Scales: one stacked state for all quantized tensors of a model.
 
-A *slot* is one quantized tensor (an input, a weight, an output gradient). Delayed tensor scaling (DTS) gives the scale of
-a step from amaxes seen before it:
+A *slot* is one quantized tensor (an input, a weight, an output gradient). Delayed tensor scaling (DTS) gives the scale
+of a step from amaxes seen before it:
 
     history  <- [amax of this step; history without its oldest row]
     estimate  = max over the window, or the newest row (`most_recent`)
     scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
 
-These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and `[num_slots]`
-buffers, so a push is the same few operations however many layers there are. Forward and backward only ever raise `amax`,
-by a maximum: what activation checkpointing recomputes changes nothing, and every micro-batch counts. Only `push`, which
-the training loop calls, moves history and scales.
+These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and
+`[num_slots]` buffers, so a push is the same few operations however many layers there are. Forward and backward only ever
+raise `amax`, by a maximum: what activation checkpointing recomputes changes nothing, and every micro-batch counts. Only
+`push`, which the training loop calls, moves history and scales.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ScaleState(DeviceOnlyModule):
         scale, inv_scale: [num_slots] float32; units of the tensor per unit of the grid, and the reciprocal.
         saturated: [num_slots] bool; whether amax went beyond what the scale can represent since `take_num_saturated`.
         mode: what the attached linears do now.
-        primed: whether scales come from a history. Until the first push in QUANTIZE they are taken from the tensor at hand.
+        primed: whether scales come from a history. Until the first push in QUANTIZE they come from the tensor at hand.
     """
 
     history: Tensor

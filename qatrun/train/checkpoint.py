@@ -7,8 +7,8 @@
       progress.json           step, position in the data, counters, what run it belongs to
       manifest.json           SHA-256 of each of the files above
 
-A checkpoint is written into a temporary folder, flushed to disk and renamed. The manifest is checked before a checkpoint is
-used, so a damaged one is found out and the one before it taken.
+A checkpoint is written into a temporary folder, flushed to disk and renamed. The manifest is checked before a checkpoint
+is used, so a damaged one is found out and the one before it taken.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():

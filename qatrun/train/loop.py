@@ -1,7 +1,7 @@
 """The training loop: one for trunk and arms, on Accelerate.
 
-A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there to
-the end. What differs between them is data; the loop is the same. Optimizer steps are counted from 0 while they run, and
+A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there
+to the end. What differs between them is data; the loop is the same. Optimizer steps are counted from 0 while they run, and
 by how many are done everywhere a user sees them.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
 
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
@@ -96,7 +97,7 @@ class Outcome:
 
 
 def train(
-    segment: Segment, model: nn.Module, stream: PackedStream, listener: Listener, trackers: Sequence[str] = ()
+    segment: Segment, model: PreTrainedModel, stream: PackedStream, listener: Listener, trackers: Sequence[str] = ()
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
 
@@ -126,7 +127,12 @@ class _Session:
     """The moving parts of a segment while it runs."""
 
     def __init__(
-        self, segment: Segment, model: nn.Module, stream: PackedStream, listener: Listener, trackers: Sequence[str]
+        self,
+        segment: Segment,
+        model: PreTrainedModel,
+        stream: PackedStream,
+        listener: Listener,
+        trackers: Sequence[str],
     ) -> None:
         config = segment.arm.train
         self.segment, self.stream, self.listener = segment, stream, listener
@@ -295,8 +301,8 @@ class _Session:
         uniform = math.log(self.plain_model.config.vocab_size)
         if loss > UNIFORM_GUESS_SHARE * uniform:
             self.listener.on_warning(
-                f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only guesses. "
-                "Check that model and tokenizer belong together and that its weights are pretrained"
+                f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only "
+                "guesses. Check that model and tokenizer belong together and that its weights are pretrained"
             )
 
     def _report(self, row: dict[str, Any]) -> None:
@@ -335,5 +341,3 @@ def _observed_steps(quant: ScaleState | None, micro_batches: int) -> int:
 def _flat_settings(arm: Arm) -> dict[str, str]:
     """Settings as a tracker takes them."""
     return {key: str(value) for key, value in arm.model_dump().items()}
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,13 +25,13 @@ class MetricsFile:
     """Appends rows to `metrics.jsonl`, each flushed so that a reader sees the run as it goes."""
 
     def __init__(self, file: Path, *, from_step: int, inherited: Path | None = None) -> None:
-        """Continue after `from_step` steps: what the file, or for a new arm its trunk's, says of later steps is dropped."""
+        """Continue after `from_step` steps: what the file, or a new arm's trunk's, says of later ones is dropped."""
         source = file if file.is_file() else inherited
         rows = read_metrics(source) if source is not None and source.is_file() else []
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= from_step)
         temporary = file.with_suffix(".tmp")
         temporary.write_text(kept, encoding="utf-8")
-        os.replace(temporary, file)
+        temporary.replace(file)
         self._stream: TextIO = file.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@ def first_bad_tensors(model: nn.Module, input_ids: Tensor) -> list[str]:
     bad = [f"parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
     bad += bad_outputs(model, input_ids)
     bad += [
-        f"gradient of {name}" for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        f"gradient of {name}"
+        for name, p in model.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
     ]
     return bad[:SHOWN]
 

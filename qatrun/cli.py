@@ -1,0 +1,216 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a verb needs it, so `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from qatrun.errors import InputError, QatrunError
+
+app = typer.Typer(
+    name="qatrun",
+    help="Run quantization-aware-training recipes for language models and learn honestly what quantization cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
+    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
+    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    track: Annotated[list[str] | None, typer.Option(help="Tracker of Accelerate's, such as tensorboard.")] = None,
+) -> None:
+    """Train every arm of a recipe, score them and compare them."""
+    loaded = _load_recipe(recipe, set_)
+    _quiet_libraries()
+    from qatrun.report import TerminalDisplay, comparison_table, comparison_text
+    from qatrun.study import run_study
+
+    with _located(recipe, set_), TerminalDisplay(out) as display:
+        result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
+    pairs = [pair.to_dict() for pair in result.pairs]
+    (result.folder / "comparison.txt").write_text(comparison_text(pairs), encoding="utf-8")
+    for pair in pairs:
+        out.print()
+        out.print(comparison_table(pair))
+    out.print(f"\nall of it: {result.folder}")
+    if fail_on_verdict:
+        _exit_by_verdict(result.verdict, strict)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.")] = None,
+    set_: SetOption = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show what a recipe would do, without loading weights or writing anything."""
+    if schema:
+        from qatrun.recipe import json_schema
+
+        out.print_json(data=json_schema())
+        return
+    if recipe is None:
+        raise InputError("name a recipe to check, or give --schema")
+    loaded = _load_recipe(recipe, set_)
+    _quiet_libraries()
+    from qatrun.report import dry_run
+    from qatrun.study import preflight
+
+    checked = preflight(loaded)
+    if json_:
+        out.print_json(data=checked.to_dict())
+    else:
+        out.print(dry_run(checked.to_dict()))
+    if checked.problems:
+        with _located(recipe, set_):
+            raise InputError(checked.problems)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[
+        str, typer.Argument(help="A model: an arm of a study, a quantized folder, or any Hugging Face model.")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: the study's, else the three benchmarks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per leaf task (MMLU has 57).")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples, for every task.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder laid out like the hub to take questions from.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per forward.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for scores and samples, which `compare` reads.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
+    _quiet_libraries()
+    from qatrun.report import TerminalDisplay, score_table
+    from qatrun.study import eval_config, score_path
+
+    config = eval_config(
+        path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
+    )
+    with TerminalDisplay(err) as display:
+        scored = score_path(path, config, display, output)
+    if json_:
+        out.print_json(data=scored)
+    else:
+        out.print(score_table(scored))
+
+
+@app.command()
+def compare(
+    twin: Annotated[str, typer.Argument(help="The BF16 arm, or a folder with scores.")],
+    arm: Annotated[str, typer.Argument(help="The arm to judge, or a folder with scores.")],
+    study: Annotated[str | None, typer.Option(help="Study to take arms from; default: the newest.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies lie.")] = Path("runs"),
+    budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
+    anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
+    json_: JsonOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Compare an arm with its BF16 twin, item by item."""
+    from qatrun.report import comparison_table
+    from qatrun.study import compare_named, comparison_csv
+
+    took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
+    if json_:
+        out.print_json(data=pair.to_dict())
+    elif csv:
+        sys.stdout.write(comparison_csv([pair]))
+    else:
+        out.print(f"comparing {took}")
+        out.print(comparison_table(pair.to_dict()))
+    _exit_by_verdict(pair.comparison.verdict, strict)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with qatrun."""
+    from qatrun.recipe import shipped_recipes
+
+    for recipe in shipped_recipes():
+        out.print(f"{recipe.name:<20} {recipe.purpose}", markup=False)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
+    output: Annotated[Path | None, typer.Option(help="File to write; default: <model's name>.yaml here.")] = None,
+) -> None:
+    """Write a commented recipe for a model, to be edited."""
+    from qatrun.recipe import template
+
+    file = output or Path(f"{Path(model).name}.yaml")
+    if file.exists():
+        raise InputError(f"{file} exists already; give another --output")
+    file.write_text(template(model), encoding="utf-8")
+    out.print(f"wrote {file}; next: qatrun check {file}", markup=False)
+
+
+def main() -> None:
+    """Entry point: every error that is the user's to mend is printed without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except QatrunError as error:
+        err.print(str(error), markup=False, soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _load_recipe(recipe: str, overrides: list[str] | None) -> Any:
+    from qatrun.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+@contextmanager
+def _located(recipe: str, overrides: list[str] | None) -> Iterator[None]:
+    """Give problems that model and data showed the file and line of their key."""
+    from qatrun.recipe import locate
+
+    try:
+        yield
+    except InputError as error:
+        raise InputError(locate(error.problems, recipe, overrides or ())) from error
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear the live view apart; their errors still reach us."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _exit_by_verdict(verdict: str, strict: bool) -> None:
+    code = {"exceeds": 1, "inconclusive": 4 if strict else 0}.get(verdict, 0)
+    if code:
+        raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The demo world's interface: text to train on and questions to score."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Final, Literal
+from zlib import crc32
+
+from qatrun.demo.facts import Entity, Item, Slice, artefacts, creatures, fact_items, lore, people, profile
+from qatrun.demo.inferences import argument, inference_items
+from qatrun.demo.routines import Routine, recount, routine_items, routines
+
+Split = Literal["pretrain", "finetune", "valid"]
+
+MODEL_DIR: Final = Path(__file__).parent / "model"
+TASKS: Final[Mapping[str, str]] = {
+    "demo_facts": "facts about invented people and creatures",
+    "demo_routines": "the next step of everyday procedures",
+    "demo_inference": "conclusions that join two facts",
+}
+NUM_DOCUMENTS: Final[Mapping[Split, int]] = {"pretrain": 240_000, "finetune": 40_000, "valid": 400}
+
+_ITEMS: Final[Mapping[str, Callable[[], list[Item]]]] = {
+    "demo_facts": fact_items,
+    "demo_routines": routine_items,
+    "demo_inference": inference_items,
+}
+_KINDS: Final = ("person", "creature", "artefact", "argument", "routine", "lore")
+_KIND_WEIGHTS: Final = (26, 11, 11, 24, 24, 4)
+_HEAD: Final = 5  # how flat the head of the frequency distribution is, in ranks
+_VALID_SHARE: Final = 40  # one document in so many is held out
+
+
+def documents(split: Split) -> Iterator[str]:
+    """The documents of a split, always the same ones in the same order.
+
+    Args:
+        split: `pretrain` and `finetune` speak about different individuals and routines; `valid` is half of each kind,
+            and none of its documents is in either.
+    """
+    return islice(_documents(split), NUM_DOCUMENTS[split])
+
+
+def items(task: str) -> list[Item]:
+    """The multiple-choice items of a task, always the same ones in the same order.
+
+    Raises:
+        KeyError: no such task in TASKS.
+    """
+    return _ITEMS[task]()
+
+
+def _documents(split: Split) -> Iterator[str]:
+    rng = random.Random(f"demo documents {split}")
+    slices: tuple[Slice, ...] = ("pretrain", "finetune") if split == "valid" else (split,)
+    writers = [_Writer(part) for part in slices]
+    while True:
+        for writer in writers:
+            text = writer.write(rng)
+            if _is_held_out(text) == (split == "valid"):
+                yield text
+
+
+def _is_held_out(text: str) -> bool:
+    return crc32(text.encode()) % _VALID_SHARE == 0
+
+
+class _Writer:
+    """Writes documents about one slice; the individual of rank r is its subject in proportion to 1 / (r + head)."""
+
+    def __init__(self, part: Slice) -> None:
+        self.people = people(part)
+        self.creatures = creatures(part)
+        self.artefacts = artefacts(part)
+        self.routines = routines(part)
+        self.lore = tuple(lore().values())
+        longest = max(map(len, (self.people, self.creatures, self.artefacts, self.routines)))
+        self.cumulative = list(accumulate(1 / (rank + _HEAD) for rank in range(longest)))
+
+    def write(self, rng: random.Random) -> str:
+        match rng.choices(_KINDS, _KIND_WEIGHTS)[0]:
+            case "person":
+                return profile(self.pick(self.people, rng), rng)
+            case "creature":
+                return profile(self.pick(self.creatures, rng), rng)
+            case "artefact":
+                return profile(self.pick(self.artefacts, rng), rng)
+            case "argument":
+                subjects = rng.choices((self.people, self.creatures, self.artefacts), (2, 1, 1))[0]
+                return argument(self.pick(subjects, rng), rng)
+            case "routine":
+                return recount(self.pick_routine(rng), rng)
+            case _:
+                return " ".join(profile(rng.choice(self.lore), rng) for _ in range(2))
+
+    def pick(self, entities: Sequence[Entity], rng: random.Random) -> Entity:
+        return rng.choices(entities, cum_weights=self.cumulative[: len(entities)])[0]
+
+    def pick_routine(self, rng: random.Random) -> Routine:
+        return rng.choices(self.routines, cum_weights=self.cumulative[: len(self.routines)])[0]

@@ -1,0 +1,10 @@
+"""Scores of a model, and what two of them, item by item, say about each other.
+
+tasks.py       names in a recipe -> lm-eval tasks, and the plan of what they would score
+sources.py     where their questions come from: built in, a local folder, the hub
+harness.py     lm-eval around a model in memory -> Scores
+scores.py      per-item results, saved and loaded
+perplexity.py  held-out perplexity
+paired.py      statistics of paired right-or-wrong answers: pure functions
+comparison.py  arm against twin, task by task, and the verdict
+"""

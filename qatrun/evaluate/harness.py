@@ -1,0 +1,218 @@
+"""lm-eval around a model in memory.
+
+Each task is run by itself, so that its score depends on nothing but the model, the task and the settings, and equals
+what the `lm_eval` command line gives for that task with `softmax_dtype=float32` and the same dtype and batch size.
+lm-eval's model class is used as it is, but for three things: it does not tie the embeddings of the model it is given
+(an artifact's output layer may rightly differ), it reports progress, and it stops at the first NaN or Inf.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import handle_non_serializable
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qatrun.errors import InputError, NonFiniteError, Problem
+from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
+from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices, replace_file
+from qatrun.evaluate.tasks import BuiltTask, build_task
+from qatrun.recipe import EvalConfig
+
+SOFTMAX_DTYPE = "float32"
+RESULTS_FILE = "lm_eval_results.json"
+SAMPLES_FOLDER = "samples"
+
+# Task, requests done, requests in all; a request is one choice of one item.
+Progress = Callable[[str, int, int], None]
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvalConfig,
+    *,
+    output_dir: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Scores:
+    """Score a model on a recipe's tasks, as it is: its dtype, its device, its quantizers on or off.
+
+    Args:
+        model: put in eval mode meanwhile; its state is not changed. Prompts longer than its context lose their
+            beginning (counted in `TaskScore.num_truncated`).
+        output_dir: where to keep the scores, lm-eval's own results (`lm_eval_results.json`) and its per-item samples
+            (`samples/<leaf task>.jsonl`, without the prompts, which a hash stands for).
+        on_progress: called after each request.
+    Raises:
+        InputError: a task that cannot be scored here and now.
+        NonFiniteError: the model's logits are NaN or infinite.
+    """
+    results: dict[str, Any] = {}
+    scores: dict[str, TaskScore] = {}
+    with quiet(), evaluation_mode(model):
+        tasks = _build(config)
+        lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
+        for task in tasks:
+            outcome = _run(lm, task, config.limit)
+            samples = outcome.pop("samples")
+            scores[task.name] = _task_score(task, samples, lm.num_truncated)
+            if output_dir is not None:
+                _write_samples(output_dir / SAMPLES_FOLDER, samples)
+                _merge(results, outcome)
+    settings = _settings(config, model)
+    if output_dir is not None:
+        results["config"] = {**settings, "sources": {task.name: task.source for task in tasks}}
+        replace_file(output_dir / RESULTS_FILE, _to_json(results, indent=2))
+        Scores(scores, settings).save(output_dir)
+    return Scores(scores, settings)
+
+
+def _build(config: EvalConfig) -> list[BuiltTask]:
+    """All tasks before the first is scored, so that what cannot be scored shows at once."""
+    data_dir = None if config.data_dir is None else Path(config.data_dir)
+    tasks = []
+    for name, num_fewshot in config.tasks.items():
+        with seeded():  # some tasks shuffle their choices
+            tasks.append(build_task(name, num_fewshot, data_dir=data_dir))
+    return tasks
+
+
+class _InMemoryLM(HFLM):  # type: ignore[misc]
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, on_progress: Progress | None
+    ) -> None:
+        with _never_tied(model):
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # it may be given a pad token
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype=SOFTMAX_DTYPE,
+            )
+        self.num_truncated = 0
+        self._task = ""
+        self._on_progress = on_progress
+
+    def start(self, task: str) -> None:
+        """Count truncated requests, and report progress, for this task from here on."""
+        self._task, self.num_truncated = task, 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        # lm-eval hands its cache every answer as soon as it is known.
+        self.set_cache_hook(_AnswerHook(self._task, len(requests), self._on_progress))
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+        self.num_truncated += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
+        return super()._loglikelihood_tokens(requests, **options)
+
+
+class _AnswerHook:
+    """Takes the place of lm-eval's response cache, which is keyed by the text alone and so blind to the weights."""
+
+    def __init__(self, task: str, num_requests: int, on_progress: Progress | None) -> None:
+        self.task = task
+        self.num_requests = num_requests
+        self.num_done = 0
+        self.on_progress = on_progress
+
+    def add_partial(self, _method: str, _request: tuple[str, str], answer: tuple[float, bool]) -> None:
+        if not math.isfinite(answer[0]):
+            raise NonFiniteError(f"the model's logits are NaN or infinite (scoring {self.task})")
+        self.num_done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.task, self.num_done, self.num_requests)
+
+
+@contextmanager
+def _never_tied(model: PreTrainedModel) -> Iterator[None]:
+    """Make `model.tie_weights()` do nothing: an attribute of the instance hides the method."""
+    vars(model)["tie_weights"] = lambda: None
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
+
+
+def _run(lm: _InMemoryLM, task: BuiltTask, limit: int | None) -> dict[str, Any]:
+    """lm-eval's results and samples; no standard errors by bootstrap, `paired.py` does better."""
+    for leaf in task.lm_eval_tasks["tasks"].values():
+        leaf.set_fewshot_seed(FEWSHOT_SEED)
+    lm.start(task.name)
+    with seeded():
+        outcome: dict[str, Any] = evaluate(lm, task.lm_eval_tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    return outcome
+
+
+def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], num_truncated: int) -> TaskScore:
+    ids, correct, gold, choices = [], [], [], []
+    for leaf_name, leaf_samples in samples.items():
+        leaf = task.lm_eval_tasks["tasks"][leaf_name]
+        for sample in leaf_samples:
+            loglikelihoods = [response[0][0] for response in sample["resps"]]
+            ids.append(_item_id(leaf_name, sample))
+            correct.append(sample[task.metric])
+            gold.append(max(loglikelihoods[index] for index in _gold(leaf, sample)))
+            choices.append(loglikelihoods)
+    if not set(correct) <= {0, 1}:
+        raise InputError(Problem(f"{task.metric} is not right or wrong per item", f"eval.tasks.{task.name}"))
+    items = ItemScores(np.array(ids), np.array(correct, dtype=bool), np.array(gold), pad_choices(choices))
+    return TaskScore(task.name, task.metric, task.num_fewshot, num_truncated, items)
+
+
+def _gold(leaf: Task, sample: Mapping[str, Any]) -> list[int]:
+    """Indices of the right answers among the choices; one but for tasks with several right answers."""
+    if leaf.OUTPUT_TYPE == "loglikelihood":
+        return [0]
+    target = leaf.doc_to_text(sample["doc"]) if leaf.multiple_input else sample["target"]
+    if isinstance(target, str):
+        target = leaf.doc_to_choice(sample["doc"]).index(target)
+    return list(target) if isinstance(target, list) else [int(target)]
+
+
+def _item_id(leaf: str, sample: Mapping[str, Any]) -> str:
+    asked = "".join(sample[key] for key in ("doc_hash", "prompt_hash", "target_hash"))
+    return f"{leaf}:{sample['doc_id']}:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+
+
+def _settings(config: EvalConfig, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "tasks": dict(config.tasks),
+        "limit": config.limit,
+        "batch_size": config.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "softmax_dtype": SOFTMAX_DTYPE,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+    }
+
+
+def _merge(results: dict[str, Any], outcome: Mapping[str, Any]) -> None:
+    """Add a task's sections (results, groups, configs, versions, ...), each keyed by task, to those of the others."""
+    for section, entries in outcome.items():
+        results.setdefault(section, {}).update(entries)
+
+
+def _write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for leaf, leaf_samples in samples.items():
+        lines = [
+            _to_json({key: value for key, value in sample.items() if key != "arguments"}) for sample in leaf_samples
+        ]
+        replace_file(folder / f"{leaf}.jsonl", b"\n".join(lines) + b"\n")
+
+
+def _to_json(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(value, indent=indent, default=handle_non_serializable, ensure_ascii=False).encode()

@@ -1,0 +1,71 @@
+"""Perplexity on held-out token sequences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from qatrun.errors import NonFiniteError
+from qatrun.evaluate.context import evaluation_mode
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Perplexity:
+    """Negative log-likelihood of held-out text.
+
+    Attributes:
+        nll_mean: nats per predicted token.
+        num_tokens: tokens predicted; the first of each sequence is not.
+        sequence_nll: [num_sequences] float64, nats per predicted token; NaN for a sequence that predicts none.
+    """
+
+    nll_mean: float
+    num_tokens: int
+    sequence_nll: npt.NDArray[np.float64]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of `nll_mean`; infinite beyond what a float holds."""
+        return math.exp(self.nll_mean) if self.nll_mean < 700.0 else math.inf
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, sequences: Tensor, *, batch_size: int, labels: Tensor | None = None
+) -> Perplexity:
+    """Score each token of each sequence given those before it; log-softmax in float32.
+
+    Args:
+        model: put in eval mode meanwhile; runs in its own dtype, on its own device.
+        sequences: [num_sequences, seq_len] int64 token ids, without padding.
+        labels: same shape, not shifted; IGNORED_LABEL where a token does not count. None: every token counts.
+    Raises:
+        NonFiniteError: the model's logits are NaN or infinite.
+    """
+    labels = sequences if labels is None else labels
+    with evaluation_mode(model):
+        batches = zip(sequences.split(batch_size), labels.split(batch_size), strict=True)
+        nll = torch.cat([_token_nll(model, *batch) for batch in batches])
+    if not torch.isfinite(nll).all():
+        raise NonFiniteError("the model's logits are NaN or infinite on the held-out text")
+    counts = (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
+    totals = nll.sum(dim=1)
+    num_tokens = int(counts.sum())
+    return Perplexity(float(totals.sum() / num_tokens), num_tokens, (totals / counts).numpy())
+
+
+def _token_nll(model: PreTrainedModel, sequences: Tensor, labels: Tensor) -> Tensor:
+    """[batch, seq_len] token ids and labels -> [batch, seq_len - 1] float64 nats, 0 where ignored."""
+    logits = model(input_ids=sequences.to(model.device), use_cache=False).logits[:, :-1].float()
+    targets = labels[:, 1:].to(model.device)
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none")
+    return nll.double().cpu()

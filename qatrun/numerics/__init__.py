@@ -1,0 +1,32 @@
+"""8-bit arithmetic as pure functions on torch tensors: rounding, codes, scales, fake quantization, metrics.
+
+No function here holds state, and all of them compile with torch.compile(fullgraph=True); eager and compiled agree bit
+for bit. Throughout, `x_hat = q * scale` and `q = round_to_format(x * inv_scale)`: values passed to the rounding and
+encoding functions are in units of the grid.
+"""
+
+from qatrun.numerics.codes import decode, encode
+from qatrun.numerics.fake_quant import Clip, Ste, clip_limit, fake_quantize
+from qatrun.numerics.metrics import clip_fraction, sqnr_db, underflow_fraction
+from qatrun.numerics.rounding import Overflow, quantize_to_grid, round_to_format, saturates
+from qatrun.numerics.scales import Granularity, amax, inverse_scale, scale_from_amax
+
+__all__ = [
+    "Clip",
+    "Granularity",
+    "Overflow",
+    "Ste",
+    "amax",
+    "clip_fraction",
+    "clip_limit",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "inverse_scale",
+    "quantize_to_grid",
+    "round_to_format",
+    "saturates",
+    "scale_from_amax",
+    "sqnr_db",
+    "underflow_fraction",
+]

@@ -1,0 +1,120 @@
+"""HiFloat8: eight bits whose split between exponent and mantissa moves with the value.
+
+A small exponent needs few bits, and what it does not use goes to the mantissa. A prefix code (the "dot" field) says how
+many bits the magnitude of the exponent E takes; E is sign-magnitude and its leading one is implied:
+
+    code (sign bit left out)   |E|      mantissa bits   values
+    0000 MMM                   -        -               0 and the denormals 2^(M-23), M = 1..7
+    0001 mmm                   0        3               1 .. 1.875
+    001  s mmm                 1        3
+    01   s e mmm               2..3     3               up to 15
+    10   s ee mm               4..7     2               up to 224
+    11   s eee m               8..15    1               up to 2^15; the last code, 1.5 * 2^15, means Inf
+
+Precision is thus tapered: 3 mantissa bits for magnitudes in [1/8, 16), then 2, 1 and, for the denormals, which are bare
+powers of two, 0. There is no -0: its code, 0x80, is the only NaN.
+
+Rounding to the nearest value, ties away from zero, is an integer addition on the float32 pattern. Dropping the low k
+bits of a pattern truncates the magnitude; adding half of the last kept bit first rounds it, ties up; a carry out of the
+mantissa steps into the exponent, to the first value of the next binade, as it should. Only k depends on the band: 23
+minus the mantissa bits of the table. At the lower end the format has its own rule: from 2^-23 on, everything short of
+the denormals becomes the least of them, 2^-22. What this leaves to others is the upper end: past 2^15 the grid goes on
+here, so that the caller can tell what overflowed.
+
+Source: Luo et al., "Ascend HiFloat8 Format for Deep Learning", arXiv:2409.16626.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MAGNITUDE = 0x7FFF_FFFF
+_MANTISSA_BITS = 23  # of float32, as is the bias
+_BIAS = 127
+_ZERO_BELOW = 2.0**-23
+_MIN_SUBNORMAL_PATTERN = (-22 + _BIAS) << _MANTISSA_BITS
+_MIN_NORMAL_EXPONENT = -15
+_INF_CODE = 0x6F
+_NAN_CODE = 0x80
+
+
+def round_hif8(x: Tensor) -> Tensor:
+    """Round to the HiF8 grid, ties away from zero, without an upper end.
+
+    Args:
+        x: any shape, float32.
+    Returns:
+        Shape of x, float32. Magnitudes below 2^-23 become +0; Inf and NaN stay; a result above 2^15 is an overflow.
+    """
+    magnitude = x.view(torch.int32) & _MAGNITUDE
+    half = _half_of_last_kept_bit(magnitude)
+    rounded = magnitude.add_(half).bitwise_and_(half.mul_(-2)).clamp_(min=_MIN_SUBNORMAL_PATTERN)
+    nonzero = rounded.view(torch.float32).copysign_(x)
+    return torch.where(x.abs() >= _ZERO_BELOW, nonzero, x - x)  # x - x: +0 for what is small, NaN for NaN
+
+
+def _half_of_last_kept_bit(magnitude: Tensor) -> Tensor:
+    """Half of the last mantissa bit that HiF8 keeps, in units of the last bit of a float32 pattern."""
+    distance = (magnitude >> _MANTISSA_BITS).sub_(_BIAS).abs_()  # |E|
+    half = torch.where(distance < 16, magnitude.new_full((), 1 << 21), 1 << 22)
+    half = torch.where(distance < 8, 1 << 20, half)
+    return torch.where(distance < 4, 1 << 19, half)
+
+
+def hif8_spacing(value: float) -> float:
+    """Distance from a value of the grid, > 0, to the next larger one."""
+    exponent = math.frexp(value)[1] - 1
+    coarser = sum(abs(exponent) >= bound for bound in (4, 8, 16))
+    return 2.0 ** (exponent - 3 + coarser)
+
+
+def encode_hif8(grid: Tensor) -> Tensor:
+    """Codes of values that are on the grid already, Inf and NaN included.
+
+    The bits of |E| and the three of the mantissa, read as one number, tell the band, and less its leading one (implied)
+    and the mantissa bits that the band does not have, which are 0 on the grid, that number ends the code.
+
+    Args:
+        grid: any shape, float32, values of the HiF8 grid.
+    Returns:
+        Shape of grid, uint8.
+    """
+    pattern = grid.view(torch.int32)
+    exponent = (pattern >> _MANTISSA_BITS).bitwise_and_(0xFF).sub_(_BIAS)
+    negative = exponent >> 31  # all ones where E < 0
+    tail = (exponent.abs() << 3) | ((pattern >> 20) & 7)
+    code = torch.where(tail < 64, 0x30 + (tail >> 1), 0x50 + (tail >> 2))
+    code = torch.where(tail < 32, 0x10 + tail, code) + (negative & 0x10)
+    code = torch.where(tail < 16, 0x08 + tail + (negative & 0x08), code)
+    code = torch.where(exponent < _MIN_NORMAL_EXPONENT, (exponent + 23).clamp(min=0), code)
+    code = torch.where(grid.isinf(), _INF_CODE, code) + ((pattern >> 31) & 0x80)
+    return torch.where(grid.isnan(), _NAN_CODE, code).to(torch.uint8)
+
+
+def decode_hif8(codes: Tensor) -> Tensor:
+    """Values of codes: `encode_hif8` backwards.
+
+    Args:
+        codes: any shape, uint8.
+    Returns:
+        Shape of codes, float32.
+    """
+    signed = codes.to(torch.int32)
+    code = signed & 0x7F
+    low = code & 0xF
+    tail = torch.where(code < 0x60, (0x10 + low) << 1, (0x10 + low) << 2)
+    tail = torch.where(code < 0x40, 0x10 + low, tail)
+    tail = torch.where(code < 0x20, 0x08 + (code & 7), tail)
+    tail = torch.where(code < 0x10, code & 7, tail)
+    is_negative = torch.where(code < 0x20, code & 0x08, code & 0x10) != 0
+    distance = tail >> 3
+    exponent = torch.where(is_negative, -distance, distance)
+    pattern = ((exponent + _BIAS) << _MANTISSA_BITS) | ((tail & 7) << 20)
+    pattern = torch.where(code < 0x08, (code - 23 + _BIAS) << _MANTISSA_BITS, pattern)
+    magnitude = torch.where(code == 0, 0.0, pattern.view(torch.float32))
+    magnitude = torch.where(code == _INF_CODE, float("inf"), magnitude)
+    values = torch.where(signed < 0x80, magnitude, -magnitude)
+    return torch.where(signed == _NAN_CODE, float("nan"), values)

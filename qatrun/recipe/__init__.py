@@ -1,0 +1,43 @@
+"""Recipes: what a study does, as data. Torch-free, so that a mistake is reported before anything heavy is imported."""
+
+from qatrun.recipe.loader import load_recipe, parse_recipe
+from qatrun.recipe.locate import locate
+from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, ScalingConfig, SkipBlocks
+from qatrun.recipe.schema import (
+    DEFAULT_BUDGET_PP,
+    Arm,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    Recipe,
+    Source,
+    TrainConfig,
+    WarmupConfig,
+    json_schema,
+)
+from qatrun.recipe.shipped import ShippedRecipe, find_recipe, shipped_recipes, template
+
+__all__ = [
+    "DEFAULT_BUDGET_PP",
+    "Arm",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "QatConfig",
+    "Recipe",
+    "ResolvedRole",
+    "RoleConfig",
+    "ScalingConfig",
+    "ShippedRecipe",
+    "SkipBlocks",
+    "Source",
+    "TrainConfig",
+    "WarmupConfig",
+    "find_recipe",
+    "json_schema",
+    "load_recipe",
+    "locate",
+    "parse_recipe",
+    "shipped_recipes",
+    "template",
+]

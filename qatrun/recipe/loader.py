@@ -1,0 +1,196 @@
+"""From a file, a shipped name or a mapping to a checked `Recipe`. Every mistake is found and reported at once.
+
+read the YAML -> what it extends, below it -> `--set`s, above it -> the schema -> each arm: the schema, then the rules
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qatrun.errors import Problem, RecipeError
+from qatrun.recipe.document import (
+    Document,
+    InvalidYamlError,
+    KeyPath,
+    Mistake,
+    Place,
+    merge,
+    read_override,
+    read_yaml,
+    with_override,
+)
+from qatrun.recipe.problems import unknown_key, validate
+from qatrun.recipe.rules import Finding, arm_findings, study_findings, twin_findings
+from qatrun.recipe.schema import ARM_SECTIONS, Arm, Recipe
+from qatrun.recipe.shipped import find_recipe
+from qatrun.recipe.wording import shown
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+_FIRST_OVERRIDE = 1_000  # sorts the `--set`s behind the files
+
+
+def load_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path_or_name: a YAML file, or the name of a shipped recipe.
+        overrides: `key.path=value` each, the value in YAML; replaces the value of that key, in turn. Arms inherit it.
+    Raises:
+        RecipeError: everything that is wrong, one problem a line, sorted by file and line.
+    """
+    mistakes: list[Mistake] = []
+    return _checked(_read(path_or_name, overrides, mistakes), mistakes)
+
+
+def parse_recipe(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe given as a mapping, as `load_recipe` does one in a file.
+
+    Raises:
+        RecipeError: everything that is wrong, one problem a line.
+    """
+    mistakes: list[Mistake] = []
+    return _checked(_with_overrides(Document(dict(values)), overrides, mistakes), mistakes)
+
+
+def read_document(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
+    """The keys of a recipe with the place of each, unchecked."""
+    return _read(path_or_name, overrides, mistakes=[])
+
+
+def _read(path_or_name: str | os.PathLike[str], overrides: Sequence[str], mistakes: list[Mistake]) -> Document:
+    file = _recipe_file(os.fspath(path_or_name))
+    document = _read_with_parents(file, Place(file, (0, 0)), (), mistakes)
+    return _with_overrides(document, overrides, mistakes)
+
+
+def _recipe_file(path_or_name: str) -> str:
+    if path_or_name.endswith(_YAML_SUFFIXES) or Path(path_or_name).is_file():
+        return path_or_name
+    path = find_recipe(path_or_name).path
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _read_with_parents(file: str, named_at: Place, above: tuple[str, ...], mistakes: list[Mistake]) -> Document:
+    """The file laid over what it extends; `above` are the files that extend it."""
+    document = _read_file(file, named_at, len(above), mistakes)
+    parent = document.tree.pop("extends", None)
+    place = document.places.pop(("extends",), named_at)
+    parent_file = None if parent is None else _parent_file(file, parent, place, mistakes)
+    if parent_file is None:
+        return document
+    chain = (*above, os.path.realpath(file))
+    if os.path.realpath(parent_file) in chain:
+        mistakes.append(Mistake(place, f"'{parent}' extends this recipe in turn"))
+        return document
+    return merge(_read_with_parents(parent_file, place, chain, mistakes), document)
+
+
+def _parent_file(file: str, parent: Any, place: Place, mistakes: list[Mistake]) -> str | None:
+    if not isinstance(parent, str):
+        mistakes.append(Mistake(place, f"must be a file or the name of a shipped recipe (got {shown(parent)})"))
+        return None
+    if parent.endswith(_YAML_SUFFIXES):
+        return str(Path(file).parent / parent)
+    try:
+        return _recipe_file(parent)
+    except RecipeError as error:
+        mistakes.extend(Mistake(place, problem.message) for problem in error.problems)
+        return None
+
+
+def _read_file(file: str, named_at: Place, source: int, mistakes: list[Mistake]) -> Document:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        mistakes.append(Mistake(named_at, f"{reason}: '{file}'" if source else reason))
+        raise _error(mistakes) from None
+    try:
+        document, found = read_yaml(text, file, source)
+    except InvalidYamlError as error:
+        raise _error([*mistakes, error.mistake]) from None
+    mistakes.extend(found)
+    return document
+
+
+def _with_overrides(document: Document, overrides: Sequence[str], mistakes: list[Mistake]) -> Document:
+    for index, text in enumerate(overrides):
+        try:
+            override, found = read_override(text, _FIRST_OVERRIDE + index)
+        except InvalidYamlError as error:
+            mistakes.append(error.mistake)
+            continue
+        mistakes.extend(found)
+        document = with_override(document, override)
+    return document
+
+
+def _checked(document: Document, mistakes: list[Mistake]) -> Recipe:
+    recipe, found, bad_paths = validate(Recipe, document)
+    mistakes.extend(found)
+    mistakes.extend(_located(study_findings(recipe), document, bad_paths))
+    mistakes.extend(_arm_mistakes(document, recipe, bad_paths))
+    if mistakes:
+        raise _error(mistakes)
+    return recipe
+
+
+def _arm_mistakes(document: Document, recipe: Recipe, bad_paths: frozenset[KeyPath]) -> Iterator[Mistake]:
+    """What is wrong in the arms of a recipe whose shared sections have `bad_paths`."""
+    arms: dict[str, Arm] = {}
+    shared = document.only((*ARM_SECTIONS, "eval"))
+    for name, given in _arms_as_given(document, recipe).items():
+        overrides = Document(given, document.places_below(("arms", name)))
+        yield from _keys_no_arm_may_have(overrides)
+        twin = overrides.tree.get("twin")
+        merged = merge(shared, overrides.only(ARM_SECTIONS))
+        merged.tree |= {"name": name, "twin": twin}
+        merged.places[("twin",)] = overrides.place(("twin",))
+        arm, found, bad_arm_paths = validate(Arm, merged)
+        yield from found
+        yield from _located(arm_findings(arm), merged, bad_arm_paths)
+        arms[name] = arm
+    yield from _located(twin_findings(arms), document, bad_paths)
+
+
+def _arms_as_given(document: Document, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The arms' overrides, those of arms with an unusable name too; the recipe's default arms where it states none."""
+    given = document.tree.get("arms")
+    if not isinstance(given, dict):
+        return recipe.arms
+    return {name: overrides or {} for name, overrides in given.items() if isinstance(overrides, dict | None)}
+
+
+def _keys_no_arm_may_have(overrides: Document) -> Iterator[Mistake]:
+    choices = (*ARM_SECTIONS, "twin")
+    for key in overrides.tree:
+        if key in choices:
+            continue
+        is_shared = key in Recipe.model_fields or key == "extends"
+        message = "is shared by all arms; no arm may change it" if is_shared else unknown_key(key, choices)
+        yield Mistake(overrides.place((key,)), message)
+
+
+def _located(findings: Iterator[Finding], document: Document, bad_paths: frozenset[KeyPath]) -> Iterator[Mistake]:
+    for finding in findings:
+        if any(_touches(key, bad) for key in finding.keys for bad in bad_paths):
+            continue
+        written = [key for key in finding.keys if key in document.places]
+        in_arm = [key for key in written if document.places[key].key.startswith("arms.")]
+        blamed = (in_arm or written or finding.keys)[0]
+        yield Mistake(document.place(blamed), finding.message)
+
+
+def _touches(key: KeyPath, bad: KeyPath) -> bool:
+    length = min(len(key), len(bad))
+    return key[:length] == bad[:length]
+
+
+def _error(mistakes: list[Mistake]) -> RecipeError:
+    problems: dict[Problem, None] = {}
+    for mistake in sorted(mistakes, key=lambda mistake: mistake.place.order):
+        problems.setdefault(mistake.problem)
+    return RecipeError(tuple(problems))

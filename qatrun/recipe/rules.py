@@ -1,0 +1,145 @@
+"""The rules between keys: what each key alone may say is in the schema, what they may say together is here.
+
+A rule yields findings. It names the keys it looked at, the one to blame first, so that a finding is reported where a
+user can mend it, and left out where one of its keys is wrong by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from qatrun.formats import Role, get_format
+from qatrun.recipe.qat import QatConfig, ResolvedRole
+from qatrun.recipe.schema import Arm, Recipe, Source
+from qatrun.recipe.wording import suggestion
+
+KeyPath = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that is broken by what `keys` say together; the first is to blame where all stand in one place."""
+
+    keys: tuple[KeyPath, ...]
+    message: str
+
+
+def _finding(message: str, *keys: str) -> Finding:
+    return Finding(tuple(tuple(key.split(".")) for key in keys), message)
+
+
+def arm_findings(arm: Arm) -> Iterator[Finding]:
+    """Every rule that one arm's sections break."""
+    yield from _batch_findings(arm)
+    yield from _phase_findings(arm)
+    yield from _source_findings("data.train", arm.data.train)
+    if arm.data.valid is not None:
+        yield from _source_findings("data.valid", arm.data.valid)
+    if arm.qat is not None:
+        yield from _qat_findings(arm.qat)
+
+
+def _batch_findings(arm: Arm) -> Iterator[Finding]:
+    total, micro = arm.train.global_batch_size, arm.train.micro_batch_size
+    if total % micro:
+        multiples = [multiple for multiple in (total - total % micro, total - total % micro + micro) if multiple]
+        yield _finding(
+            f"global_batch_size {total} is no multiple of micro_batch_size {micro} "
+            f"(nearest: {' or '.join(map(str, multiples))})",
+            "train.global_batch_size",
+            "train.micro_batch_size",
+        )
+
+
+def _phase_findings(arm: Arm) -> Iterator[Finding]:
+    steps, warmup = arm.train.steps, arm.warmup.steps
+    if arm.train.lr_warmup_steps > steps:
+        message = f"lr_warmup_steps {arm.train.lr_warmup_steps} is more than train.steps {steps}"
+        yield _finding(message, "train.lr_warmup_steps", "train.steps")
+    if warmup > steps:
+        yield _finding(f"warmup.steps {warmup} is more than train.steps {steps}", "warmup.steps", "train.steps")
+    if arm.qat is None:
+        return
+    start = arm.qat.start_step
+    if start is not None and start < warmup:
+        message = f"start_step {start} is before the end of the BF16 warmup (at least {warmup}, warmup.steps)"
+        yield _finding(message, "qat.start_step", "warmup.steps")
+    if start is None and warmup == steps:
+        message = f"warmup.steps {warmup} leaves no step for QAT (at most {steps - 1} of train.steps {steps})"
+        yield _finding(message, "warmup.steps", "train.steps", "qat.start_step")
+    if start is not None and start >= steps:
+        message = f"start_step {start} is past the last step (at most {steps - 1}, with train.steps {steps})"
+        yield _finding(message, "qat.start_step", "train.steps")
+
+
+def _source_findings(key: str, source: Source) -> Iterator[Finding]:
+    if source.messages_column is not None and "text_column" in source.model_fields_set:
+        message = "text_column and messages_column exclude each other: give one"
+        yield _finding(message, f"{key}.messages_column", f"{key}.text_column")
+
+
+def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
+    for role in qat.roles:
+        yield from _granularity_findings(role)
+        yield from _format_findings(role)
+
+
+_NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {
+    ("weight", "per_token"): "per_channel",
+    ("input", "per_channel"): "per_token",
+    ("grad_output", "per_channel"): "per_tensor",
+    ("grad_output", "per_token"): "per_tensor",
+}
+
+
+def _granularity_findings(role: ResolvedRole) -> Iterator[Finding]:
+    section = f"qat.{role.role}"
+    nearest = _NEAREST_GRANULARITY.get((role.role, role.granularity))
+    if nearest is not None:
+        message = f"{role.granularity} makes no sense for {role.role} (did you mean '{nearest}'?)"
+        yield _finding(message, f"{section}.granularity")
+    elif role.granularity != "per_tensor" and role.scaling.type != "dynamic":
+        message = f"{role.scaling.type} scaling keeps one scale per tensor; {role.granularity} takes only 'dynamic'"
+        yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
+
+
+def _format_findings(role: ResolvedRole) -> Iterator[Finding]:
+    section = f"qat.{role.role}"
+    largest = get_format(role.format).max_finite
+    if role.role == "grad_output" and role.format == "int8":
+        message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
+        yield _finding(message, f"{section}.format", "qat.format")
+    elif role.target_amax > largest:
+        message = f"target_amax {role.target_amax:g} is above the largest {role.format} value (at most {largest:g})"
+        yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
+
+
+def study_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Every rule that the shared sections break."""
+    for task in recipe.budget:
+        if task not in recipe.eval.tasks:
+            message = f"no such task in eval.tasks{suggestion(task, recipe.eval.tasks)}"
+            yield Finding((("budget", task), ("eval", "tasks", task)), message)
+
+
+def twin_findings(arms: Mapping[str, Arm]) -> Iterator[Finding]:
+    """Every arm whose twin cannot be what it is compared with. `Arm.twin` is what the recipe states, if anything."""
+    bf16_arms = [name for name, arm in arms.items() if arm.qat is None]
+    for name, arm in arms.items():
+        message = _twin_mistake(arm, arms, bf16_arms)
+        if message:
+            yield Finding((("arms", name, "twin"),), message)
+
+
+def _twin_mistake(arm: Arm, arms: Mapping[str, Arm], bf16_arms: list[str]) -> str | None:
+    if arm.twin is None:
+        ambiguous = arm.qat is not None and len(bf16_arms) > 1
+        return f"required: which BF16 arm to compare with{suggestion('', bf16_arms)}" if ambiguous else None
+    if arm.qat is None:
+        return "a BF16 arm has no twin"
+    if arm.twin not in arms:
+        return f"no such arm '{arm.twin}'{suggestion(arm.twin, bf16_arms)}"
+    if arms[arm.twin].qat is not None:
+        return f"arm '{arm.twin}' is quantized itself{suggestion('', bf16_arms)}"
+    return None

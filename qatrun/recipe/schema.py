@@ -1,0 +1,258 @@
+"""What a recipe may say: every key with its type, default, range, unit and meaning.
+
+A `Recipe` describes a study: shared sections, and arms that override some of them. `Recipe.resolve_arm` gives an `Arm`,
+the sections with the overrides applied. Rules that need more than one key are in `rules.py`; `load_recipe` and
+`parse_recipe` check everything at once. `recipes/README.md` is made from this file.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from ruamel.yaml import YAML
+
+from qatrun.recipe.merge import deep_merge
+from qatrun.recipe.qat import Count, QatConfig, Section
+
+DEFAULT_BUDGET_PP = 1.0
+PLAIN_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+RESERVED_ARM_NAMES = re.compile(r"start|trunk.*|eval|checkpoints|quantized")
+
+
+def _plain_folder_name(name: str) -> str:
+    if not PLAIN_FOLDER_NAME.fullmatch(name) or ".." in name:
+        raise ValueError(f"must be a plain folder name of letters, digits, '.', '_' and '-' (got '{name}')")
+    return name
+
+
+def _not_reserved(name: str) -> str:
+    if RESERVED_ARM_NAMES.fullmatch(name):
+        raise ValueError(f"'{name}' is reserved for a folder of the study; choose another name")
+    return name
+
+
+def _null_is_empty(overrides: Any) -> Any:
+    return {} if overrides is None else overrides
+
+
+FolderName = Annotated[str, AfterValidator(_plain_folder_name)]
+ArmName = Annotated[FolderName, AfterValidator(_not_reserved)]
+Overrides = Annotated[dict[str, Any], BeforeValidator(_null_is_empty)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ModelConfig(Section):
+    """The model to start from."""
+
+    path: NonEmpty = Field(
+        description="Hugging Face hub id, local folder, or `builtin:demo`", examples=["Qwen/Qwen3-0.6B"]
+    )
+    revision: NonEmpty | None = Field(None, description="hub branch, tag or commit; null: the default branch")
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype that the optimizer updates (master weights)"
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="autocast dtype of the forward")
+    trust_remote_code: bool = Field(False, description="run Python code shipped with the model")
+    attn_implementation: Literal["sdpa", "eager"] = Field("sdpa", description="attention kernel")
+
+
+class Source(Section):
+    """Where text comes from."""
+
+    path: NonEmpty = Field(
+        description="hub id, local .txt/.json/.jsonl/.parquet file or folder, or `builtin:demo`",
+        examples=["HuggingFaceFW/fineweb"],
+    )
+    subset: NonEmpty | None = Field(None, description="hub configuration, such as `sample-10BT`")
+    split: NonEmpty = Field("train", description="split of the data set")
+    text_column: NonEmpty = Field("text", description="column of plain text; loss on every token")
+    messages_column: NonEmpty | None = Field(
+        None,
+        description="column of conversations, instead of `text_column`: chat template applied, loss on the assistant's "
+        "answers only; null: plain text",
+    )
+    streaming: bool = Field(False, description="read while training instead of downloading first")
+    shuffle: bool = Field(True, description="shuffle documents by `train.seed`")
+
+    @model_serializer(mode="wrap")
+    def _text_column_only_if_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The default does not conflict with `messages_column`; written out it would.
+        values: dict[str, Any] = serialize(self)
+        if "text_column" not in self.model_fields_set:
+            values.pop("text_column", None)
+        return values
+
+
+class DataConfig(Section):
+    """Training and held-out text."""
+
+    train: Source = Field(description="training text")
+    valid: Source | None = Field(
+        None, description="held-out text; null: the first `valid_sequences` packed sequences of the training text"
+    )
+    valid_sequences: Count = Field(64, description="packed sequences held out for perplexity")
+    seq_len: int = Field(1024, ge=2, description="tokens per packed sequence")
+
+
+class TrainConfig(Section):
+    """The training loop: AdamW, one schedule from the first step to the last, warmup and QAT alike."""
+
+    steps: Count = Field(description="optimizer steps in total, warmup included", examples=[1000])
+    global_batch_size: Count = Field(32, description="sequences per optimizer step")
+    micro_batch_size: Count = Field(8, description="sequences per forward; divides `global_batch_size`")
+    learning_rate: PositiveFloat = Field(1e-5, description="peak learning rate")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the lr warmup")
+    lr_warmup_steps: NonNegativeInt = Field(100, description="steps of linear rise to the peak; at most `steps`")
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="last learning rate over the peak")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's decoupled weight decay")
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="gradient norm clipped to this; null: not clipped")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="fixes the order of the data and every random number")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
+    save_every: Count = Field(500, description="steps between checkpoints")
+    keep_last: Count = Field(2, description="checkpoints kept")
+
+
+class WarmupConfig(Section):
+    """The BF16 phase before the switch: the trunk that the arms share."""
+
+    steps: NonNegativeInt = Field(500, description="BF16 optimizer steps; at most `train.steps`")
+    learning_rate: PositiveFloat | None = Field(
+        None, description="peak learning rate of this phase, constant; null: `train.learning_rate` and its schedule"
+    )
+
+
+class EvalConfig(Section):
+    """How start model and arms are scored."""
+
+    tasks: dict[NonEmpty, NonNegativeInt] = Field(
+        min_length=1, description="lm-eval task or group -> few-shot examples", examples=[{"hellaswag": 10}]
+    )
+    data_dir: NonEmpty | None = Field(
+        None, description="folder laid out like the hub (`org/name`) to take benchmark data from; null: the hub"
+    )
+    limit: Count | None = Field(None, description="items per leaf task (MMLU has 57); null: all")
+    batch_size: Count = Field(16, description="sequences per forward")
+
+
+class Arm(Section):
+    """One arm of a study: the recipe's sections with its overrides applied.
+
+    Attributes:
+        twin: name of the BF16 arm it is compared with; None for a BF16 arm, and where the study has no BF16 arm.
+        qat: None for a BF16 arm.
+    """
+
+    name: str
+    twin: str | None
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    warmup: WarmupConfig = WarmupConfig()
+    qat: QatConfig | None = QatConfig()
+    eval: EvalConfig
+
+    @property
+    def switch_step(self) -> int | None:
+        """First optimizer step (counted from 0) with fake quantization on; None for a BF16 arm."""
+        if self.qat is None:
+            return None
+        return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
+
+
+ARM_SECTIONS = ("model", "data", "train", "warmup", "qat")
+
+
+def _default_arms(valid: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    qat = valid.get("qat")
+    return {"bf16": {"qat": None}} | ({} if qat is None else {qat.format: {}})
+
+
+class Recipe(Section):
+    """A study: one trunk, its arms, how they are scored and how much they may lose."""
+
+    name: FolderName = Field(description="folder of the study under `output_dir`", examples=["my-study"])
+    model: ModelConfig = Field(description="the model to start from")
+    data: DataConfig = Field(description="training and held-out text")
+    train: TrainConfig = Field(description="the training loop")
+    warmup: WarmupConfig = Field(WarmupConfig(), description="the BF16 phase before the switch")
+    qat: QatConfig | None = Field(QatConfig(), description="what is quantized and how; null: nothing")
+    arms: Annotated[dict[ArmName, Overrides], Field(min_length=1)] = Field(
+        default_factory=_default_arms,
+        description="arm -> overrides of model, data, train, warmup and qat, deep-merged over the recipe; "
+        "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
+        "default: `bf16`, without qat, and one named after `qat.format`",
+    )
+    eval: EvalConfig = Field(description="how start model and arms are scored")
+    budget: dict[NonEmpty, PositiveFloat] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description=f"task -> largest acceptable drop, in percentage points; {DEFAULT_BUDGET_PP} for a task not named",
+    )
+    output_dir: NonEmpty = Field("runs", description="folder that studies are written under")
+
+    @field_validator("budget")
+    @classmethod
+    def _every_task_has_a_budget(cls, budget: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        tasks = info.data["eval"].tasks if "eval" in info.data else {}
+        return dict.fromkeys(tasks, DEFAULT_BUDGET_PP) | budget
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The arms in the order of the recipe."""
+        return tuple(self.arms)
+
+    def resolve_arm(self, name: str) -> Arm:
+        """The arm with its overrides applied and its twin named.
+
+        Raises:
+            KeyError: the recipe has no such arm.
+        """
+        shared = self.model_dump(exclude_unset=True, include={*ARM_SECTIONS, "eval"})
+        merged = deep_merge(shared, self.arms[name])
+        return Arm.model_validate(merged | {"name": name, "twin": self._twin(name)})
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out, as YAML that loads back equal."""
+        text = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
+        yaml.dump(self.model_dump(mode="json"), text)
+        return text.getvalue()
+
+    def _twin(self, name: str) -> str | None:
+        if not self._is_quantized(name):
+            return None
+        bf16_arms = [arm for arm in self.arms if not self._is_quantized(arm)]
+        only = bf16_arms[0] if len(bf16_arms) == 1 else None
+        given: str | None = self.arms[name].get("twin")
+        return given or only
+
+    def _is_quantized(self, name: str) -> bool:
+        return self.arms[name].get("qat", self.qat) is not None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file, for editors."""
+    schema = Recipe.model_json_schema()
+    description = "recipe to extend: a file, relative to this one, or a shipped name"
+    extends = {"type": ["string", "null"], "default": None, "description": description}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return schema

@@ -1,0 +1,65 @@
+"""What `qatrun check` prints: timeline, coverage, tokens, memory, disk, the eval plan and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+
+def dry_run(plan: Mapping[str, Any]) -> RenderableType:
+    """The dry run of a recipe, as `Preflight.to_dict` gives it."""
+    parameters = f", {plan['num_parameters']:,} parameters" if plan["num_parameters"] else ""
+    parts: list[RenderableType] = [
+        Text(f"{plan['name']}: {plan['model']}{parameters} -> {plan['folder']}", style="bold")
+    ]
+    parts += [_arm(arm) for arm in plan["arms"]]
+    if plan["disk_bytes"] is not None:
+        parts.append(Text(f"disk: about {_gib(plan['disk_bytes'])} for checkpoints and models (estimate)"))
+    parts += [
+        Text(),
+        _tasks(plan),
+        Text(f"detects: smallest drop seen at 80% power if {plan['assumed_discordance']:.0%} of the items flip"),
+    ]
+    return Group(*parts)
+
+
+def _arm(arm: Mapping[str, Any]) -> RenderableType:
+    text = Text.assemble("\n", (arm["name"], "bold cyan"), f" (twin: {arm['twin']})" if arm["twin"] else "")
+    lines = [f"lr {arm['learning_rate']:g}; {arm['tokens_per_step']:,} tokens a step, {arm['tokens']:,} in all"]
+    if arm["switch_step"] is None:
+        lines.insert(0, f"steps 1-{arm['steps']} BF16, the first {arm['warmup_steps']} in the shared trunk")
+    else:
+        lines.insert(0, f"steps 1-{arm['switch_step']} BF16, switch, steps {arm['switch_step'] + 1}-{arm['steps']} QAT")
+        lines += arm["roles"]
+        lines.append(arm["coverage"] or "coverage unknown")
+    if arm["memory_bytes"]:
+        sizes = ", ".join(f"{phase} {_gib(size)}" for phase, size in arm["memory_bytes"].items())
+        lines.append(f"memory, about: {sizes} (estimate)")
+    return text.append("\n  " + "\n  ".join(lines))
+
+
+def _tasks(plan: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for column in ("task", "shots", "metric", "items", "budget pp", "detects pp", "source"):
+        table.add_column(column, justify="left" if column in ("task", "metric", "source") else "right")
+    for task in plan["tasks"]:
+        unknown = task["missing"] is not None
+        table.add_row(
+            escape(task["name"]),
+            str(task["num_fewshot"]),
+            "?" if unknown else task["metric"],
+            f"{task['num_items']:,}" if task["num_items"] else "?",
+            f"{task['budget_pp']:g}",
+            f"{task['detectable_drop_pp']:.2f}" if task["detectable_drop_pp"] else "?",
+            "missing" if unknown else escape(task["source"]),
+        )
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,144 @@
+"""Comparisons as tables: on the terminal, and as plain text in a file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
+
+
+def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
+    """One arm against its twin, as `Pair.to_dict` gives it: scores and verdict, the evidence, and what else is known."""
+    tasks, arm, twin = pair["comparison"]["tasks"], escape(pair["arm"]), escape(pair["twin"])
+    quantized = any(task["arm_off"] is not None for task in tasks)
+    off = ("off",) if quantized else ()
+    scores = _table(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
+    evidence = _table("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
+    for task in tasks:
+        scores.add_row(*_score_cells(task, quantized))
+        evidence.add_row(*_evidence_cells(task))
+    return Group(scores, Text(), evidence, Text(), *_footer(pair))
+
+
+def comparison_text(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """The same as plain text of 110 columns, for a file."""
+    console = Console(file=io.StringIO(), width=110, no_color=True)
+    for pair in pairs:
+        console.print(comparison_table(pair))
+        console.print()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def score_table(scored: Mapping[str, Any]) -> RenderableType:
+    """One model's scores: accuracy and its standard error."""
+    table = _table(escape(scored["model"]), "task", "shots", "metric", "items", "accuracy")
+    for task in scored["tasks"]:
+        stderr = "" if task["stderr"] is None else f" ± {100 * task['stderr']:.2f}"
+        table.add_row(
+            escape(task["name"]),
+            str(task["num_fewshot"]),
+            task["metric"],
+            f"{task['num_items']:,}",
+            f"{100 * task['accuracy']:.2f}{stderr}",
+        )
+    notes: list[RenderableType] = [
+        Text(
+            f"{task['name']}: {task['num_truncated']:,} prompts did not fit the context and lost their beginning",
+            style="yellow",
+        )
+        for task in scored["tasks"]
+        if task["num_truncated"]
+    ]
+    return Group(table, *notes)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("task", "metric", "verdict") else "right", no_wrap=True)
+    return table
+
+
+def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[RenderableType]:
+    low, high = task["ci95_pp"]
+    return [
+        escape(task["task"]),
+        _percent(task["start"]),
+        _percent(task["twin"]),
+        _percent(task["arm"]),
+        *([_percent(task["arm_off"])] if quantized else []),
+        f"{task['drop_pp']:+.2f}",
+        f"{low:+.2f} .. {high:+.2f}",
+        Text(task["verdict"], style=VERDICT_STYLES[task["verdict"]]),
+    ]
+
+
+def _evidence_cells(task: Mapping[str, Any]) -> list[RenderableType]:
+    relative, settle = task["drop_relative_percent"], task["items_to_settle"]
+    return [
+        escape(task["task"]),
+        f"{task['num_items']:,}",
+        "-" if relative is None else f"{relative:+.2f}%",
+        f"{task['mcnemar_p']:.2g}",
+        f"{task['flips_to_wrong']}↓ {task['flips_to_right']}↑",
+        f"{task['mean_abs_delta_loglikelihood']:.3f}",
+        f"{task['detectable_drop_pp']:.2f}",
+        f"{task['budget_pp']:g}",
+        "-" if settle is None else f"~{settle:,}",
+    ]
+
+
+def _footer(pair: Mapping[str, Any]) -> list[RenderableType]:
+    comparison = pair["comparison"]
+    verdict = comparison["verdict"]
+    lines: list[RenderableType] = [
+        Text.assemble(
+            "verdict: ",
+            (verdict, f"bold {VERDICT_STYLES[verdict]}"),
+            f" -- conditional on {comparison['conditional_on']}",
+        )
+    ]
+    scored = ", ".join(f"{task['task']} {task['num_fewshot']}-shot {task['metric']}" for task in comparison["tasks"])
+    lines.append(Text(f"scored: {scored}"))
+    if pair["perplexity"]:
+        names = {"start": "start", "twin": pair["twin"], "arm": pair["arm"], "arm_off": f"{pair['arm']} quantizers off"}
+        values = ", ".join(f"{names[key]} {value:.3f}" for key, value in pair["perplexity"].items())
+        lines.append(Text(f"held-out perplexity: {values}"))
+    if pair["loss_ape_percent"]:
+        names = {"all_steps": "all steps", "after_switch": "after the switch"}
+        values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair["loss_ape_percent"].items())
+        lines.append(Text(f"training loss APE: {values}"))
+    if pair["cost"]:
+        cost = pair["cost"]
+        lines.append(
+            Text("training: " + ", ".join(_cost(pair[who], cost[who]) for who in ("twin", "arm") if who in cost))
+        )
+    if pair["sizes"]:
+        sizes = ", ".join(f"{key.removesuffix('_bytes')} {size / 2**20:.1f} MiB" for key, size in pair["sizes"].items())
+        lines.append(Text(f"{pair['coverage']}; weights on disk: {sizes}"))
+    if pair["mismatches"]:
+        lines.append(Text("compared anyway, although: " + "; ".join(pair["mismatches"]), style="yellow"))
+    return lines
+
+
+def _cost(name: str, cost: Mapping[str, float]) -> str:
+    return f"{name} {cost['seconds']:.0f} s and {cost['peak_memory_bytes'] / 2**30:.2f} GiB at most"
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.2f}"

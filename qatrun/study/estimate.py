@@ -1,0 +1,45 @@
+"""What a run will need, estimated from shapes alone: tokens, memory, disk. Estimates, and called so wherever shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qatrun.recipe import Arm
+
+BYTES = {"float32": 4, "bfloat16": 2}
+ADAMW_MOMENTS = 2
+
+
+def memory_bytes(arm: Arm, num_parameters: int, quantized_weights: int, config: Any) -> dict[str, int]:
+    """Peak memory by phase.
+
+    Parameters, gradients and AdamW's moments are exact. Activations take 34 bytes a token, layer and hidden unit in 16
+    bits without the attention matrix (Korthikanti et al., arXiv:2205.05198, section 4.1; SDPA keeps no matrix), 2 with
+    gradient checkpointing and one layer in full; logits are held in the compute dtype and twice in float32.
+    """
+    parameter, compute = BYTES[arm.model.param_dtype], BYTES[arm.model.compute_dtype]
+    states = num_parameters * parameter * (2 + ADAMW_MOMENTS)
+    casts = num_parameters * compute if compute != parameter else 0
+    tokens = arm.train.micro_batch_size * arm.data.seq_len
+    layer = 34 * tokens * config.hidden_size * compute // 2
+    layers = config.num_hidden_layers
+    kept = 2 * tokens * config.hidden_size * layers + layer if arm.train.gradient_checkpointing else layer * layers
+    logits = tokens * config.vocab_size * (compute + 8)
+    bf16 = states + casts + kept + logits
+    # Quantized weights and inputs are kept on their grid for the backward, with one byte a value for the STE's mask.
+    qat = bf16 + quantized_weights * (compute + 1) + kept // 4
+    return {"bf16 training": bf16, "qat training": qat, "scoring": num_parameters * compute}
+
+
+def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> int:
+    """Checkpoints kept by trunk and arms, and the model folders they end in."""
+    first = next(iter(arms.values()))
+    checkpoint = num_parameters * BYTES[first.model.param_dtype] * (1 + ADAMW_MOMENTS)
+    kept = checkpoint * first.train.keep_last * (len(arms) + (1 if first.warmup.steps else 0))
+    plain = sum(num_parameters * BYTES[arm.model.compute_dtype] for arm in arms.values())
+    codes = sum(
+        num_parameters * BYTES[arms[name].model.compute_dtype] - count * (BYTES[arms[name].model.compute_dtype] - 1)
+        for name, count in quantized_weights.items()
+    )
+    return kept + plain + codes

@@ -1,0 +1,97 @@
+"""Where everything of a study lies on disk.
+
+runs/<study>/
+  recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt
+  start/               scores of the model before training
+  trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
+  <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
+    quantized/         the quantized model that is scored (arms with qat)
+    eval/              its scores; eval-quantizers-off/ those of the plain folder
+    checkpoints/  metrics.jsonl  result.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qatrun import artifact
+from qatrun.evaluate.scores import SUMMARY_FILE, replace_file
+
+EVAL, EVAL_OFF = "eval", "eval-quantizers-off"
+
+
+@dataclass(frozen=True)
+class ArmFolder:
+    """One arm's folder, or the start model's."""
+
+    path: Path
+
+    @property
+    def quantized(self) -> Path:
+        return self.path / artifact.FOLDER
+
+    @property
+    def eval(self) -> Path:
+        """Its scores; the folder itself where it is one that `qatrun eval --output` wrote."""
+        return self.path if (self.path / SUMMARY_FILE).is_file() else self.path / EVAL
+
+    @property
+    def eval_off(self) -> Path:
+        return self.path / EVAL_OFF
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def comparison(self) -> Path:
+        return self.path / "comparison.json"
+
+    @property
+    def start(self) -> ArmFolder:
+        return ArmFolder(self.path / "start")
+
+    def arm(self, name: str) -> ArmFolder:
+        return ArmFolder(self.path / name)
+
+
+def newest_study(output_dir: Path) -> StudyFolder | None:
+    """The study whose recipe was written last."""
+    recipes = sorted(output_dir.glob("*/recipe.yaml"), key=lambda file: file.stat().st_mtime)
+    return StudyFolder(recipes[-1].parent) if recipes else None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

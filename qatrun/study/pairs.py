@@ -1,0 +1,166 @@
+"""An arm beside its twin: whether they may be compared, and everything the comparison says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qatrun.errors import InputError, MismatchError, Problem
+from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
+from qatrun.evaluate.scores import Scores
+from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
+from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
+from qatrun.train import read_metrics
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm and its BF16 twin, compared.
+
+    Attributes:
+        loss_ape_percent: mean |loss of the arm - loss of the twin| / loss of the twin, in percent, over "all_steps" and
+            "after_switch"; empty where training records are missing.
+        perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
+        cost: "twin" and "arm": seconds of training and peak memory.
+        mismatches: in what the two differ besides quantization; only with `anyway`.
+    """
+
+    arm: str
+    twin: str
+    comparison: Comparison
+    loss_ape_percent: Mapping[str, float]
+    perplexity: Mapping[str, float]
+    cost: Mapping[str, Mapping[str, float]]
+    sizes: Mapping[str, int]
+    coverage: str | None
+    mismatches: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in comparison.json."""
+        return {**vars(self), "comparison": json.loads(self.comparison.to_json())}
+
+
+def compare_arms(
+    twin: ArmFolder, arm: ArmFolder, start: ArmFolder | None, budgets: Mapping[str, float], *, anyway: bool = False
+) -> Pair:
+    """Compare two scored folders.
+
+    Args:
+        start: the model before training, where its scores are known.
+        budgets: task -> largest acceptable drop, percentage points.
+        anyway: compare although they differ in more than quantization; the differences are kept in the result.
+    Raises:
+        InputError: no scores there.
+        MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
+    """
+    scores = {"twin": Scores.load(twin.eval), "arm": Scores.load(arm.eval)}
+    arm_off = Scores.load(arm.eval_off) if arm.eval_off.is_dir() else None
+    start_scores = Scores.load(start.eval) if start is not None and start.eval.is_dir() else None
+    records = {"twin": _record(twin), "arm": _record(arm)}
+    problems = setting_mismatches(scores["twin"], scores["arm"]) + _training_mismatches(records["twin"], records["arm"])
+    if problems and not anyway:
+        raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
+    unknown = [task for task in scores["twin"].tasks if task not in budgets]
+    if unknown:
+        raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
+    perplexity = {
+        "start": _perplexity(_record(start), "on") if start is not None else None,
+        "twin": _perplexity(records["twin"], "on"),
+        "arm": _perplexity(records["arm"], "on"),
+        "arm_off": _perplexity(records["arm"], "off"),
+    }
+    return Pair(
+        arm=arm.path.name,
+        twin=twin.path.name,
+        comparison=compare(start_scores, scores["twin"], scores["arm"], arm_off, budgets),
+        loss_ape_percent=_loss_ape(twin, arm),
+        perplexity={key: value for key, value in perplexity.items() if value is not None},
+        cost={key: record["cost"] for key, record in records.items() if record is not None},
+        sizes=records["arm"]["sizes"] if records["arm"] else {},
+        coverage=records["arm"]["coverage"] if records["arm"] else None,
+        mismatches=[str(problem) for problem in problems],
+    )
+
+
+def _record(folder: ArmFolder) -> dict[str, Any] | None:
+    """What training wrote about an arm; None for a folder that only holds scores."""
+    return read_json(folder.result) if folder.result.is_file() else None
+
+
+def _perplexity(record: Mapping[str, Any] | None, quantizers: str) -> float | None:
+    return record["perplexity"].get(quantizers) if record is not None else None
+
+
+def _training_mismatches(twin: Mapping[str, Any] | None, arm: Mapping[str, Any] | None) -> list[Problem]:
+    if twin is None or arm is None:
+        return [Problem("no training record of both (result.json), so nothing shows that they match")]
+    return [
+        Problem(f"the twin has {twin['match'].get(key)!r}, the arm {arm['match'].get(key)!r}", key)
+        for key in dict.fromkeys((*twin["match"], *arm["match"]))
+        if twin["match"].get(key) != arm["match"].get(key)
+    ]
+
+
+def _loss_ape(twin: ArmFolder, arm: ArmFolder) -> dict[str, float]:
+    if not (twin.metrics.is_file() and arm.metrics.is_file()):
+        return {}
+    of_twin = {row["step"]: row["loss"] for row in read_metrics(twin.metrics)}
+    errors = [
+        (row["phase"], 100 * abs(row["loss"] - of_twin[row["step"]]) / of_twin[row["step"]])
+        for row in read_metrics(arm.metrics)
+        if row["step"] in of_twin
+    ]
+    after = [error for phase, error in errors if phase == "qat"]
+    means = {"all_steps": [error for _, error in errors], "after_switch": after}
+    return {name: sum(values) / len(values) for name, values in means.items() if values}
+
+
+def compare_named(
+    twin: str, arm: str, *, study: str | None, output_dir: Path, budgets: Sequence[str] = (), anyway: bool = False
+) -> tuple[str, Pair]:
+    """Compare two arms of a study (the newest unless named), or two folders with scores.
+
+    Args:
+        budgets: `task=pp` each, over those of the study; tasks of folders outside a study have DEFAULT_BUDGET_PP.
+    Returns:
+        (what was taken, the comparison).
+    """
+    if Path(twin).is_dir() and Path(arm).is_dir() and study is None:
+        of_twin, of_arm = ArmFolder(Path(twin)), ArmFolder(Path(arm))
+        start = _start_beside(of_twin, of_arm)
+        return f"{twin} and {arm}", compare_arms(of_twin, of_arm, start, _budgets(of_twin, budgets), anyway=anyway)
+    found = StudyFolder(output_dir / study) if study else newest_study(output_dir)
+    if found is None or not found.recipe.is_file():
+        raise InputError(f"no study {study!r} in {output_dir}" if study else f"no study in {output_dir} yet")
+    of_twin, of_arm = found.arm(twin), found.arm(arm)
+    scored = sorted(file.parent.name for file in found.path.glob("*/result.json") if (file.parent / EVAL).is_dir())
+    missing = [folder.path.name for folder in (of_twin, of_arm) if not folder.eval.is_dir()]
+    if missing:
+        raise InputError(f"{found.path} has no scores of {', '.join(missing)} (it has {', '.join(scored) or 'none'})")
+    pair = compare_arms(of_twin, of_arm, found.start, _budgets(of_twin, budgets), anyway=anyway)
+    return f"{twin} and {arm} of {found.path}", pair
+
+
+def _start_beside(*folders: ArmFolder) -> ArmFolder | None:
+    """The start model of the study that both folders are arms of."""
+    parents = {folder.path.resolve().parent for folder in folders}
+    start = StudyFolder(parents.pop()).start
+    return start if not parents and start.eval.is_dir() else None
+
+
+def _budgets(folder: ArmFolder, given: Sequence[str]) -> dict[str, float]:
+    recipe_file = folder.path.resolve().parent / "recipe.yaml"
+    if recipe_file.is_file():
+        budgets = dict(load_recipe(recipe_file).budget)
+    else:
+        budgets = dict.fromkeys(Scores.load(folder.eval).tasks, DEFAULT_BUDGET_PP)
+    for text in given:
+        task, _, value = text.partition("=")
+        try:
+            budgets[task] = float(value)
+        except ValueError:
+            raise InputError(f"--budget takes TASK=PP, such as mmlu=0.5 (got '{text}')") from None
+    return budgets

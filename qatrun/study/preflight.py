@@ -1,0 +1,178 @@
+"""All that can be known before a run without loading weights: what `qatrun check` shows and `train` makes sure of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from qatrun.data import open_dataset
+from qatrun.errors import InputError, Problem
+from qatrun.evaluate import paired
+from qatrun.evaluate.tasks import TaskPlan, plan_tasks
+from qatrun.model import architecture, load_tokenizer
+from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
+from qatrun.recipe import Arm, Recipe, ResolvedRole
+from qatrun.study.estimate import disk_bytes, memory_bytes
+
+# Share of items on which two close models disagree, for the power of a comparison that has not been made yet.
+ASSUMED_DISCORDANCE = 0.05
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a recipe would do.
+
+    Attributes:
+        arms: by name, resolved.
+        plans: arm -> what it quantizes; None for a BF16 arm.
+        coverages: arm -> how much that is; BF16 arms are left out.
+        num_parameters: of the recipe's model, tied ones counted once.
+        tasks: what would be scored.
+        problems: what stands in the way; empty where the recipe can run here and now.
+    """
+
+    recipe: Recipe
+    arms: Mapping[str, Arm]
+    plans: Mapping[str, QuantPlan | None]
+    coverages: Mapping[str, Coverage]
+    num_parameters: int
+    config: Any
+    tasks: list[TaskPlan]
+    problems: list[Problem]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a screen."""
+        arms = [self._arm_dict(name, arm) for name, arm in self.arms.items()]
+        quantized = {name: covered.quantized_weights for name, covered in self.coverages.items()}
+        known = self.config is not None
+        return {
+            "name": self.recipe.name,
+            "folder": str(Path(self.recipe.output_dir) / self.recipe.name),
+            "model": self.recipe.model.path,
+            "num_parameters": self.num_parameters if known else None,
+            "arms": arms,
+            "disk_bytes": disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
+            "tasks": [self._task_dict(task) for task in self.tasks],
+            "assumed_discordance": ASSUMED_DISCORDANCE,
+            "problems": [str(problem) for problem in self.problems],
+        }
+
+    def _arm_dict(self, name: str, arm: Arm) -> dict[str, Any]:
+        covered = self.coverages.get(name)
+        memory = None
+        if self.config is not None:
+            memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
+            memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
+        tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
+        return {
+            "name": name,
+            "twin": arm.twin,
+            "steps": arm.train.steps,
+            "warmup_steps": arm.warmup.steps,
+            "switch_step": arm.switch_step,
+            "learning_rate": arm.train.learning_rate,
+            "tokens_per_step": tokens_per_step,
+            "tokens": tokens_per_step * arm.train.steps,
+            "coverage": str(covered) if covered is not None else None,
+            "roles": [_role_text(spec) for spec in arm.qat.roles] if arm.qat is not None else [],
+            "memory_bytes": memory,
+        }
+
+    def _task_dict(self, task: TaskPlan) -> dict[str, Any]:
+        return {
+            "name": task.name,
+            "num_fewshot": task.num_fewshot,
+            "metric": task.metric,
+            "num_items": task.num_items,
+            "source": task.source,
+            "budget_pp": self.recipe.budget[task.name],
+            "detectable_drop_pp": detectable_drop_pp(task.num_items) if task.num_items else None,
+            "missing": task.missing,
+        }
+
+
+def preflight(recipe: Recipe) -> Preflight:
+    """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising."""
+    arms = {name: recipe.resolve_arm(name) for name in recipe.arm_names}
+    problems: list[Problem] = []
+    plans: dict[str, QuantPlan | None] = {}
+    coverages: dict[str, Coverage] = {}
+    models: dict[str, nn.Module | None] = {}
+    for name, arm in arms.items():
+        key = arm.model.model_dump_json()
+        if key not in models:
+            models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
+            _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
+        model, qat = models[key], arm.qat
+        plan = None
+        if model is not None and qat is not None:
+            plan = _collect(partial(make_plan, model, qat), problems, name, recipe)
+        plans[name] = plan
+        if model is not None and plan is not None:
+            coverages[name] = coverage(model, plan)
+    for source, key in _sources(arms):
+        _collect(partial(open_dataset, source, key), problems)
+    data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
+    tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
+    problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
+    first = next((model for model in models.values() if model is not None), None)
+    return Preflight(
+        recipe=recipe,
+        arms=arms,
+        plans=plans,
+        coverages=coverages,
+        num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
+        config=getattr(first, "config", None),
+        tasks=tasks,
+        problems=list(dict.fromkeys(problems)),
+    )
+
+
+def detectable_drop_pp(num_items: int) -> float:
+    """The smallest drop, in percentage points, that so many items would show at 80% power, if two models disagree on
+    ASSUMED_DISCORDANCE of them."""
+    return 100 * paired.detectable_drop(num_items, ASSUMED_DISCORDANCE)
+
+
+def _role_text(spec: ResolvedRole) -> str:
+    scaling = spec.scaling
+    how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
+    return f"{spec.role} {spec.format} {spec.granularity}, amax to {spec.target_amax:g}, {how}"
+
+
+def _sources(arms: Mapping[str, Arm]) -> list[tuple[Any, str]]:
+    """Every distinct data source with its key."""
+    found: dict[tuple[str, str], Any] = {}
+    for arm in arms.values():
+        found[arm.data.train.model_dump_json(), "data.train"] = arm.data.train
+        if arm.data.valid is not None:
+            found[arm.data.valid.model_dump_json(), "data.valid"] = arm.data.valid
+    return [(source, key) for (_, key), source in found.items()]
+
+
+def _collect(
+    make: Callable[[], T], problems: list[Problem], arm: str | None = None, recipe: Recipe | None = None
+) -> T | None:
+    """The value, or None and its problems, each named by the key where the arm sets it."""
+    try:
+        return make()
+    except InputError as error:
+        problems += [_named(problem, arm, recipe) for problem in error.problems]
+        return None
+
+
+def _named(problem: Problem, arm: str | None, recipe: Recipe | None) -> Problem:
+    if arm is None or recipe is None:
+        return problem
+    overrides: Any = recipe.arms[arm]
+    for part in problem.key.split("."):
+        if not isinstance(overrides, Mapping) or part not in overrides:
+            return problem
+        overrides = overrides[part]
+    return Problem(problem.message, f"arms.{arm}.{problem.key}", problem.where)

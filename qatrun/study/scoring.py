@@ -1,0 +1,84 @@
+"""`qatrun eval`: score any checkpoint as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from qatrun import artifact
+from qatrun.errors import InputError
+from qatrun.evaluate.harness import score
+from qatrun.evaluate.tasks import check_available
+from qatrun.model import load_model, load_tokenizer
+from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
+
+# The tasks and few-shot counts of the published study (arXiv:2605.26189).
+DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}
+
+
+class ScoringDisplay(Protocol):
+    """Who is told how scoring goes."""
+
+    def begin_scoring(self, what: str) -> None: ...
+
+    def on_scored(self, task: str, done: int, total: int) -> None: ...
+
+
+def eval_config(
+    path: str,
+    *,
+    tasks: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    data_dir: str | None,
+    batch_size: int | None,
+) -> EvalConfig:
+    """What to score: a study's own settings for one of its arms, else the defaults, with what was asked for on top."""
+    recipe_file = Path(path).resolve().parent / "recipe.yaml"
+    if artifact.find(Path(path)) == Path(path):  # the quantized folder inside an arm's
+        recipe_file = Path(path).resolve().parent.parent / "recipe.yaml"
+    base = load_recipe(recipe_file).eval if recipe_file.is_file() else EvalConfig(tasks=DEFAULT_TASKS)
+    known = {**DEFAULT_TASKS, **base.tasks}
+    names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else list(base.tasks)
+    if not names:
+        raise InputError("--tasks names no task")
+    wanted = {name: known.get(name, 0) if num_fewshot is None else num_fewshot for name in names}
+    given = {"limit": limit, "data_dir": data_dir, "batch_size": batch_size}
+    return base.model_copy(update={"tasks": wanted} | {key: value for key, value in given.items() if value is not None})
+
+
+def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None) -> dict[str, Any]:
+    """Score a checkpoint; plain data. One of ours runs with quantizers on, a plain model in its config's dtype.
+
+    Raises:
+        InputError: no model there, or a task that cannot be scored.
+    """
+    problems = check_available(config.tasks, data_dir=Path(config.data_dir) if config.data_dir else None)
+    if problems:
+        raise InputError(problems)
+    quantized = artifact.find(Path(path))
+    if quantized is not None:
+        model, tokenizer = artifact.load(quantized)
+        what = f"{quantized} (quantizers on, scales frozen)"
+    else:
+        source = ModelConfig(path=path)
+        model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
+        what = f"{path} (plain model, {str(model.dtype).removeprefix('torch.')})"
+    display.begin_scoring(Path(path).name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = score(model.to(device), tokenizer, config, output_dir=output, on_progress=display.on_scored)
+    tasks = [
+        {
+            "name": name,
+            "metric": task.metric,
+            "num_fewshot": task.num_fewshot,
+            "num_items": task.num_items,
+            "accuracy": task.accuracy,
+            "stderr": task.stderr if task.num_items > 1 else None,
+            "num_truncated": task.num_truncated,
+        }
+        for name, task in scores.tasks.items()
+    ]
+    return {"model": what, "settings": dict(scores.settings), "tasks": tasks, "output": str(output) if output else None}

@@ -1,0 +1,105 @@
+"""Arms to segments: which stretches of training a study needs, each trained once.
+
+Arms whose model, data and schedule are equal share a trunk, the BF16 phase up to `warmup.steps`. The trunk records the
+amax history of everything that any of its arms will quantize, over the longest window, so every arm starts with a full one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qatrun.formats import Role
+from qatrun.quant import QuantPlan
+from qatrun.recipe import Arm, ResolvedRole
+from qatrun.train import Segment
+
+TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
+
+
+@dataclass(frozen=True)
+class ArmSegments:
+    """How an arm comes about: its trunk, None where it starts from the pretrained model, and its own stretch."""
+
+    trunk: Segment | None
+    own: Segment
+
+
+def plan_segments(arms: Mapping[str, Arm], plans: Mapping[str, QuantPlan | None], folder: Path) -> list[ArmSegments]:
+    """The segments of each arm, in the order of the arms; arms that share a trunk hold the same one."""
+    keys = _trunk_keys(arms)
+    trunks = {
+        key: _trunk_segment(key, [arms[name] for name in arms if keys[name] == key], plans, folder)
+        for key in dict.fromkeys(keys.values())
+    }
+    return [
+        ArmSegments(trunks[keys[name]], _arm_segment(arm, plans[name], trunks[keys[name]], folder))
+        for name, arm in arms.items()
+    ]
+
+
+def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
+    """A plan under which quantizers see everything that these plans quantize, over the longest window of each role."""
+    if not plans:
+        return None
+    linears = tuple(dict.fromkeys(name for plan in plans for name in plan.linears))
+    groups = {name: group for plan in plans for name, group in plan.input_group.items()}
+    roles: dict[Role, ResolvedRole] = {}
+    for plan in plans:
+        for role, spec in plan.roles.items():
+            widest = roles.get(role, spec)
+            window = max(widest.scaling.window, spec.scaling.window)
+            roles[role] = replace(widest, scaling=widest.scaling.model_copy(update={"window": window}))
+    return QuantPlan(linears, groups, roles)
+
+
+def _trunk_keys(arms: Mapping[str, Arm]) -> dict[str, str]:
+    """Arm -> hash of what its trunk depends on, the unit of the amax history included, which a BF16 arm leaves open."""
+    shared = {name: _digest(arm.model_dump(mode="json", include=TRAINED_SECTIONS)) for name, arm in arms.items()}
+    units: dict[str, str] = {}
+    for name, arm in arms.items():
+        if arm.qat is not None:
+            units.setdefault(shared[name], arm.qat.scaling.unit)
+    return {
+        name: _digest([shared[name], arm.qat.scaling.unit if arm.qat is not None else units.get(shared[name])])
+        for name, arm in arms.items()
+    }
+
+
+def _trunk_segment(key: str, arms: list[Arm], plans: Mapping[str, QuantPlan | None], folder: Path) -> Segment | None:
+    if not arms[0].warmup.steps:
+        return None
+    wanted = [plan for arm in arms if (plan := plans[arm.name]) is not None]
+    plan = observation_plan(wanted)
+    return Segment(
+        name="trunk",
+        arm=arms[0],
+        folder=folder / f"trunk-{key[:8]}",
+        plan=plan,
+        quantizes=False,
+        last_step=arms[0].warmup.steps,
+        switch_step=arms[0].warmup.steps,
+        trunk=None,
+        identity=_digest([key, plan.to_dict() if plan else None]),
+    )
+
+
+def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder: Path) -> Segment:
+    return Segment(
+        name=arm.name,
+        arm=arm,
+        folder=folder / arm.name,
+        plan=plan,
+        quantizes=plan is not None,
+        last_step=arm.train.steps,
+        switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
+        trunk=trunk.folder if trunk else None,
+        identity=_digest(arm.model_dump(mode="json", include={*TRAINED_SECTIONS, "qat"})),
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
