@@ -65,9 +65,9 @@ def _table(title: str, *columns: str) -> Table:
         title=title or None,
         title_justify="left",
         title_style="bold",
-        box=SIMPLE_HEAD,
+        box=None,
         padding=(0, 1, 0, 0),
-        pad_edge=False,
+        header_style="dim",
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("task", "metric", "verdict") else "right", no_wrap=True)
