@@ -204,13 +204,18 @@ def test_set_reads_values_as_yaml() -> None:
 
 def test_arms_are_laid_over_the_recipe() -> None:
     recipe = _recipe(
-        qat={"scaling": {"window": 8}, "weight": {"target_amax": 7}},
+        qat={
+            "scaling": {"window": 8, "algorithm": "most_recent"},
+            "weight": {"target_amax": 7, "scaling": {"window": 4}},
+        },
         arms={"bf16": {"qat": None}, "late": {"qat": {"start_step": 700, "weight": {"format": "int8"}}}, "plain": None},
     )
     late, plain = recipe.resolve_arm("late"), recipe.resolve_arm("plain")
     assert late.qat is not None
-    assert late.qat.weight == RoleConfig(format="int8", target_amax=7)
-    assert late.qat.scaling.window == 8
+    weight = late.qat.role("weight")
+    assert (weight.format, weight.target_amax) == ("int8", 7.0)
+    assert weight.scaling == ScalingConfig(window=4, algorithm="most_recent")
+    assert late.qat.role("input").scaling.window == 8
     assert (late.switch_step, plain.switch_step, recipe.resolve_arm("bf16").switch_step) == (700, 500, None)
     assert plain.qat == recipe.qat
 
@@ -270,7 +275,7 @@ def test_scales_finer_than_a_tensor_are_dynamic() -> None:
     [
         [],
         ["qat=null", "arms={bf16: {}}"],
-        ["qat.weight={granularity: per_channel}", "qat.input.scaling.window=3"],
+        ["qat.weight={granularity: per_channel}", "qat.scaling.algorithm=most_recent", "qat.input.scaling.window=3"],
         ["qat.targets=['re:.*mlp\\..*', \"it's\"]", "train.learning_rate=1e-5"],
         ["data.train.messages_column=m"],
         ["arms.chat.data.train.messages_column=m", "arms.chat.qat.scaling.algorithm=most_recent"],

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qatrun.errors import RecipeError
-from qatrun.recipe import load_recipe, parse_recipe
+from qatrun.errors import Problem, RecipeError
+from qatrun.recipe import load_recipe, locate, parse_recipe
 
 RECIPE = """\
 name: study
@@ -257,7 +257,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "(did you mean 'per_tensor'?)",
         "r.yaml:11: name -- duplicate key (first on line 1)",
     ]),
-    "a broken rule with a wrong key is left out": ("  steps: 1000", "  steps: -5\n  lr_warmup_steps: 700", [
+    "a broken rule with a wrong key is left out": ("  steps: 1000", "  steps: -5\n  lr_warmup_steps: 1200", [
         "r.yaml:5: train.steps -- must be at least 1 (got -5)",
     ]),
 }  # fmt: skip
@@ -388,4 +388,20 @@ def test_a_mapping_made_in_python_has_no_line() -> None:
     assert str(caught.value).splitlines() == [
         "train.steps -- must be at least 1 (got 0)",
         "eval -- required, but missing",
+    ]
+
+
+def test_problems_found_later_get_the_line_of_their_key() -> None:
+    Path("r.yaml").write_text(RECIPE, encoding="utf-8")
+    found = [
+        Problem("set", "train.seed"),
+        Problem("absent", "qat.targets"),
+        Problem("written", "data.train.path"),
+        Problem("has no key"),
+    ]
+    assert [str(problem) for problem in locate(found, "r.yaml", ["train.seed=3"])] == [
+        "has no key",
+        "r.yaml:3: data.train.path -- written",
+        "r.yaml:6: qat.targets -- absent",
+        "--set train.seed=3: train.seed -- set",
     ]

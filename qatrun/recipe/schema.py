@@ -224,7 +224,7 @@ class Recipe(Section):
         Raises:
             KeyError: the recipe has no such arm.
         """
-        shared = self.model_dump(exclude_unset=True, include={*ARM_SECTIONS, "eval"})
+        shared = self.model_dump(include={*ARM_SECTIONS, "eval"})
         merged = deep_merge(shared, self.arms[name])
         return Arm.model_validate(merged | {"name": name, "twin": self._twin(name)})
 
