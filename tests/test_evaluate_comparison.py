@@ -65,7 +65,7 @@ def test_every_number_of_a_task() -> None:
     ("num_lost", "budget", "verdict"),
     [
         (0, 1.0, "within"),
-        (20, 1.0, "inconclusive"),
+        (15, 1.0, "inconclusive"),
         (60, 1.0, "exceeds"),
         (60, 5.0, "within"),
         (0, 0.1, "inconclusive"),

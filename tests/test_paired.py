@@ -153,7 +153,7 @@ def test_verdict_needs_the_whole_interval_on_one_side(interval: tuple[float, flo
     assert judge(interval, budget=0.010) == verdict
 
 
-@pytest.mark.parametrize(("to_wrong", "to_right", "settled"), [(30, 24, "within"), (60, 20, "exceeds")])
+@pytest.mark.parametrize(("to_wrong", "to_right", "settled"), [(60, 52, "within"), (60, 20, "exceeds")])
 def test_items_to_settle_do_settle_it(to_wrong: int, to_right: int, settled: str) -> None:
     flips, budget = Flips(to_wrong, to_right, 2000), 0.0125
     interval = drop_interval(flips)
