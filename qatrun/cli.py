@@ -21,7 +21,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# In a log or a pipe one line stays one line.
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(highlight=False, soft_wrap=not sys.stderr.isatty(), stderr=True)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
@@ -43,17 +45,15 @@ def train(
     """Train every arm of a recipe, score them and compare them."""
     loaded = _load_recipe(recipe, set_)
     _quiet_libraries()
-    from qatrun.report import TerminalDisplay, comparison_table, comparison_text
+    from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.study import run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
-    pairs = [pair.to_dict() for pair in result.pairs]
-    (result.folder / "comparison.txt").write_text(comparison_text(pairs), encoding="utf-8")
-    for pair in pairs:
+    for pair in result.pairs:
         out.print()
-        out.print(comparison_table(pair))
-    out.print(f"\nall of it: {result.folder}")
+        out.print(comparison_table(pair.to_dict()))
+    out.out(f"\nall of it: {result.folder}")
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
 
@@ -135,13 +135,15 @@ def compare(
     from qatrun.report import comparison_table
     from qatrun.study import compare_named, comparison_csv
 
+    if json_ and csv:
+        raise InputError("--json and --csv exclude each other")
     took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
     if json_:
         out.print_json(data=pair.to_dict())
     elif csv:
         sys.stdout.write(comparison_csv([pair]))
     else:
-        out.print(f"comparing {took}")
+        out.out(f"comparing {took}")
         out.print(comparison_table(pair.to_dict()))
     _exit_by_verdict(pair.comparison.verdict, strict)
 
@@ -152,7 +154,7 @@ def recipes() -> None:
     from qatrun.recipe import shipped_recipes
 
     for recipe in shipped_recipes():
-        out.print(f"{recipe.name:<20} {recipe.purpose}", markup=False)
+        out.out(f"{recipe.name:<20} {recipe.purpose}")
 
 
 @app.command()
@@ -163,11 +165,12 @@ def init(
     """Write a commented recipe for a model, to be edited."""
     from qatrun.recipe import template
 
-    file = output or Path(f"{Path(model).name}.yaml")
+    file = output or Path(f"{Path(model).resolve().name}.yaml")
     if file.exists():
         raise InputError(f"{file} exists already; give another --output")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(template(model), encoding="utf-8")
-    out.print(f"wrote {file}; next: qatrun check {file}", markup=False)
+    out.out(f"wrote {file}; next: qatrun check {file}")
 
 
 def main() -> None:
@@ -175,8 +178,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except QatrunError as error:
-        err.print(str(error), markup=False, soft_wrap=True)
+        err.out(str(error))
         raise SystemExit(error.exit_code) from None
+    except OSError as error:  # a full disk, a missing permission, a file where a folder should be
+        err.out(str(error))
+        raise SystemExit(QatrunError.exit_code) from None
 
 
 def _load_recipe(recipe: str, overrides: list[str] | None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,44 @@ def shared() -> Path:
     if not (folder / "models" / "gut3m").is_dir():
         pytest.skip(f"needs real models and data; none at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `tiny_world` with two finished studies, to look at only: `tiny` (bf16, hif8), then `ruined` (bf16, ruined)."""
+    from tiny_world import RUINED_ARM, run_qatrun, write_world
+
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    for arguments in ((), ("--set", "name=ruined", "--set", RUINED_ARM)):
+        ran = run_qatrun("train", "tiny.yaml", *arguments, cwd=folder)
+        assert ran.code == 0, ran.err
+        (folder / f"{ran.out.splitlines()[-1].split('/')[-1]}.log").write_text(ran.out, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def world(trained_world: Path, tmp_path: Path) -> Path:
+    """A copy of `trained_world` that a test may change."""
+    folder = tmp_path / "world"
+    shutil.copytree(trained_world, folder)
+    return folder
+
+
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own for `datasets`, which else keeps every file of every test in the user's."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that more threads only slow them down."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

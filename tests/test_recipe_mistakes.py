@@ -181,6 +181,9 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:7: qat.grad_output.granularity -- per_token makes no sense for grad_output "
         "(did you mean 'per_tensor'?)",
     ]),
+    "a role with a unit of its own": ("  format: hif8", "  weight: {scaling: {unit: microbatch}}", [
+        "r.yaml:7: qat.weight.scaling.unit -- one unit for all roles: set qat.scaling.unit (here optimizer_step)",
+    ]),
     "delayed per-token scales": ("  format: hif8", "  input: {granularity: per_token, scaling: {type: delayed}}", [
         "r.yaml:7: qat.input.scaling.type -- delayed scaling keeps one scale per tensor; "
         "per_token takes only 'dynamic'",

@@ -15,7 +15,9 @@ def locate(problems: Iterable[Problem], path_or_name: str, overrides: Sequence[s
         path_or_name, overrides: as given to `load_recipe`, which accepted them.
     """
     document = read_document(path_or_name, overrides)
-    placed = [(document.place(tuple(problem.key.split("."))), problem) for problem in problems]
+    # Names of tasks and arms may hold dots themselves, so a key that is there is looked up whole.
+    paths = {".".join(map(str, path)): path for path in document.places}
+    placed = [(document.place(paths.get(problem.key, tuple(problem.key.split(".")))), problem) for problem in problems]
     ordered = sorted(placed, key=lambda pair: pair[0].order)
     return [
         Problem(problem.message, problem.key, problem.where or place.where if problem.key else problem.where)

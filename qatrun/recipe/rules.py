@@ -83,6 +83,9 @@ def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
     for role in qat.roles:
         yield from _granularity_findings(role)
         yield from _format_findings(role)
+        if role.scaling.unit != qat.scaling.unit:
+            message = f"one unit for all roles: set qat.scaling.unit (here {qat.scaling.unit})"
+            yield _finding(message, f"qat.{role.role}.scaling.unit")
 
 
 _NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from qatrun.report.sizes import readable_size
 
 
 def dry_run(plan: Mapping[str, Any]) -> RenderableType:
@@ -19,7 +20,7 @@ def dry_run(plan: Mapping[str, Any]) -> RenderableType:
     ]
     parts += [_arm(arm) for arm in plan["arms"]]
     if plan["disk_bytes"] is not None:
-        parts.append(Text(f"disk: about {_gib(plan['disk_bytes'])} for checkpoints and models (estimate)"))
+        parts.append(Text(f"disk: about {readable_size(plan['disk_bytes'])} for checkpoints and models (estimate)"))
     parts += [
         Text(),
         _tasks(plan),
@@ -38,7 +39,7 @@ def _arm(arm: Mapping[str, Any]) -> RenderableType:
         lines += arm["roles"]
         lines.append(arm["coverage"] or "coverage unknown")
     if arm["memory_bytes"]:
-        sizes = ", ".join(f"{phase} {_gib(size)}" for phase, size in arm["memory_bytes"].items())
+        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in arm["memory_bytes"].items())
         lines.append(f"memory, about: {sizes} (estimate)")
     return text.append("\n  " + "\n  ".join(lines))
 
@@ -50,16 +51,12 @@ def _tasks(plan: Mapping[str, Any]) -> Table:
     for task in plan["tasks"]:
         unknown = task["missing"] is not None
         table.add_row(
-            escape(task["name"]),
+            Text(task["name"]),
             str(task["num_fewshot"]),
-            "?" if unknown else task["metric"],
+            Text("?" if unknown else task["metric"]),
             f"{task['num_items']:,}" if task["num_items"] else "?",
             f"{task['budget_pp']:g}",
             f"{task['detectable_drop_pp']:.2f}" if task["detectable_drop_pp"] else "?",
-            "missing" if unknown else escape(task["source"]),
+            Text("missing" if unknown else task["source"]),
         )
     return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -5,12 +5,11 @@ Where the output is no terminal (a log file, CI) the same is printed as plain li
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,8 +19,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 LINES_PER_SEGMENT = 10
+
+
+class _TwoLines(Progress):
+    """The detail below the bar: side by side they do not fit 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['detail']}", no_wrap=True, overflow="ellipsis", style="dim")
 
 
 class TerminalDisplay:
@@ -30,22 +40,20 @@ class TerminalDisplay:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("[bold]{task.description:<22}"),
-            BarColumn(bar_width=24),
+        one_line = Column(no_wrap=True, overflow="ellipsis", max_width=30)
+        self._progress = _TwoLines(
+            TextColumn("{task.description}", style="bold", markup=False, table_column=one_line),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
             console=console,
             transient=True,
         )
         self._task: TaskID | None = None
         self._what = ""
         self._steps_per_line = 1
-        self._scored: dict[str, tuple[int, int]] = {}
-        self._began = time.perf_counter()
 
     def __enter__(self) -> TerminalDisplay:
         if self.live:
@@ -69,27 +77,25 @@ class TerminalDisplay:
         )
         self._advance(row["step"], detail)
         if not self.live and row["step"] % self._steps_per_line == 0:
-            self.console.print(f"{self._what} step {row['step']}: {detail}", highlight=False)
+            self.note(f"{self._what} step {row['step']}: {detail}")
 
     def begin_scoring(self, what: str) -> None:
         self._begin(f"scoring {what}", None, 0)
-        self._scored = {}
 
     def on_scored(self, task: str, done: int, total: int) -> None:
-        self._scored[task] = (done, total)
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total, detail=task)
 
     def on_warning(self, text: str) -> None:
-        self.note(f"[yellow]warning:[/yellow] {text}")
+        self.console.print(Text.assemble(("warning: ", "yellow"), text))
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(Text(text))
 
     def _begin(self, what: str, total: int | None, completed: int) -> None:
         self._what = what
         if not self.live:
-            self.console.print(what, highlight=False)
+            self.note(what)
             return
         if self._task is not None:
             self._progress.remove_task(self._task)

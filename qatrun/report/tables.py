@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qatrun.report.sizes import readable_size
+
 VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
+LEFT_ALIGNED = {"task", "metric", "verdict"}
+NEVER_WRAPPED = {"start", "off", "drop pp", "95% interval", "verdict"}
 
 
 def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
     """One arm against its twin, as `Pair.to_dict` gives it: scores and verdict, the evidence, and what else is known."""
-    tasks, arm, twin = pair["comparison"]["tasks"], escape(pair["arm"]), escape(pair["twin"])
+    tasks, arm, twin = pair["comparison"]["tasks"], pair["arm"], pair["twin"]
     quantized = any(task["arm_off"] is not None for task in tasks)
     off = ("off",) if quantized else ()
     scores = _table(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
@@ -39,13 +42,13 @@ def comparison_text(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 def score_table(scored: Mapping[str, Any]) -> RenderableType:
     """One model's scores: accuracy and its standard error."""
-    table = _table(escape(scored["model"]), "task", "shots", "metric", "items", "accuracy")
+    table = _table(scored["model"], "task", "shots", "metric", "items", "accuracy")
     for task in scored["tasks"]:
         stderr = "" if task["stderr"] is None else f" ± {100 * task['stderr']:.2f}"
         table.add_row(
-            escape(task["name"]),
+            Text(task["name"]),
             str(task["num_fewshot"]),
-            task["metric"],
+            Text(task["metric"]),
             f"{task['num_items']:,}",
             f"{100 * task['accuracy']:.2f}{stderr}",
         )
@@ -61,23 +64,28 @@ def score_table(scored: Mapping[str, Any]) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
+    """A table without lines. Where it is too wide, long names of tasks and arms are folded, numbers never."""
     table = Table(
-        title=title or None,
+        title=Text(title, style="bold") if title else None,
         title_justify="left",
-        title_style="bold",
         box=None,
         padding=(0, 1, 0, 0),
         header_style="dim",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column in ("task", "metric", "verdict") else "right", no_wrap=True)
+        table.add_column(
+            Text(column),
+            justify="left" if column in LEFT_ALIGNED else "right",
+            no_wrap=column in NEVER_WRAPPED,
+            overflow="fold",
+        )
     return table
 
 
 def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[RenderableType]:
     low, high = task["ci95_pp"]
     return [
-        escape(task["task"]),
+        Text(task["task"]),
         _percent(task["start"]),
         _percent(task["twin"]),
         _percent(task["arm"]),
@@ -91,7 +99,7 @@ def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[RenderableTyp
 def _evidence_cells(task: Mapping[str, Any]) -> list[RenderableType]:
     relative, settle = task["drop_relative_percent"], task["items_to_settle"]
     return [
-        escape(task["task"]),
+        Text(task["task"]),
         f"{task['num_items']:,}",
         "-" if relative is None else f"{relative:+.2f}%",
         f"{task['mcnemar_p']:.2g}",
@@ -129,7 +137,7 @@ def _footer(pair: Mapping[str, Any]) -> list[RenderableType]:
             Text("training: " + ", ".join(_cost(pair[who], cost[who]) for who in ("twin", "arm") if who in cost))
         )
     if pair["sizes"]:
-        sizes = ", ".join(f"{key.removesuffix('_bytes')} {size / 2**20:.1f} MiB" for key, size in pair["sizes"].items())
+        sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair["sizes"].items())
         lines.append(Text(f"{pair['coverage']}; weights on disk: {sizes}"))
     if pair["mismatches"]:
         lines.append(Text("compared anyway, although: " + "; ".join(pair["mismatches"]), style="yellow"))
@@ -137,7 +145,7 @@ def _footer(pair: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _cost(name: str, cost: Mapping[str, float]) -> str:
-    return f"{name} {cost['seconds']:.0f} s and {cost['peak_memory_bytes'] / 2**30:.2f} GiB at most"
+    return f"{name} {cost['seconds']:.0f} s and {readable_size(cost['peak_memory_bytes'])} at most"
 
 
 def _percent(accuracy: float | None) -> str:

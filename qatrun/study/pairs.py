@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
-from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
+from qatrun.recipe import DEFAULT_BUDGET_PP, Arm, load_recipe
 from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
 from qatrun.train import read_metrics
 
@@ -83,6 +84,16 @@ def compare_arms(
         coverage=records["arm"]["coverage"] if records["arm"] else None,
         mismatches=[str(problem) for problem in problems],
     )
+
+
+def matched_settings(arm: Arm) -> dict[str, Any]:
+    """What an arm's training must have in common with its twin's, besides the data consumed."""
+    return {
+        "model": arm.model.path,
+        "steps": arm.train.steps,
+        "learning_rate": arm.train.learning_rate,
+        "seed": arm.train.seed,
+    }
 
 
 def _record(folder: ArmFolder) -> dict[str, Any] | None:
@@ -158,9 +169,18 @@ def _budgets(folder: ArmFolder, given: Sequence[str]) -> dict[str, float]:
     else:
         budgets = dict.fromkeys(Scores.load(folder.eval).tasks, DEFAULT_BUDGET_PP)
     for text in given:
-        task, _, value = text.partition("=")
-        try:
-            budgets[task] = float(value)
-        except ValueError:
-            raise InputError(f"--budget takes TASK=PP, such as mmlu=0.5 (got '{text}')") from None
+        task, _, value = text.rpartition("=")
+        if task not in budgets:
+            raise InputError(f"--budget {text}: no such task (scored: {', '.join(budgets)})")
+        budgets[task] = _positive(value, text)
     return budgets
+
+
+def _positive(value: str, text: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise InputError(f"--budget {text}: must be TASK=PP, PP a positive number of percentage points")
+    return number

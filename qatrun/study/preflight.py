@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from qatrun.data import open_dataset
@@ -16,8 +17,9 @@ from qatrun.evaluate import paired
 from qatrun.evaluate.tasks import TaskPlan, plan_tasks
 from qatrun.model import architecture, load_tokenizer
 from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
-from qatrun.recipe import Arm, Recipe, ResolvedRole
+from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
 from qatrun.study.estimate import disk_bytes, memory_bytes
+from qatrun.study.pairs import matched_settings
 
 # Share of items on which two close models disagree, for the power of a comparison that has not been made yet.
 ASSUMED_DISCORDANCE = 0.05
@@ -116,8 +118,11 @@ def preflight(recipe: Recipe) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan)
-    for source, key in _sources(arms):
-        _collect(partial(open_dataset, source, key), problems)
+        if model is not None:
+            problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
+    for source, key, name in _sources(arms):
+        _collect(partial(open_dataset, source, key), problems, name, recipe)
+    problems += _twin_problems(arms)
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
     problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
@@ -146,19 +151,50 @@ def _role_text(spec: ResolvedRole) -> str:
     return f"{spec.role} {spec.format} {spec.granularity}, amax to {spec.target_amax:g}, {how}"
 
 
-def _sources(arms: Mapping[str, Arm]) -> list[tuple[Any, str]]:
-    """Every distinct data source with its key."""
-    found: dict[tuple[str, str], Any] = {}
-    for arm in arms.values():
-        found[arm.data.train.model_dump_json(), "data.train"] = arm.data.train
-        if arm.data.valid is not None:
-            found[arm.data.valid.model_dump_json(), "data.valid"] = arm.data.valid
-    return [(source, key) for (_, key), source in found.items()]
+def tracker_problems(names: Sequence[str]) -> list[Problem]:
+    """A problem for each tracker that Accelerate does not know or that is not installed; it would leave those out."""
+    installed = sorted({"all", *map(str, get_available_trackers())})
+    return [
+        Problem(f"--track {name}: no such tracker here (one of {', '.join(installed)})")
+        for name in names
+        if name not in installed
+    ]
 
 
-def _collect(
-    make: Callable[[], T], problems: list[Problem], arm: str | None = None, recipe: Recipe | None = None
-) -> T | None:
+def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and arm.data.seq_len > context:
+        yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
+
+
+def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
+    """Arms that could not be compared with their twins once both are trained."""
+    for name, arm in arms.items():
+        if arm.twin is None:
+            continue
+        of_arm, of_twin = _comparable_settings(arm), _comparable_settings(arms[arm.twin])
+        differing = [key for key in of_arm if of_arm[key] != of_twin[key]]
+        if differing:
+            message = f"its twin '{arm.twin}' has other {', '.join(differing)}: name a twin that does not, or add one"
+            yield Problem(message, f"arms.{name}.twin")
+
+
+def _comparable_settings(arm: Arm) -> dict[str, Any]:
+    batch_size = arm.train.global_batch_size
+    return {**matched_settings(arm), "data": arm.data.model_dump(), "global_batch_size": batch_size}
+
+
+def _sources(arms: Mapping[str, Arm]) -> list[tuple[Source, str, str]]:
+    """Every distinct data source, its key, and the first arm that reads it."""
+    found: dict[tuple[str, str], tuple[Source, str, str]] = {}
+    for name, arm in arms.items():
+        for key, source in (("data.train", arm.data.train), ("data.valid", arm.data.valid)):
+            if source is not None:
+                found.setdefault((key, source.model_dump_json()), (source, key, name))
+    return list(found.values())
+
+
+def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:
     """The value, or None and its problems, each named by the key where the arm sets it."""
     try:
         return make()
@@ -167,9 +203,7 @@ def _collect(
         return None
 
 
-def _named(problem: Problem, arm: str | None, recipe: Recipe | None) -> Problem:
-    if arm is None or recipe is None:
-        return problem
+def _named(problem: Problem, arm: str, recipe: Recipe) -> Problem:
     overrides: Any = recipe.arms[arm]
     for part in problem.key.split("."):
         if not isinstance(overrides, Mapping) or part not in overrides:

@@ -3,7 +3,9 @@ resume goes on with the first part that is missing."""
 
 from __future__ import annotations
 
+import csv
 import gc
+import io
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +24,11 @@ from qatrun.evaluate.scores import replace_file
 from qatrun.model import DTYPES, load_model, load_tokenizer, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe
-from qatrun.report import TerminalDisplay
+from qatrun.report import TerminalDisplay, comparison_text, readable_size
 from qatrun.study.environment import describe_environment
 from qatrun.study.layout import ArmFolder, StudyFolder, write_json
-from qatrun.study.pairs import Pair, compare_arms
-from qatrun.study.preflight import Preflight, preflight
+from qatrun.study.pairs import Pair, compare_arms, matched_settings
+from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.segments import ArmSegments, plan_segments
 from qatrun.train import Listener, Outcome, Segment, train
 
@@ -86,10 +88,12 @@ def run_study(
         InputError: the recipe cannot run, or its folder holds something that neither option covers.
         RunError: training could not go on.
     """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     folder = StudyFolder(Path(recipe.output_dir) / recipe.name)
     checked = preflight(recipe)
-    if checked.problems:
-        raise InputError(checked.problems)
+    if problems := [*checked.problems, *tracker_problems(trackers)]:
+        raise InputError(problems)
     _claim(folder, recipe, resume=resume, overwrite=overwrite)
     study = _Study(recipe, checked, folder, display, trackers)
     study.score_start_model()
@@ -134,7 +138,7 @@ class _Study:
         write_json(folder.result, self._record(segments.own, outcome, sizes, self._score_arm(arm, folder, valid)))
 
     def compare(self) -> StudyResult:
-        """Compare every quantized arm with its twin and write comparison.json and comparison.csv."""
+        """Compare every quantized arm with its twin, and keep what comes out."""
         pairs = tuple(
             compare_arms(self.folder.arm(arm.twin), self.folder.arm(name), self.folder.start, self.recipe.budget)
             for name, arm in self.checked.arms.items()
@@ -163,8 +167,8 @@ class _Study:
             freeze(model, dtype)
             artifact.save(model, tokenizer, segment.plan, folder.quantized)
             sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
-        mib = ", ".join(f"{name.removesuffix('_bytes')} {size / 2**20:.1f} MiB" for name, size in sizes.items())
-        self.display.note(f"{segment.name}: saved to {folder.path} ({mib})")
+        shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
+        self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
         return sizes
 
     def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
@@ -196,13 +200,7 @@ class _Study:
         return {
             "arm": arm.name,
             "twin": arm.twin,
-            "match": {
-                "model": arm.model.path,
-                "data_hash": outcome.data_hash,
-                "steps": outcome.steps,
-                "learning_rate": arm.train.learning_rate,
-                "seed": arm.train.seed,
-            },
+            "match": {**matched_settings(arm), "data_hash": outcome.data_hash},
             "cost": {"seconds": outcome.seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
             "coverage": str(covered) if covered is not None else None,
             "perplexity": dict(perplexities),
@@ -211,36 +209,41 @@ class _Study:
 
 
 def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
-    """comparison.json, and comparison.csv with one row for each arm and task."""
+    """comparison.json, comparison.csv with one row for each arm and task, and comparison.txt for the eye."""
     pairs = [pair.to_dict() for pair in result.pairs]
     write_json(folder.comparison, {"study": folder.name, "verdict": result.verdict, "pairs": pairs})
     replace_file(folder.comparison.with_suffix(".csv"), comparison_csv(result.pairs).encode())
+    replace_file(folder.comparison.with_suffix(".txt"), comparison_text(pairs).encode())
 
 
 def comparison_csv(pairs: Sequence[Pair]) -> str:
     """The comparisons of several arms in one table, with the arm and its twin in front of each row."""
-    lines: list[str] = []
-    for pair in pairs:
-        header, *rows = pair.comparison.to_csv().splitlines()
-        lines = lines or [f"arm,twin,{header}"]
-        lines += [f"{pair.arm},{pair.twin},{row}" for row in rows]
-    return "\n".join(lines) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for index, pair in enumerate(pairs):
+        header, *rows = csv.reader(io.StringIO(pair.comparison.to_csv()))
+        if index == 0:
+            writer.writerow(["arm_name", "twin_name", *header])
+        writer.writerows([pair.arm, pair.twin, *row] for row in rows)
+    return text.getvalue()
 
 
 def _claim(folder: StudyFolder, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Make the folder this recipe's, without losing anything that a user has not given up."""
-    if folder.path.exists() and not overwrite:
-        state = "finished" if folder.comparison.is_file() else "unfinished"
-        if not resume:
-            choices = (
-                "--resume to go on with it, --overwrite to throw it away" if state == "unfinished" else "--overwrite"
+    if folder.path.exists() and any(folder.path.iterdir()):
+        if not folder.environment.is_file():
+            raise InputError(Problem(f"{folder.path} holds something that is no study; give another name", "name"))
+        if overwrite:
+            shutil.rmtree(folder.path)
+        elif resume:
+            _check_same_recipe(folder, recipe)
+        else:
+            finished = folder.comparison.is_file()
+            state, more = ("finished", "") if finished else ("unfinished", "--resume to go on with it, ")
+            message = (
+                f"{folder.path} holds a study that is {state} ({more}--overwrite to throw it away, or another name)"
             )
-            raise InputError(
-                Problem(f"{folder.path} holds a study that is {state} ({choices}, or another name)", "name")
-            )
-        _check_same_recipe(folder, recipe)
-    elif folder.path.exists():
-        shutil.rmtree(folder.path)
+            raise InputError(Problem(message, "name"))
     if not folder.recipe.is_file():
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.environment, describe_environment())

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 
 from qatrun import artifact
-from qatrun.errors import InputError
+from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
-from qatrun.model import load_model, load_tokenizer
+from qatrun.model import load_config, load_model, load_tokenizer
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
+from qatrun.study.layout import StudyFolder
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
 DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}
@@ -55,17 +56,11 @@ def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: P
     Raises:
         InputError: no model there, or a task that cannot be scored.
     """
-    problems = check_available(config.tasks, data_dir=Path(config.data_dir) if config.data_dir else None)
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    problems = _path_problems(path) + check_available(config.tasks, data_dir=data_dir)
     if problems:
         raise InputError(problems)
-    quantized = artifact.find(Path(path))
-    if quantized is not None:
-        model, tokenizer = artifact.load(quantized)
-        what = f"{quantized} (quantizers on, scales frozen)"
-    else:
-        source = ModelConfig(path=path)
-        model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
-        what = f"{path} (plain model, {str(model.dtype).removeprefix('torch.')})"
+    model, tokenizer, what = _open(path)
     display.begin_scoring(Path(path).name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = score(model.to(device), tokenizer, config, output_dir=output, on_progress=display.on_scored)
@@ -82,3 +77,27 @@ def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: P
         for name, task in scores.tasks.items()
     ]
     return {"model": what, "settings": dict(scores.settings), "tasks": tasks, "output": str(output) if output else None}
+
+
+def _path_problems(path: str) -> list[Problem]:
+    """Why there is no model at the path, found without loading weights."""
+    study = StudyFolder(Path(path))
+    if study.recipe.is_file():
+        arms = ", ".join(str(study.arm(name).path) for name in load_recipe(study.recipe).arm_names)
+        return [Problem(f"{path} is a study; score one of its arms: {arms}")]
+    try:
+        if artifact.find(Path(path)) is None:
+            load_config(ModelConfig(path=path))
+    except InputError as error:
+        return [Problem(problem.message) for problem in error.problems]  # their keys are those of a recipe
+    return []
+
+
+def _open(path: str) -> tuple[Any, Any, str]:
+    """(model, tokenizer, what they are in words)."""
+    quantized = artifact.find(Path(path))
+    if quantized is not None:
+        return *artifact.load(quantized), f"{quantized} (quantizers on, scales frozen)"
+    source = ModelConfig(path=path)
+    model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
+    return model, tokenizer, f"{path} (plain model, {str(model.dtype).removeprefix('torch.')})"

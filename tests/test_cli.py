@@ -1,0 +1,374 @@
+"""The other verbs as a user types them: what they print, what they refuse, and with which exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_world import run_qatrun
+
+from qatrun.recipe import load_recipe
+
+LIKES = "likes.yaml"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*")}
+
+
+def accuracy(scored: dict[str, Any], task: str = LIKES) -> float:
+    return next(entry["accuracy"] for entry in scored["tasks"] if entry["name"] == task)
+
+
+# What is wrong is said in a line, without a traceback, and nothing is written.
+
+NO_MODEL = "no model folder 'nope' here, and the hub did not give one (offline: HF_HUB_OFFLINE is set)"
+NO_BUDGET = "must be TASK=PP, PP a positive number of percentage points"
+NO_TASK = "no such task (scored: likes.yaml, demo_facts)"
+MISTAKES = {
+    "train nope.yaml": "nope.yaml: no such file",
+    "train dem": "no file or shipped recipe named 'dem' (did you mean 'demo'?)",
+    "train tiny.yaml --set name": "--set name: must be key.path=value",
+    "train tiny.yaml --set qat.clip=8": "--set qat.clip=8: qat.clip -- unknown clip 8 (one of format, target)",
+    "train demo --set model.path=nope": f"--set model.path=nope: model.path -- {NO_MODEL}",
+    "train demo --set model.path=runs": "--set model.path=runs: model.path -- folder 'runs' holds no config.json",
+    "check": "name a recipe to check, or give --schema",
+    "eval nope --tasks likes.yaml": NO_MODEL,
+    "eval runs --tasks likes.yaml": "folder 'runs' holds no config.json",
+    "eval runs/tiny --tasks demo_facts": "runs/tiny is a study; score one of its arms: runs/tiny/bf16, runs/tiny/hif8",
+    "eval model --tasks demo_fact": "eval.tasks.demo_fact -- unknown task 'demo_fact' (did you mean 'demo_facts'?)",
+    "eval model --tasks no.yaml": "eval.tasks.no.yaml -- no such file: no.yaml",
+    "eval model --tasks ,": "--tasks names no task",
+    "compare bf16 int8": "runs/ruined has no scores of int8 (it has bf16, ruined, start)",
+    "compare bf16 int8 --study tiny": "runs/tiny has no scores of int8 (it has bf16, hif8, start)",
+    "compare bf16 hif8 --study tyni": "no study 'tyni' in runs",
+    "compare bf16 hif8 --output-dir model": "no study in model yet",
+    "compare bf16 ruined --budget likes=1": f"--budget likes=1: {NO_TASK}",
+    "compare bf16 ruined --budget likes.yaml": f"--budget likes.yaml: {NO_TASK}",
+    "compare bf16 ruined --budget demo_facts=x": f"--budget demo_facts=x: {NO_BUDGET}",
+    "compare bf16 ruined --budget demo_facts=nan": f"--budget demo_facts=nan: {NO_BUDGET}",
+    "compare bf16 ruined --budget demo_facts=-1": f"--budget demo_facts=-1: {NO_BUDGET}",
+    "compare bf16 ruined --json --csv": "--json and --csv exclude each other",
+    "compare model runs/tiny/hif8": "model/eval: no scores here (scores.json and items.parquet belong together)",
+    "init model --output tiny.yaml": "tiny.yaml exists already; give another --output",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(trained_world: Path, command: str) -> None:
+    before = files(trained_world)
+    ran = run_qatrun(*command.split(), cwd=trained_world)
+    assert (ran.code, ran.err) == (2, MISTAKES[command] + "\n")
+    assert files(trained_world) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["nope", "train", "train tiny.yaml --resum", "eval model --limit 0", "compare bf16"]
+)
+def test_a_wrong_command_line_shows_its_usage(trained_world: Path, command: str) -> None:
+    ran = run_qatrun(*command.split(), cwd=trained_world)
+    assert ran.code == 2
+    assert ran.err.startswith("Usage: qatrun")
+    assert "Traceback" not in ran.err
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_code_3(trained_world: Path) -> None:
+    ran = run_qatrun("train", "tiny.yaml", "--set", "output_dir=tiny.yaml", cwd=trained_world)
+    assert (ran.code, ran.err) == (3, "[Errno 20] Not a directory: 'tiny.yaml/tiny'\n")
+
+
+def test_few_shot_examples_that_are_scored_too_are_refused(trained_world: Path) -> None:
+    ran = run_qatrun("eval", "model", "--tasks", LIKES, "--num-fewshot", "2", cwd=trained_world)
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith(
+        "eval.tasks.likes.yaml -- 60 of the 60 few-shot examples in split 'test' are also scored items of 'likes'"
+    )
+
+
+# help
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    program = "import sys; from qatrun import cli; sys.argv = ['qatrun', '--help']\ntry: cli.main()\n"
+    program += "finally: print(sorted({'torch', 'transformers', 'datasets', 'pydantic'} & set(sys.modules)))"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "eval", "compare", "recipes", "init"])
+def test_every_verb_has_help(tmp_path: Path, verb: str) -> None:
+    ran = run_qatrun(verb, "--help", cwd=tmp_path)
+    assert ran.code == 0
+    assert ran.out.startswith(f"Usage: qatrun {verb}")
+    assert verb in run_qatrun("--help", cwd=tmp_path).out
+
+
+# check
+
+
+def test_check_prints_what_would_happen_and_writes_nothing(trained_world: Path) -> None:
+    before = files(trained_world)
+    ran = run_qatrun("check", "tiny.yaml", "--set", "name=other", cwd=trained_world)
+    assert (ran.code, ran.err) == (0, "")
+    assert files(trained_world) == before
+    lines = [line.rstrip() for line in ran.out.splitlines()]
+    assert lines[0] == "other: model, 21,824 parameters -> runs/other"
+    assert lines[2:5] == [
+        "bf16",
+        "  steps 1-40 BF16, the first 10 in the shared trunk",
+        "  lr 0.05; 128 tokens a step, 5,120 in all",
+    ]
+    assert lines[7:13] == [
+        "hif8 (twin: bf16)",
+        "  steps 1-10 BF16, switch, steps 11-40 QAT",
+        "  lr 0.05; 128 tokens a step, 5,120 in all",
+        "  weight hif8 per_tensor, amax to 15, delayed max over 4",
+        "  input hif8 per_tensor, amax to 15, delayed max over 4",
+        "  14 of 15 linears, 85% of linear FLOPs quantized",
+    ]
+    assert lines[13].startswith("  memory, about: bf16 training ")
+    assert "qat training" in lines[13]
+    assert lines[14].startswith("disk: about ")
+    assert lines[16].split() == ["task", "shots", "metric", "items", "budget", "pp", "detects", "pp", "source"]
+    assert lines[18].split()[:5] == ["demo_facts", "0", "acc", "60", "1"]
+    assert lines[18].split()[-1] == "builtin"
+    assert lines[-1] == "detects: smallest drop seen at 80% power if 5% of the items flip"
+
+
+def test_check_as_json_agrees_with_the_recipe(trained_world: Path) -> None:
+    plan = json.loads(run_qatrun("check", "tiny.yaml", "--json", cwd=trained_world).out)
+    assert plan["problems"] == []
+    assert [(arm["name"], arm["twin"], arm["switch_step"]) for arm in plan["arms"]] == [
+        ("bf16", None, None),
+        ("hif8", "bf16", 10),
+    ]
+    assert [(task["name"], task["num_items"]) for task in plan["tasks"]][1] == ("demo_facts", 60)
+
+
+FAULTY = """\
+extends: parent.yaml
+name: faulty
+data: {train: {path: text.jsonl}}
+eval:
+  tasks:
+    likes.yaml: 0
+    gone.yaml: 0
+arms:
+  bf16: {qat: null}
+  hif8:
+    qat:
+      targets: ["re:.*\\\\.mpl\\\\..*"]
+  int8:
+    data: {train: {text_column: txet}}
+    qat: {format: int8}
+"""
+
+
+def test_all_that_model_and_data_show_is_reported_at_once_with_its_line(world: Path) -> None:
+    parent = (world / "tiny.yaml").read_text(encoding="utf-8").replace("  scaling:", "  ignore: [lm_hed]\n  scaling:")
+    (world / "parent.yaml").write_text(parent, encoding="utf-8")
+    (world / "faulty.yaml").write_text(FAULTY, encoding="utf-8")
+    line = {text.split(":")[0].strip(): number for number, text in enumerate(parent.splitlines(), start=1)}
+    override = "--set data.valid={path: no.txt}"
+    before = files(world)
+    for verb in ("check", "train"):
+        ran = run_qatrun(verb, "faulty.yaml", *override.split(" ", 1), cwd=world)
+        assert ran.code == 2
+        assert ran.err.splitlines() == [
+            "faulty.yaml:7: eval.tasks.gone.yaml -- no such file: gone.yaml",
+            "faulty.yaml:12: arms.hif8.qat.targets -- pattern 're:.*\\.mpl\\..*' matches no linear "
+            "(names look like 'model.layers.0.self_attn.q_proj')",
+            "faulty.yaml:13: arms.int8.twin -- its twin 'bf16' has other data: name a twin that does not, or add one",
+            "faulty.yaml:14: arms.int8.data.train.text_column -- no column 'txet' in text.jsonl (did you mean 'text'?)",
+            f"parent.yaml:{line['ignore']}: qat.ignore -- pattern 'lm_hed' matches no linear (did you mean 'lm_head'?)",
+            f"{override}: data.valid.path -- no such file 'no.txt'",
+        ]
+    assert files(world) == before
+
+
+def test_schema_is_a_json_schema(tmp_path: Path) -> None:
+    ran = run_qatrun("check", "--schema", cwd=tmp_path)
+    schema = json.loads(ran.out)
+    assert ran.code == 0
+    assert schema["additionalProperties"] is False
+    assert {"extends", "model", "data", "train", "qat", "arms", "eval"} <= schema["properties"].keys()
+    references = {part.split('"')[0] for part in ran.out.split('"#/$defs/')[1:]}
+    assert references == schema["$defs"].keys()
+
+
+# recipes, init
+
+
+def test_recipes_are_listed_one_to_a_line(tmp_path: Path) -> None:
+    ran = run_qatrun("recipes", cwd=tmp_path)
+    names = [line.split()[0] for line in ran.out.splitlines()]
+    assert {"demo", "local-model", "openpangu-1b-hif8"} <= set(names)
+    for name in names:
+        load_recipe(name)
+
+
+def test_init_writes_a_recipe_that_check_takes(world: Path) -> None:
+    ran = run_qatrun("init", "model", cwd=world)
+    assert ran == (0, "wrote model.yaml; next: qatrun check model.yaml\n", "")
+    assert load_recipe(world / "model.yaml").model.path == "model"
+    overrides = ["data.train.path=text.jsonl", "data.seq_len=16", "eval.tasks={likes.yaml: 0}", "budget={}"]
+    checked = run_qatrun("check", "model.yaml", *(part for text in overrides for part in ("--set", text)), cwd=world)
+    assert (checked.code, checked.err) == (0, "")
+
+
+def test_init_makes_the_folder_it_writes_to_and_overwrites_nothing(world: Path) -> None:
+    assert run_qatrun("init", ".", "--output", "my/recipes/x.yaml", cwd=world).code == 0
+    written = (world / "my/recipes/x.yaml").read_text(encoding="utf-8")
+    assert run_qatrun("init", "model", "--output", "my/recipes/x.yaml", cwd=world).code == 2
+    assert (world / "my/recipes/x.yaml").read_text(encoding="utf-8") == written
+
+
+# eval
+
+
+@pytest.mark.parametrize(
+    ("path", "who", "shown"),
+    [
+        ("model", "start", "model (plain model, float32)"),
+        ("runs/tiny/bf16", "twin", "runs/tiny/bf16 (plain model, float32)"),
+        ("runs/tiny/hif8", "arm", "runs/tiny/hif8/quantized (quantizers on, scales frozen)"),
+        ("runs/tiny/hif8/quantized", "arm", "runs/tiny/hif8/quantized (quantizers on, scales frozen)"),
+    ],
+)
+def test_eval_gives_the_score_of_the_study(trained_world: Path, path: str, who: str, shown: str) -> None:
+    options = ("--tasks", LIKES, "--limit", "60", "--batch-size", "60", "--json")
+    ran = run_qatrun("eval", path, *options, cwd=trained_world)
+    assert ran.code == 0, ran.err
+    scored = json.loads(ran.out)
+    (pair,) = json.loads((trained_world / "runs/tiny/comparison.json").read_text(encoding="utf-8"))["pairs"]
+    assert accuracy(scored) == pair["comparison"]["tasks"][0][who]
+    assert scored["model"] == shown
+
+
+def test_eval_of_an_arm_takes_the_settings_of_its_study(trained_world: Path) -> None:
+    scored = json.loads(run_qatrun("eval", "runs/tiny/bf16", "--json", cwd=trained_world).out)
+    assert [(task["name"], task["num_items"]) for task in scored["tasks"]] == [(LIKES, 60), ("demo_facts", 60)]
+    assert scored["settings"]["batch_size"] == 40
+
+
+def test_eval_prints_a_table(trained_world: Path) -> None:
+    ran = run_qatrun("eval", "model", "--tasks", f"demo_facts, {LIKES}", "--limit", "5", cwd=trained_world)
+    assert ran.code == 0
+    title, header, facts, likes = ran.out.splitlines()
+    assert title.rstrip() == "model (plain model, float32)"
+    assert header.split() == ["task", "shots", "metric", "items", "accuracy"]
+    assert facts.split()[:4] == ["demo_facts", "0", "acc", "5"]
+    assert likes.split()[:4] == [LIKES, "0", "acc", "5"]
+
+
+def test_names_with_markup_in_them_are_printed_as_they_are(world: Path) -> None:
+    shutil.copy(world / LIKES, world / "[red]x.yaml")
+    shutil.copytree(world / "model", world / "[b]m")
+    ran = run_qatrun("eval", "[b]m", "--tasks", "[red]x.yaml", "--limit", "2", cwd=world)
+    assert ran.code == 0
+    assert "[b]m (plain model, float32)" in ran.out
+    assert "[red]x.yaml" in ran.out
+    assert "scoring [b]m" in ran.err
+
+
+def test_a_line_number_is_not_an_emoji(world: Path) -> None:
+    (world / "long.yaml").write_text("#\n" * 99 + "nam: x\n", encoding="utf-8")
+    assert "long.yaml:100: nam -- unknown key" in run_qatrun("check", "long.yaml", cwd=world).err
+
+
+# compare
+
+COLUMNS = (
+    "arm_name,twin_name,task,metric,num_fewshot,num_items,start,twin,arm,arm_off,drop_pp,drop_relative_percent,"
+    "ci95_low_pp,ci95_high_pp,mcnemar_p,flips_to_wrong,flips_to_right,mean_abs_delta_loglikelihood,"
+    "detectable_drop_pp,budget_pp,verdict,items_to_settle"
+)
+WIDE = ("--budget", "likes.yaml=50", "--budget", "demo_facts=50")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "took", "code"),
+    [
+        (["bf16", "ruined"], "bf16 and ruined of runs/ruined", 1),
+        (["bf16", "hif8", "--study", "tiny"], "bf16 and hif8 of runs/tiny", 0),
+        (["bf16", "hif8", "--study", "tiny", "--strict"], "bf16 and hif8 of runs/tiny", 4),
+        (["bf16", "hif8", "--study", "tiny", "--strict", *WIDE], "bf16 and hif8 of runs/tiny", 0),
+        (["runs/tiny/bf16", "runs/tiny/hif8"], "runs/tiny/bf16 and runs/tiny/hif8", 0),
+        (["runs/tiny/bf16", "runs/ruined/ruined/"], "runs/tiny/bf16 and runs/ruined/ruined/", 1),
+    ],
+)
+def test_compare_says_what_it_took_and_exits_by_the_verdict(
+    trained_world: Path, arguments: list[str], took: str, code: int
+) -> None:
+    ran = run_qatrun("compare", *arguments, cwd=trained_world)
+    assert (ran.code, ran.err) == (code, "")
+    assert ran.out.splitlines()[0] == f"comparing {took}"
+
+
+def test_compare_repeats_what_train_wrote(trained_world: Path) -> None:
+    arguments = ("compare", "bf16", "hif8", "--study", "tiny")
+    written = json.loads((trained_world / "runs/tiny/comparison.json").read_text(encoding="utf-8"))
+    assert json.loads(run_qatrun(*arguments, "--json", cwd=trained_world).out) == written["pairs"][0]
+    text = run_qatrun(*arguments, "--csv", cwd=trained_world).out
+    assert text == (trained_world / "runs/tiny/comparison.csv").read_text(encoding="utf-8")
+    assert text.splitlines()[0] == COLUMNS
+    assert [row["verdict"] for row in csv.DictReader(io.StringIO(text))] == ["inconclusive", "inconclusive"]
+
+
+def test_arms_that_do_not_match_are_refused_reason_by_reason(world: Path) -> None:
+    result = world / "runs/tiny/hif8/result.json"
+    record = json.loads(result.read_text(encoding="utf-8"))
+    record["match"] |= {"seed": 1, "data_hash": "abc"}
+    result.write_text(json.dumps(record), encoding="utf-8")
+    data_hash = json.loads((world / "runs/tiny/bf16/result.json").read_text(encoding="utf-8"))["match"]["data_hash"]
+    arguments = ("compare", "bf16", "hif8", "--study", "tiny")
+    reasons = ["seed -- the twin has 0, the arm 1", f"data_hash -- the twin has '{data_hash}', the arm 'abc'"]
+    refused = run_qatrun(*arguments, cwd=world)
+    assert (refused.code, refused.err.splitlines()) == (2, ["bf16 and hif8 do not match:", *reasons])
+    anyway = run_qatrun(*arguments, "--anyway", cwd=world)
+    assert anyway.code == 0
+    assert anyway.out.splitlines()[-1] == f"compared anyway, although: {'; '.join(reasons)}"
+
+
+def test_scores_that_eval_wrote_can_be_compared_anyway(world: Path) -> None:
+    for path, output in (("runs/tiny/bf16", "a"), ("runs/tiny/hif8", "b")):
+        assert run_qatrun("eval", path, "--tasks", LIKES, "--output", f"scores/{output}", cwd=world).code == 0
+    assert run_qatrun("eval", "model", "--tasks", LIKES, "--limit", "9", "--output", "scores/c", cwd=world).code == 0
+    no_record = "no training record of both (result.json), so nothing shows that they match"
+    refused = run_qatrun("compare", "scores/a", "scores/b", cwd=world)
+    assert (refused.code, refused.err.splitlines()) == (2, ["a and b do not match:", no_record])
+    pair = json.loads(run_qatrun("compare", "scores/a", "scores/b", "--anyway", "--json", cwd=world).out)
+    (task,) = pair["comparison"]["tasks"]
+    (of_study, _) = json.loads((world / "runs/tiny/comparison.json").read_text())["pairs"][0]["comparison"]["tasks"]
+    assert (task["twin"], task["arm"], task["start"]) == (of_study["twin"], of_study["arm"], None)
+    assert pair["mismatches"] == [no_record]
+    settings = run_qatrun("compare", "scores/a", "scores/c", cwd=world).err.splitlines()
+    assert "eval.limit -- the twin was scored with 60, the arm with 9" in settings
+    items = run_qatrun("compare", "scores/a", "scores/c", "--anyway", cwd=world)
+    assert items.code == 2
+    assert items.err.startswith("likes.yaml -- not the same items: 60 for the twin, 9 for the arm, 9 in both")
+
+
+# Where nobody watches.
+
+
+def test_a_log_holds_no_control_characters_and_numbers_of_every_segment(trained_world: Path) -> None:
+    log = (trained_world / "tiny.log").read_text(encoding="utf-8")
+    assert all(character.isprintable() or character == "\n" for character in log)
+    for segment in ("trunk", "bf16", "hif8"):
+        assert f"\ntraining {segment} step " in log
+    assert "\nhif8: saved to runs/tiny/hif8 (plain 87.2 KiB, quantized " in log
+    assert log.endswith("\nall of it: runs/tiny\n")

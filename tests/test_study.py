@@ -1,0 +1,424 @@
+"""`qatrun train` from recipe to comparison: what lies where, what refuses to be lost, what a resume ends in."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_world import RUINED_ARM, one_thread, run_qatrun, write_world
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qatrun
+from qatrun.evaluate.scores import Scores
+from qatrun.report import TerminalDisplay
+from qatrun.train.metrics import CLOCK_FIELDS, read_metrics
+
+CHECKPOINT = ("manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "state.safetensors")
+SCORES = ("items.parquet", "lm_eval_results.json", "samples/demo_facts.jsonl", "samples/likes.jsonl", "scores.json")
+MODEL = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SHORT = ("--set", "train.steps=4", "--set", "warmup.steps=2")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def outcome(study: Path) -> dict[str, Any]:
+    """All of a study that does not depend on the clock or on when it was interrupted."""
+    comparison = read(study / "comparison.json")
+    kept: dict[str, Any] = {"pairs": [{**pair, "cost": None} for pair in comparison["pairs"]]}
+    for arm in ("bf16", "hif8"):
+        kept[arm] = {
+            "files": {
+                name: digest
+                for name, digest in checksums(study / arm).items()
+                if name.endswith((".safetensors", ".parquet")) and ("step-" not in name or "step-000040" in name)
+            },
+            "metrics": [
+                {key: value for key, value in row.items() if key not in CLOCK_FIELDS}
+                for row in read_metrics(study / arm / "metrics.jsonl")
+            ],
+            "match": read(study / arm / "result.json")["match"],
+        }
+    return kept
+
+
+# What a finished study holds.
+
+
+def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    (trunk,) = study.glob("trunk-*")
+    expected = {"recipe.yaml", "environment.json", "comparison.json", "comparison.csv", "comparison.txt"}
+    expected |= {"start/result.json"} | {f"start/eval/{name}" for name in SCORES}
+    expected |= {f"{trunk.name}/{name}" for name in ("metrics.jsonl", "result.json")}
+    expected |= {f"{trunk.name}/checkpoints/step-0000{step}/{name}" for step in ("08", "10") for name in CHECKPOINT}
+    for arm in ("bf16", "hif8"):
+        own = {"metrics.jsonl", "result.json", *MODEL}
+        own |= {f"eval/{name}" for name in SCORES}
+        own |= {f"checkpoints/step-0000{step}/{name}" for step in ("36", "40") for name in CHECKPOINT}
+        expected |= {f"{arm}/{name}" for name in own}
+    expected |= {f"hif8/quantized/{name}" for name in ("plan.json", *MODEL)}
+    expected |= {f"hif8/eval-quantizers-off/{name}" for name in SCORES}
+    assert set(checksums(study)) == expected
+
+
+def test_the_comparison_says_the_same_as_json_csv_and_text(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    whole = read(study / "comparison.json")
+    (pair,) = whole["pairs"]
+    tasks = pair["comparison"]["tasks"]
+    rows = list(csv.DictReader((study / "comparison.csv").open(encoding="utf-8")))
+    text = (study / "comparison.txt").read_text(encoding="utf-8")
+    assert whole["verdict"] == pair["comparison"]["verdict"] == "inconclusive"
+    assert [(row["arm_name"], row["twin_name"], row["task"]) for row in rows] == [
+        ("hif8", "bf16", task["task"]) for task in tasks
+    ]
+    for task, row in zip(tasks, rows, strict=True):
+        numbers = {**task, "ci95_low_pp": task["ci95_pp"][0], "ci95_high_pp": task["ci95_pp"][1]}
+        for column in ("start", "twin", "arm", "arm_off", "drop_pp", "ci95_low_pp", "ci95_high_pp", "mcnemar_p"):
+            assert float(row[column]) == numbers[column]
+        line = next(line for line in text.splitlines() if line.startswith(task["task"])).split()
+        accuracies = [task[who] for who in ("start", "twin", "arm", "arm_off")]
+        assert line[1:6] == [*(f"{100 * a:.2f}" for a in accuracies), f"{task['drop_pp']:+.2f}"]
+
+
+def test_the_comparison_is_of_the_scores_beside_it(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    (pair,) = read(study / "comparison.json")["pairs"]
+    folders = {"start": "start/eval", "twin": "bf16/eval", "arm": "hif8/eval", "arm_off": "hif8/eval-quantizers-off"}
+    scores = {who: Scores.load(study / folder) for who, folder in folders.items()}
+    for task in pair["comparison"]["tasks"]:
+        assert {who: task[who] for who in folders} == {who: s.tasks[task["task"]].accuracy for who, s in scores.items()}
+    # The start model is another one than what training made of it, and the arms learned.
+    likes = pair["comparison"]["tasks"][0]
+    assert likes["start"] < 0.5 < min(likes["twin"], likes["arm"])
+    assert set(pair["perplexity"]) == set(folders)
+    assert pair["perplexity"]["start"] > 5 * pair["perplexity"]["twin"]
+
+
+def test_an_arm_and_its_twin_are_the_trunk_and_then_the_same_data(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    (trunk,) = study.glob("trunk-*")
+    of_trunk, twin, arm = (read_metrics(folder / "metrics.jsonl") for folder in (trunk, study / "bf16", study / "hif8"))
+    assert (trained_world / "tiny.log").read_text(encoding="utf-8").splitlines().count("training trunk") == 1
+    assert [row["step"] for row in of_trunk] == list(range(1, 11))
+    assert of_trunk == twin[:10] == arm[:10]
+    assert [row["phase"] for row in twin] == ["bf16"] * 40
+    assert [row["phase"] for row in arm] == ["bf16"] * 10 + ["qat"] * 30
+    assert [row["learning_rate"] for row in arm] == [row["learning_rate"] for row in twin]
+    assert all(row["loss"] != of_twin["loss"] for row, of_twin in zip(arm[10:], twin[10:], strict=True))
+
+
+def test_result_of_an_arm(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    bf16, hif8 = (read(study / arm / "result.json") for arm in ("bf16", "hif8"))
+    assert bf16["match"] == hif8["match"]
+    assert hif8["match"] | {"data_hash": None} == {
+        "model": "model",
+        "steps": 40,
+        "learning_rate": 0.05,
+        "seed": 0,
+        "data_hash": None,
+    }
+    assert len(hif8["match"]["data_hash"]) == 64
+    assert (bf16["arm"], bf16["twin"], bf16["coverage"]) == ("bf16", None, None)
+    assert (hif8["arm"], hif8["twin"]) == ("hif8", "bf16")
+    assert hif8["coverage"] == "14 of 15 linears, 85% of linear FLOPs quantized"
+    assert set(bf16["perplexity"]) == {"on"}
+    assert set(hif8["perplexity"]) == {"on", "off"}
+    assert hif8["sizes"] == {
+        "plain_bytes": (study / "hif8/model.safetensors").stat().st_size,
+        "quantized_bytes": (study / "hif8/quantized/model.safetensors").stat().st_size,
+    }
+    assert hif8["sizes"]["quantized_bytes"] < 0.5 * hif8["sizes"]["plain_bytes"]
+    assert set(hif8["cost"]) == {"seconds", "peak_memory_bytes"}
+
+
+def test_environment_and_recipe_are_kept(trained_world: Path) -> None:
+    environment = read(trained_world / "runs/tiny/environment.json")
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["command"] == ["qatrun", "train", "tiny.yaml"]
+    kept = qatrun.load_recipe(trained_world / "runs/tiny/recipe.yaml")
+    assert kept == qatrun.load_recipe(trained_world / "tiny.yaml")
+
+
+def test_a_trained_folder_opens_in_plain_transformers(trained_world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = trained_world / "runs/tiny/bf16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not caplog.records
+    assert model.dtype == torch.float32
+    # It continues as the text does; the quantized one from the same command agrees.
+    asked = torch.tensor([tokenizer("w1 w92 w1")["input_ids"]])
+    quantized, _ = qatrun.load(trained_world / "runs/tiny/hif8")
+    with torch.no_grad():
+        assert model(asked).logits[0, -1].argmax() == quantized(asked).logits[0, -1].argmax()
+
+
+# Arms.
+
+
+def test_arms_of_another_learning_rate_have_a_trunk_and_a_twin_of_their_own(world: Path) -> None:
+    low = "train: {learning_rate: 0.01}"
+    arms = (
+        f"arms={{bf16: {{qat: null}}, hif8: {{twin: bf16}}, low: {{qat: null, {low}}}, hif8-low: {{twin: low, {low}}}}}"
+    )
+    options = ("--set", "name=rates", "--set", arms, "--set", "model.compute_dtype=bfloat16", *SHORT)
+    ran = run_qatrun("train", "tiny.yaml", *options, cwd=world)
+    assert ran.code == 0, ran.err
+    study = world / "runs/rates"
+    assert len(list(study.glob("trunk-*"))) == 2
+    assert ran.out.splitlines().count("training trunk") == 2
+    pairs = {pair["arm"]: pair["twin"] for pair in read(study / "comparison.json")["pairs"]}
+    assert pairs == {"hif8": "bf16", "hif8-low": "low"}
+    matches = {arm: read(study / arm / "result.json")["match"] for arm in ("bf16", "hif8", "low", "hif8-low")}
+    assert {arm: match["learning_rate"] for arm, match in matches.items()} == {
+        "bf16": 0.05,
+        "hif8": 0.05,
+        "low": 0.01,
+        "hif8-low": 0.01,
+    }
+    assert len({match["data_hash"] for match in matches.values()}) == 1
+    model = AutoModelForCausalLM.from_pretrained(study / "bf16")
+    assert model.dtype == torch.bfloat16
+    assert Scores.load(study / "hif8/eval").settings["dtype"] == "bfloat16"
+
+
+def test_an_arm_that_its_twin_does_not_match_is_refused_before_training(world: Path) -> None:
+    arms = "arms={bf16: {qat: null}, hif8: {train: {learning_rate: 0.01}}}"
+    ran = run_qatrun("train", "tiny.yaml", "--set", "name=odd", "--set", arms, cwd=world)
+    message = "its twin 'bf16' has other learning_rate: name a twin that does not, or add one"
+    assert (ran.code, ran.err) == (2, f"--set {arms}: arms.hif8.twin -- {message}\n")
+    assert not (world / "runs/odd").exists()
+
+
+def test_a_study_of_bf16_alone_has_nothing_to_compare(world: Path) -> None:
+    options = ("--set", "name=plain", "--set", "qat=null", "--set", "arms={bf16: {}}", *SHORT)
+    ran = run_qatrun("train", "tiny.yaml", *options, "--fail-on-verdict", "--strict", cwd=world)
+    assert ran.code == 0, ran.err
+    assert read(world / "runs/plain/comparison.json") == {"study": "plain", "verdict": "within", "pairs": []}
+    assert (world / "runs/plain/comparison.csv").read_text() == ""
+
+
+# Nothing is lost that a user has not given up.
+
+FINISHED = (
+    "tiny.yaml:1: name -- runs/tiny holds a study that is finished (--overwrite to throw it away, or another name)\n"
+)
+
+
+def test_a_finished_study_is_not_overwritten(world: Path) -> None:
+    before = checksums(world)
+    assert run_qatrun("train", "tiny.yaml", cwd=world)[::2] == (2, FINISHED)
+    assert checksums(world) == before
+
+
+def test_resume_of_a_finished_study_only_compares_again(world: Path) -> None:
+    before = checksums(world)
+    for name in ("comparison.json", "comparison.csv", "comparison.txt"):
+        (world / "runs/tiny" / name).unlink()
+    ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
+    assert ran.code == 0, ran.err
+    assert "hif8: done already" in ran.out
+    assert "training" not in ran.out.replace("training: ", "").replace("training loss", "").replace("training seed", "")
+    assert checksums(world) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("train.learning_rate=0.01", "train.learning_rate (0.05 -> 0.01)"),
+        ("arms.hif8={qat: {format: int8}}", "arms.hif8.qat.format (None -> 'int8')"),
+        ("budget.demo_facts=2", "budget.demo_facts (1.0 -> 2.0)"),
+    ],
+)
+def test_resume_with_another_recipe_is_refused(world: Path, setting: str, shown: str) -> None:
+    before = checksums(world)
+    ran = run_qatrun("train", "tiny.yaml", "--resume", "--set", setting, cwd=world)
+    assert ran.code == 2
+    assert f"runs/tiny was made with other settings: {shown}; --overwrite it or give another name" in ran.err
+    assert checksums(world) == before
+
+
+def test_overwrite_starts_from_nothing(world: Path) -> None:
+    stray = world / "runs/tiny/hif8/stray.txt"
+    stray.write_text("of the earlier study", encoding="utf-8")
+    ran = run_qatrun("train", "tiny.yaml", "--overwrite", *SHORT, cwd=world)
+    assert ran.code == 0, ran.err
+    assert not stray.exists()
+    assert read(world / "runs/tiny/hif8/result.json")["match"]["steps"] == 4
+
+
+def test_overwrite_throws_away_nothing_but_studies(world: Path) -> None:
+    precious = world / "runs/thesis/chapter1.txt"
+    precious.parent.mkdir()
+    precious.write_text("It was a dark and stormy night.", encoding="utf-8")
+    ran = run_qatrun("train", "tiny.yaml", "--overwrite", "--set", "name=thesis", cwd=world)
+    message = "name -- runs/thesis holds something that is no study; give another name"
+    assert ran[::2] == (2, f"--set name=thesis: {message}\n")
+    assert precious.is_file()
+
+
+def test_a_folder_without_anything_in_it_is_free(world: Path) -> None:
+    (world / "runs/free").mkdir()
+    assert run_qatrun("train", "tiny.yaml", "--set", "name=free", *SHORT, cwd=world).code == 0
+
+
+def test_resume_and_overwrite_exclude_each_other(world: Path) -> None:
+    ran = run_qatrun("train", "tiny.yaml", "--resume", "--overwrite", cwd=world)
+    assert ran == (2, "", "--resume and --overwrite exclude each other\n")
+    assert (world / "runs/tiny/comparison.json").is_file()
+
+
+# Interruptions.
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, segment: str, step: int, interrupt: Callable[[], None]) -> None:
+    """Do something to the process after a step of a segment."""
+    on_step = TerminalDisplay.on_step
+
+    def on_step_then_interrupt(self: TerminalDisplay, row: Mapping[str, Any]) -> None:
+        on_step(self, row)
+        if self._what == f"training {segment}" and row["step"] == step:
+            interrupt()
+
+    monkeypatch.setattr(TerminalDisplay, "on_step", on_step_then_interrupt)
+
+
+def test_a_study_interrupted_again_and_again_ends_like_one_that_was_not(world: Path) -> None:
+    finished = outcome(world / "runs/tiny")
+    shutil.rmtree(world / "runs")
+    for segment, step, number in (
+        ("trunk", 5, signal.SIGINT),
+        ("bf16", 13, signal.SIGTERM),
+        ("hif8", 11, signal.SIGINT),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, segment, step, lambda number=number: signal.raise_signal(number))
+            ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
+        assert ran.code == 3
+        assert ran.err == f"{signal.Signals(number).name} at step {step} of {segment}; saved\n"
+        assert not (world / "runs/tiny/comparison.json").exists()
+    refused = run_qatrun("train", "tiny.yaml", cwd=world)
+    choices = "--resume to go on with it, --overwrite to throw it away, or another name"
+    unfinished = f"tiny.yaml:1: name -- runs/tiny holds a study that is unfinished ({choices})\n"
+    assert refused[::2] == (2, unfinished)
+    assert run_qatrun("train", "tiny.yaml", "--resume", cwd=world).code == 0
+    assert outcome(world / "runs/tiny") == finished
+
+
+def test_ctrl_c_while_scoring_is_not_a_verdict(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = outcome(world / "runs/tiny")
+    shutil.rmtree(world / "runs/tiny/hif8/eval")
+    (world / "runs/tiny/hif8/result.json").unlink()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalDisplay, "on_scored", stop)
+        assert run_qatrun("train", "tiny.yaml", "--resume", cwd=world).code == 130
+    assert run_qatrun("train", "tiny.yaml", "--resume", cwd=world).code == 0
+    assert outcome(world / "runs/tiny") == finished
+
+
+KILLED = """
+import os, signal, sys
+import pytest, torch
+from test_study import interrupt_at
+from qatrun import cli
+torch.set_num_threads(1)
+interrupt_at(pytest.MonkeyPatch(), "hif8", 26, lambda: os.kill(os.getpid(), signal.SIGKILL))
+sys.argv = ["qatrun", "train", "tiny.yaml"]
+cli.main()
+"""
+
+
+def test_a_study_killed_outright_ends_like_one_that_was_not(world: Path) -> None:
+    finished = outcome(world / "runs/tiny")
+    shutil.rmtree(world / "runs")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=world, env=environment, capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(read_metrics(world / "runs/tiny/hif8/metrics.jsonl")) == 26  # past the checkpoint of step 24
+    ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
+    assert ran.code == 0, ran.err
+    assert outcome(world / "runs/tiny") == finished
+
+
+def test_a_loss_that_is_not_finite_stops_with_3_and_says_where(world: Path) -> None:
+    options = ("--set", "name=nan", "--set", "train.learning_rate=1e30", "--set", "train.lr_warmup_steps=0")
+    ran = run_qatrun("train", "tiny.yaml", *options, cwd=world)
+    assert ran.code == 3
+    assert "at step 2 of trunk; first bad: " in ran.err
+    assert ran.err.count("\n") == 1
+
+
+# Verdicts as exit codes.
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "code"),
+    [
+        ("tiny", [], 0),
+        ("tiny", ["--fail-on-verdict"], 0),
+        ("tiny", ["--strict"], 0),
+        ("tiny", ["--fail-on-verdict", "--strict"], 4),
+        ("ruined", [], 0),
+        ("ruined", ["--fail-on-verdict"], 1),
+        ("ruined", ["--fail-on-verdict", "--strict"], 1),
+    ],
+)
+def test_exit_code_of_train(world: Path, study: str, options: list[str], code: int) -> None:
+    recipe = ["tiny.yaml"] if study == "tiny" else ["tiny.yaml", "--set", "name=ruined", "--set", RUINED_ARM]
+    assert run_qatrun("train", *recipe, "--resume", *options, cwd=world).code == code
+
+
+# Trackers, and Python.
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_thrown_away(world: Path) -> None:
+    ran = run_qatrun("train", "tiny.yaml", "--overwrite", "--track", "tensorbord", cwd=world)
+    assert ran.code == 2
+    assert ran.err.startswith("--track tensorbord: no such tracker here (one of all")
+    assert (world / "runs/tiny/comparison.json").is_file()
+
+
+def test_metrics_go_to_tensorboard(world: Path) -> None:
+    pytest.importorskip("tensorboard")
+    ran = run_qatrun("train", "tiny.yaml", "--set", "name=tracked", "--track", "tensorboard", *SHORT, cwd=world)
+    assert ran.code == 0, ran.err
+    assert list((world / "runs/tracked/hif8").rglob("events.out.tfevents.*"))
+
+
+def test_run_from_python_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with one_thread():
+        result = qatrun.run("tiny.yaml", ["train.steps=4", "warmup.steps=2"])
+    assert result.folder == Path("runs/tiny")
+    assert result.verdict == result.pairs[0].comparison.verdict
+    assert {file.suffix for file in result.folder.glob("comparison.*")} == {".json", ".csv", ".txt"}
