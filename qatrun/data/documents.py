@@ -6,8 +6,9 @@ read and permuted within themselves. A position is plain data and small: a strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,15 @@ Row = Mapping[str, Any]
 
 
 class Documents(Protocol):
-    """Endless rows: after the last one the next epoch begins."""
+    """Endless rows: after the last one the next epoch begins.
+
+    Attributes:
+        key: the source's key in the recipe, for messages.
+        epoch: how many passes are complete, the one under way left out.
+    """
+
+    key: str
+    epoch: int
 
     def take(self, count: int) -> list[Row]:
         """The next rows, `count` of them or, at the end of an epoch, fewer; never none."""
@@ -39,8 +48,8 @@ class Documents(Protocol):
 class MapDocuments:
     """Rows of a data set that knows its length; its first `skip` rows are left out (held out)."""
 
-    def __init__(self, dataset: datasets.Dataset, *, seed: int, shuffle: bool, skip: int = 0) -> None:
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+    def __init__(self, dataset: datasets.Dataset, key: str, *, seed: int, shuffle: bool, skip: int = 0) -> None:
+        self.dataset, self.key, self.seed, self.shuffle = dataset, key, seed, shuffle
         self.indices = np.arange(skip, len(dataset))
         self.epoch, self.index = 0, 0
         self._order = self._order_of_epoch()
@@ -70,8 +79,8 @@ class MapDocuments:
 class StreamDocuments:
     """Rows of a stream, shuffled block by block; its first `skip` rows are left out (held out) in every epoch."""
 
-    def __init__(self, stream: datasets.IterableDataset, *, seed: int, shuffle: bool, skip: int = 0) -> None:
-        self.stream, self.seed, self.shuffle = (stream.skip(skip) if skip else stream), seed, shuffle
+    def __init__(self, stream: datasets.IterableDataset, key: str, *, seed: int, shuffle: bool, skip: int = 0) -> None:
+        self.stream, self.key, self.seed, self.shuffle = (stream.skip(skip) if skip else stream), key, seed, shuffle
         self.start = self.stream.state_dict()
         self.epoch, self.num_blocks = 0, 0
         self._begin_block(self.start)
@@ -102,7 +111,7 @@ class StreamDocuments:
             self.epoch, start = self.epoch + 1, self.start
             rows = self._read_block(start)
         if not rows:
-            raise InputError(Problem("the data set has no rows", key="data.train.path"))
+            raise InputError(Problem("no rows are left beyond those held out", key=f"{self.key}.path"))
         self.num_blocks += 1
         order = np.random.default_rng([self.seed, self.num_blocks]).permutation(len(rows))
         self._block = [rows[i] for i in order] if self.shuffle else rows
@@ -110,8 +119,7 @@ class StreamDocuments:
 
     def _read_block(self, start: dict[str, Any]) -> list[Row]:
         self.stream.load_state_dict(start)
-        rows: Iterator[Row] = iter(self.stream)
-        return [row for row, _ in zip(rows, range(STREAM_BLOCK), strict=False)]
+        return list(islice(self.stream, STREAM_BLOCK))
 
 
 def open_documents(source: Source, key: str, *, seed: int, skip: int = 0) -> Documents:
@@ -125,28 +133,48 @@ def open_documents(source: Source, key: str, *, seed: int, skip: int = 0) -> Doc
     """
     dataset = open_dataset(source, key)
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamDocuments(dataset, seed=seed, shuffle=source.shuffle, skip=skip)
+        return StreamDocuments(dataset, key, seed=seed, shuffle=source.shuffle, skip=skip)
     if len(dataset) <= skip:
         raise InputError(Problem(f"only {len(dataset)} rows, and {skip} are held out", key=f"{key}.path"))
-    return MapDocuments(dataset, seed=seed, shuffle=source.shuffle, skip=skip)
+    return MapDocuments(dataset, key, seed=seed, shuffle=source.shuffle, skip=skip)
 
 
 def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.IterableDataset:
     """The data set of a source, its column checked. Fetches no more than it must: a stream only its first row.
 
     Raises:
-        InputError: as for `open_documents`.
+        InputError: as for `open_documents`, or a column that holds something else than text or conversations.
     """
-    dataset = _load(source, key)
-    columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))
-    name, column = (
-        ("messages_column", source.messages_column) if source.messages_column else ("text_column", source.text_column)
-    )
-    if column not in columns:
-        close = get_close_matches(str(column), columns, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(columns)}"
-        raise InputError(Problem(f"no column '{column}' in {source.path} ({hint})", key=f"{key}.{name}"))
+    try:
+        dataset = _load(source, key)
+        first = next(iter(dataset.take(1)), None)
+    except StopIteration:  # how `datasets` takes an empty JSON file
+        first = None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "split" if isinstance(error, ValueError) and "split" in str(error) else "path"
+        raise InputError(Problem(f"{source.path}: {_reason(error)}", key=f"{key}.{where}")) from error
+    if first is None:
+        raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path"))
+    column = source.messages_column or source.text_column
+    _check_column(source, column, first, f"{key}.{'messages_column' if source.messages_column else 'text_column'}")
     return dataset.select_columns([column])
+
+
+def _check_column(source: Source, column: str, first: Row, key: str) -> None:
+    if column not in first:
+        close = get_close_matches(column, first, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(first)}"
+        raise InputError(Problem(f"no column '{column}' in {source.path} ({hint})", key=key))
+    kind, what = (list, "conversations") if source.messages_column else (str, "text")
+    if first[column] is not None and not isinstance(first[column], kind):
+        message = f"column '{column}' in {source.path} holds no {what} (first row: {first[column]!r:.60})"
+        raise InputError(Problem(message, key=key))
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says what is wrong; `datasets` wraps a file it cannot read in an error that does not."""
+    told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+    return str(told).strip().split("\n")[0]
 
 
 def _load(source: Source, key: str) -> Any:
@@ -165,9 +193,6 @@ def _load(source: Source, key: str) -> Any:
     except KeyError:
         endings = ", ".join(BUILDERS)
         raise InputError(Problem(f"'{source.path}' is none of {endings}", key=f"{key}.path")) from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = "split" if "split" in str(error).lower() else "path"
-        raise InputError(Problem(f"{source.path}: {str(error).splitlines()[0]}", key=f"{key}.{where}")) from error
 
 
 def _demo_split(source: Source, key: str) -> Any:

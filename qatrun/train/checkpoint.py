@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from qatrun.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+INCOMPLETE = ".incomplete"
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep_last`."""
+    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep_last` up to it. Later ones are dropped
+    too: they are damaged, else the run would have gone on from them."""
     target = folder / f"step-{checkpoint.step:06d}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
+    temporary = folder / INCOMPLETE
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name in ("model", "optimizer", "state"):
@@ -74,7 +76,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Pa
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     _flush_to_disk(folder)
-    for old in _checkpoint_folders(folder)[:-keep_last]:
+    there = _checkpoint_folders(folder)
+    kept = there[: there.index(target) + 1][-keep_last:]
+    for old in set(there) - set(kept):
         shutil.rmtree(old)
     return target
 
@@ -141,7 +145,7 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sha256(file: Path) -> str:

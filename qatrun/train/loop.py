@@ -153,15 +153,13 @@ class _Session:
 
     def start_or_resume(self) -> None:
         """Take up the newest checkpoint of this segment, else the last one of its trunk, else the pretrained model."""
-        own, warnings = latest_checkpoint(self.segment.folder / "checkpoints")
-        for text in warnings:
-            self.listener.on_warning(text)
+        own = self._latest_checkpoint(self.segment.folder)
         torch.manual_seed(self.segment.arm.train.seed)
         inherited = None
         if own is not None:
             self._restore(own, from_trunk=False)
         elif self.segment.trunk is not None:
-            trunk, _ = latest_checkpoint(self.segment.trunk / "checkpoints")
+            trunk = self._latest_checkpoint(self.segment.trunk)
             if trunk is None:
                 raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
             inherited = self.segment.trunk / "metrics.jsonl"
@@ -238,6 +236,12 @@ class _Session:
             self.metrics.close()
         self.accelerator.end_training()
 
+    def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
+        checkpoint, warnings = latest_checkpoint(folder / "checkpoints")
+        for text in warnings:
+            self.listener.on_warning(text)
+        return checkpoint
+
     def _restore(self, checkpoint: Checkpoint, *, from_trunk: bool) -> None:
         if not from_trunk and checkpoint.progress["identity"] != self.segment.identity:
             raise CheckpointError(f"the checkpoints in {self.segment.folder} were made by a run with other settings")
@@ -290,8 +294,8 @@ class _Session:
         return torch.autocast(self.accelerator.device.type, dtype=wanted, enabled=enabled)
 
     def _stop_on_nonfinite(self, loss: float, grad_norm: float, batch: Batch) -> NoReturn:
-        micro = batch.split(self.segment.arm.train.micro_batch_size)[0].input_ids.to(self.accelerator.device)
-        bad = first_bad_tensors(self.plain_model, micro)
+        micro_batches = batch.input_ids.to(self.accelerator.device).split(self.segment.arm.train.micro_batch_size)
+        bad = first_bad_tensors(self.plain_model, micro_batches)
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
         raise NonFiniteError(
             f"{what} at step {self.step + 1} of {self.segment.name}; first bad: {', '.join(bad) or 'unknown'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 SHOWN = 3
 
 
-def first_bad_tensors(model: nn.Module, input_ids: Tensor) -> list[str]:
+def first_bad_tensors(model: nn.Module, micro_batches: Iterable[Tensor]) -> list[str]:
     """Names of what is not finite, in the order in which it arises: parameters, then outputs of modules in a forward
-    over these ids, then gradients."""
+    over the first micro-batch that shows any, then gradients, which the backward reaches from the model's end."""
     bad = [f"parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
-    bad += bad_outputs(model, input_ids)
+    bad += next(filter(None, (bad_outputs(model, input_ids) for input_ids in micro_batches)), [])
     bad += [
         f"gradient of {name}"
-        for name, p in model.named_parameters()
+        for name, p in reversed(list(model.named_parameters()))
         if p.grad is not None and not p.grad.isfinite().all()
     ]
     return bad[:SHOWN]

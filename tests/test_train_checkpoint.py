@@ -1,0 +1,162 @@
+"""Checkpoints are whole or not there, and a damaged one is found out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import Recorder, TinyStudy, ctrl_c, differences, final_state
+
+import qatrun.train.checkpoint as checkpoint_module
+from qatrun.errors import CheckpointError, Interrupted
+from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("datasets_cache", "one_thread")
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors", "progress.json", "manifest.json")
+
+
+def checkpoint_at(step: int) -> Checkpoint:
+    tensor = torch.full((3, 4), float(step))
+    return Checkpoint({"w": tensor}, {"exp_avg/w": tensor.t()}, {"rng/cpu": torch.get_rng_state()}, {"step": step})
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    written = checkpoint_at(7)
+    back = read_checkpoint(write_checkpoint(tmp_path, written, keep_last=1))
+    assert back.step == 7
+    for part in ("model", "optimizer", "state"):
+        before, after = getattr(written, part), getattr(back, part)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink], ids=["flipped byte", "truncated", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, checkpoint_at(step), keep_last=2)
+    damage(tmp_path / "step-000002" / name)
+    found, warnings = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(warnings) == 1
+    assert "step-000002" in warnings[0]
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(tmp_path / "step-000002")
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (8, 999_999, 1_000_000, 1_000_001):
+        write_checkpoint(tmp_path, checkpoint_at(step), keep_last=2)
+    assert steps_in(tmp_path) == ["step-1000000", "step-1000001"]
+    found, _ = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1_000_001
+
+
+def test_a_damaged_later_checkpoint_never_crowds_out_a_good_one(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write_checkpoint(tmp_path, checkpoint_at(step), keep_last=2)
+    truncate(tmp_path / "step-000004" / FILES[0])
+    write_checkpoint(tmp_path, checkpoint_at(3), keep_last=1)
+    found, warnings = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, warnings) == (3, [])
+
+
+@pytest.mark.parametrize("broken", ["save_file", "_sha256", "_flush_to_disk"])
+def test_a_crash_while_writing_leaves_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    write_checkpoint(tmp_path, checkpoint_at(1), keep_last=1)
+    working, calls = getattr(checkpoint_module, broken), []
+
+    def fail_at_the_second(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        return working(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_module, broken, fail_at_the_second)
+        with pytest.raises(OSError, match="no space"):
+            write_checkpoint(tmp_path, checkpoint_at(2), keep_last=1)
+    found, warnings = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, warnings) == (1, [])
+    write_checkpoint(tmp_path, checkpoint_at(2), keep_last=1)
+    assert steps_in(tmp_path) == ["step-000002"], "nothing half-written stays behind"
+
+
+def test_an_empty_folder_has_none(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "checkpoints") == (None, [])
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> tuple[TinyStudy, TinyStudy]:
+    """The same study in two folders."""
+    return TinyStudy(tmp_path / "a"), TinyStudy(tmp_path / "b")
+
+
+def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(twice: tuple[TinyStudy, TinyStudy]) -> None:
+    uninterrupted, damaged = twice
+    uninterrupted.train_arm()
+    own = damaged.arms["hif8"].own
+    with pytest.raises(Interrupted):
+        damaged.train_arm(make_listener=lambda: Recorder({6: ctrl_c}))
+    flip_a_byte(own.folder / "checkpoints" / "step-000006" / "optimizer.safetensors")
+    listener = Recorder()
+    damaged.train(own, listener)
+    assert ["step-000006" in text for text in listener.warnings] == [True]
+    assert listener.rows[0]["step"] == 5, "from the checkpoint of step 4"
+    assert differences(final_state(uninterrupted.arms["hif8"].own), final_state(own)) == []
+
+
+def test_an_arm_repeats_the_end_of_a_trunk_whose_last_checkpoint_is_damaged(
+    twice: tuple[TinyStudy, TinyStudy],
+) -> None:
+    uninterrupted, damaged = twice
+    uninterrupted.train_arm()
+    segments = damaged.arms["hif8"]
+    assert segments.trunk is not None
+    damaged.train(segments.trunk)
+    flip_a_byte(segments.trunk.folder / "checkpoints" / "step-000003" / "model.safetensors")
+    listener = Recorder()
+    damaged.train(segments.own, listener)
+    assert len(listener.warnings) == 1
+    assert [row["step"] for row in listener.rows] == [3, 4, 5, 6, 7]
+    assert differences(final_state(uninterrupted.arms["hif8"].own), final_state(segments.own)) == []
+
+
+def test_an_arm_without_its_trunk_is_refused(twice: tuple[TinyStudy, TinyStudy]) -> None:
+    study, _ = twice
+    with pytest.raises(CheckpointError, match="no whole checkpoint to branch from"):
+        study.train(study.arms["hif8"].own)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, twice: tuple[TinyStudy, TinyStudy]) -> None:
+    study, _ = twice
+    study.train_arm()
+    shutil.copytree(tmp_path / "a" / "hif8", tmp_path / "other" / "hif8")
+    other = TinyStudy(tmp_path / "other", train={"learning_rate": 2e-2})
+    with pytest.raises(CheckpointError, match="other settings"):
+        other.train(other.arms["hif8"].own)
