@@ -49,9 +49,12 @@ _HOMES = {
     "make_plan": "qatrun.quant",
     "run": "qatrun.study",
 }
+_SUBMODULES = {"formats", "numerics"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"qatrun.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'qatrun' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

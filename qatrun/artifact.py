@@ -2,7 +2,7 @@
 
     quantized/
       model.safetensors    codes of quantized weights (uint8; int8 for INT8), their scales; the rest in the compute dtype
-      plan.json            which linears, which formats, where values are clipped, the compute dtype
+      plan.json            which linears, which formats, where values are clipped, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
 Reading it back gives the very model that was written: grid values are exact in the compute dtype and codes are exact
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from qatrun.errors import InputError, Problem
 from qatrun.model import architecture, from_tensors, load_tokenizer
@@ -48,10 +49,16 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             stored.add(tensor.data_ptr())
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    description = {"format_version": FORMAT_VERSION, "compute_dtype": dtype, "plan": plan.to_dict()}
-    (folder / PLAN_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "compute_dtype": dtype,
+        "attn_implementation": model.config._attn_implementation,
+        "plan": plan.to_dict(),
+    }
     model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / PLAN_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def find(path: Path) -> Path | None:
@@ -65,7 +72,7 @@ def load(path: str | Path) -> tuple[Any, Any]:
     Returns:
         (model, tokenizer), the model in eval mode on the CPU in its compute dtype.
     Raises:
-        InputError: no quantized folder there, or one that a newer qatrun wrote.
+        InputError: no quantized folder there, or one that a newer qatrun wrote or that lacks tensors.
     """
     folder = find(Path(path))
     if folder is None:
@@ -76,17 +83,25 @@ def load(path: str | Path) -> tuple[Any, Any]:
         raise InputError(Problem(f"'{path}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}"))
     plan = QuantPlan.from_dict(description["plan"])
     dtype: torch.dtype = getattr(torch, description["compute_dtype"])
-    source = ModelConfig(path=str(folder))
+    source = ModelConfig(path=str(folder), attn_implementation=description["attn_implementation"])
     tensors = load_file(folder / WEIGHTS_FILE)
+    if missing := [name for name in _quantized_tensor_names(plan) if name not in tensors]:
+        raise InputError(Problem(f"'{path}' lacks {len(missing)} tensors, such as {missing[0]}"))
     model = _unquantized(source, tensors, plan, dtype)
     for name in plan.linears:
         replace_linear(model, name, _quantized(name, tensors, plan, dtype))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), load_tokenizer(source)
 
 
 def size_bytes(folder: Path) -> int:
     """Size of the weights in a model folder, quantized or plain."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _quantized_tensor_names(plan: QuantPlan) -> list[str]:
+    """What the folder must hold for the quantized linears, their biases aside."""
+    return [f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")]
 
 
 def _unquantized(source: ModelConfig, tensors: dict[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from qatrun import demo
@@ -68,6 +75,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
         )
         raise InputError(Problem(message, key="model.path"))
     loaded.config.use_cache = False
+    _make_savable(loaded.generation_config)
     return loaded.eval()
 
 
@@ -115,16 +123,28 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder (config, safetensors, tokenizer) that plain `from_pretrained` opens in `dtype`."""
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
-    }
-    config_dtype, model.config.dtype = model.config.dtype, dtype
-    use_cache, model.config.use_cache = model.config.use_cache, True
+    config_dtype, use_cache = model.config.dtype, model.config.use_cache
+    masters = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
-        model.save_pretrained(folder, state_dict=state)
+        # The model itself is cast meanwhile: only so does transformers see tied weights and write the right dtype.
+        for parameter, master in masters:
+            parameter.data = master.to(dtype)
+        model.config.use_cache = True
+        model.save_pretrained(folder)
     finally:
+        for parameter, master in masters:
+            parameter.data = master
         model.config.dtype, model.config.use_cache = config_dtype, use_cache
     tokenizer.save_pretrained(folder)
+
+
+def _make_savable(generation: GenerationConfig) -> None:
+    """Turn sampling on where a checkpoint sets its temperature but not `do_sample`: transformers loads that, and refuses
+    to save it, which would only show after training."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def _location(model: ModelConfig) -> str:
@@ -150,7 +170,7 @@ def _config_json(model: ModelConfig) -> dict[str, Any]:
 def _not_found(path: str) -> str:
     if Path(path).is_dir():
         return f"folder '{path}' holds no config.json"
-    offline = " (offline: HF_HUB_OFFLINE is set)" if transformers.utils.is_offline_mode() else ""
+    offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
     return f"no model folder '{path}' here, and the hub did not give one{offline}"
 
 

@@ -47,7 +47,6 @@ def attach(model: nn.Module, plan: QuantPlan) -> ScaleState:
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the original modules, with the parameters as training left them."""
     for name, module in _modules_of(model, FakeQuantLinear):
-        module.original.training = module.training
         _replace(model, name, module.original)
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)

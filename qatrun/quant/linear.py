@@ -61,8 +61,8 @@ class Quantizer:
         weight's also when frozen: it does not depend on the batch), and any scaled slot that has no history yet."""
         if self.spec.granularity != "per_tensor":
             return True
-        if self.spec.scaling.type == "dynamic":
-            return state.training or self.spec.role == "weight"
+        if self.spec.scaling.type == "dynamic" and (state.training or self.spec.role == "weight"):
+            return True
         return self.spec.scaling.type != "none" and not state.primed
 
     def to_grid(self, x: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,16 +95,14 @@ class _FakeQuantMatmul(torch.autograd.Function):
         x_dtype, w_dtype, b_dtype = ctx.dtypes
         module: FakeQuantLinear = ctx.module
         g, s_g = grad_output, None
-        grad_bias = grad_output.float().flatten(0, -2).sum(0).to(b_dtype) if b_dtype is not None else None
+        grad_bias = _rows(grad_output).float().sum(0).to(b_dtype) if b_dtype is not None else None
         if "grad_output" in module.quantizers:
             s_g, inv_g = module.scales("grad_output", grad_output)
             g = module.quantizers["grad_output"].to_grid(grad_output, inv_g, q_x.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _masked(_matmul_then_scale(g, q_w, s_w.flatten(), s_g), blocked_x).to(x_dtype)
-        rows_x, rows_g = q_x.flatten(0, -2), g.flatten(0, -2)
-        s_rows = s_x.flatten() if s_x.dim() else s_x
-        grad_w = _masked(_matmul_then_scale(rows_g.t(), rows_x, s_rows, s_g), blocked_w).to(w_dtype)
+        grad_w = _masked(_matmul_then_scale(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g), blocked_w).to(w_dtype)
         return grad_x, grad_w, grad_bias, None
 
 
@@ -132,6 +130,11 @@ def _matmul_then_scale(a: Tensor, b: Tensor, summed_scale: Tensor, extra: Tensor
     scale = summed_scale.reshape(()) if extra is None else summed_scale.reshape(()) * extra
     with torch.autocast(a.device.type, enabled=False):
         return torch.matmul(a, b).float() * scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., d] -> [rows, d]; a single vector is one row."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _masked(grad: Tensor, blocked: Tensor | None) -> Tensor:

@@ -195,11 +195,11 @@ def _first_reader_of_same_input(model: nn.Module, linears: Mapping[str, nn.Modul
         seen.append((tensor, readers[name]))
 
     with torch.device("meta"), torch.no_grad():
-        skeleton = type(model)(config).eval()
-        for name, module in named_linears(skeleton).items():
-            module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
-        tokens = torch.zeros(1, 2, dtype=torch.long)
         try:
+            skeleton = type(model)(config).eval()
+            for name, module in named_linears(skeleton).items():
+                module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
+            tokens = torch.zeros(1, 2, dtype=torch.long)
             skeleton(input_ids=tokens, attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool), use_cache=False)
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             return alone

@@ -14,6 +14,7 @@ from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.recipe import DEFAULT_BUDGET_PP, Arm, load_recipe
 from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
+from qatrun.study.segments import BOOKKEEPING
 from qatrun.train import read_metrics
 
 
@@ -87,12 +88,12 @@ def compare_arms(
 
 
 def matched_settings(arm: Arm) -> dict[str, Any]:
-    """What an arm's training must have in common with its twin's, besides the data consumed."""
+    """What an arm's training must have in common with its twin's, besides the data consumed: all that decides where
+    training without quantization would end."""
     return {
         "model": arm.model.path,
-        "steps": arm.train.steps,
-        "learning_rate": arm.train.learning_rate,
-        "seed": arm.train.seed,
+        **arm.train.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", *BOOKKEEPING}),
+        "warmup": arm.warmup.model_dump(mode="json"),
     }
 
 

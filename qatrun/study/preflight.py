@@ -180,8 +180,7 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
 
 
 def _comparable_settings(arm: Arm) -> dict[str, Any]:
-    batch_size = arm.train.global_batch_size
-    return {**matched_settings(arm), "data": arm.data.model_dump(), "global_batch_size": batch_size}
+    return {**matched_settings(arm), "data": arm.data.model_dump()}
 
 
 def _sources(arms: Mapping[str, Arm]) -> list[tuple[Source, str, str]]:

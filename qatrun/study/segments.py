@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qatrun.formats import Role
 from qatrun.quant import QuantPlan
@@ -18,6 +19,8 @@ from qatrun.recipe import Arm, ResolvedRole
 from qatrun.train import Segment
 
 TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
+# Keys of `train` that no number depends on.
+BOOKKEEPING = {"save_every", "keep_last"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
 
 def _trunk_keys(arms: Mapping[str, Arm]) -> dict[str, str]:
     """Arm -> hash of what its trunk depends on, the unit of the amax history included, which a BF16 arm leaves open."""
-    shared = {name: _digest(arm.model_dump(mode="json", include=TRAINED_SECTIONS)) for name, arm in arms.items()}
+    shared = {name: _digest(_settings(arm)) for name, arm in arms.items()}
     units: dict[str, str] = {}
     for name, arm in arms.items():
         if arm.qat is not None:
@@ -97,8 +100,13 @@ def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder
         last_step=arm.train.steps,
         switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
         trunk=trunk.folder if trunk else None,
-        identity=_digest(arm.model_dump(mode="json", include={*TRAINED_SECTIONS, "qat"})),
+        identity=_digest([_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None]),
     )
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    """What decides where training without quantization goes."""
+    return arm.model_dump(mode="json", include=TRAINED_SECTIONS, exclude={"train": BOOKKEEPING})
 
 
 def _digest(value: object) -> str:
