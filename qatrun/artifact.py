@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from qatrun.errors import InputError, Problem
 from qatrun.model import architecture, from_tensors, load_tokenizer
 from qatrun.numerics import decode, encode, inverse_scale
-from qatrun.quant import QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
+from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
 
 FOLDER = "quantized"
@@ -88,8 +88,9 @@ def load(path: str | Path) -> tuple[Any, Any]:
     if missing := [name for name in _quantized_tensor_names(plan) if name not in tensors]:
         raise InputError(Problem(f"'{path}' lacks {len(missing)} tensors, such as {missing[0]}"))
     model = _unquantized(source, tensors, plan, dtype)
+    shared = {group: Latest() for group in plan.input_group.values()}
     for name in plan.linears:
-        replace_linear(model, name, _quantized(name, tensors, plan, dtype))
+        replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.input_group[name]]))
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), load_tokenizer(source)
 
@@ -122,12 +123,17 @@ def _unquantized(source: ModelConfig, tensors: dict[str, Tensor], plan: QuantPla
     return from_tensors(skeleton, weights, dtype)
 
 
-def _quantized(name: str, tensors: dict[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> QuantizedLinear:
+def _quantized(
+    name: str, tensors: dict[str, Tensor], plan: QuantPlan, dtype: torch.dtype, shared_input: Latest
+) -> QuantizedLinear:
     own = {leaf: tensors[f"{name}.{leaf}"] for leaf in ("weight_scale", "input_scale")}
     own["q_weight"] = decode(tensors[f"{name}.codes"], plan.roles["weight"].format).to(dtype)
     own["input_inv_scale"] = inverse_scale(own["input_scale"])
     if f"{name}.bias" in tensors:
         own["bias"] = tensors[f"{name}.bias"]
     return QuantizedLinear(
-        own, input_quantizer=Quantizer.of_role("input", plan), weight_format=plan.roles["weight"].format
+        own,
+        input_quantizer=Quantizer.of_role("input", plan),
+        weight_format=plan.roles["weight"].format,
+        shared_input=shared_input,
     )

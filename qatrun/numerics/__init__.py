@@ -8,6 +8,7 @@ encoding functions are in units of the grid.
 from qatrun.numerics.codes import decode, encode
 from qatrun.numerics.fake_quant import Clip, Ste, clip_limit, fake_quantize
 from qatrun.numerics.metrics import clip_fraction, sqnr_db, underflow_fraction
+from qatrun.numerics.passes import quantize, rescale_, scale_gradient
 from qatrun.numerics.rounding import Overflow, quantize_to_grid, round_to_format, saturates
 from qatrun.numerics.scales import Granularity, amax, inverse_scale, scale_from_amax
 
@@ -23,10 +24,13 @@ __all__ = [
     "encode",
     "fake_quantize",
     "inverse_scale",
+    "quantize",
     "quantize_to_grid",
+    "rescale_",
     "round_to_format",
     "saturates",
     "scale_from_amax",
+    "scale_gradient",
     "sqnr_db",
     "underflow_fraction",
 ]

@@ -1,14 +1,16 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach."""
 
 from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
-from qatrun.quant.linear import FakeQuantLinear, Quantizer
+from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan, named_linears
 from qatrun.quant.quantized import QuantizedLinear
+from qatrun.quant.quantizer import Latest, Quantizer
 from qatrun.quant.state import Mode, ScaleState
 
 __all__ = [
     "Coverage",
     "FakeQuantLinear",
+    "Latest",
     "Mode",
     "QuantPlan",
     "QuantizedLinear",

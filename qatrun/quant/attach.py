@@ -18,6 +18,7 @@ from qatrun.errors import InputError
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.quantized import QuantizedLinear
+from qatrun.quant.quantizer import Latest
 from qatrun.quant.state import ScaleState
 
 STATE_NAME = "quant_state"
@@ -38,8 +39,10 @@ def attach(model: nn.Module, plan: QuantPlan) -> ScaleState:
     if hasattr(model, STATE_NAME):
         raise InputError("the model has quantizers attached already; detach them first")
     state = ScaleState(plan).to(next(model.parameters()).device)
+    shared = {group: Latest() for group in plan.input_group.values()}
     for name in plan.linears:
-        _replace(model, name, FakeQuantLinear(model.get_submodule(name), name, plan, state))
+        linear = FakeQuantLinear(model.get_submodule(name), name, plan, state, shared[plan.input_group[name]])
+        _replace(model, name, linear)
     model.add_module(STATE_NAME, state)
     return state
 

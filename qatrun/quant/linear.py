@@ -11,13 +11,16 @@ sum, so it multiplies the gradient first:
     dW = (g^T @ q_x) * s_x          s_x per token:    dW = (g * s_x)^T @ q_x
 
 With `grad_output` quantized, g is q_g * s_g (per tensor) and s_g multiplies last as well.
-`qatrun.quant.linear` leaves out: fused epilogues. The matrix product is rounded to the compute dtype before its
-scale is applied in float32 and the result is rounded again, one rounding more than a fused kernel makes.
+Each tensor is quantized no more often than it changes: a weight once an optimizer step, an input that several linears
+read once for all of them, and what the backward needs are the grid values that the forward made.
+
+What this leaves out: fused epilogues. The matrix product is rounded to the compute dtype before its scale is applied in
+float32 and the result is rounded again, one rounding more than a fused kernel makes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,53 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatrun.formats import Role
-from qatrun.numerics import amax as amax_of
-from qatrun.numerics import clip_limit, inverse_scale, quantize_to_grid, saturates, scale_from_amax
+from qatrun.numerics import amax, rescale_, scale_gradient
 from qatrun.quant.plan import QuantPlan
+from qatrun.quant.quantizer import Latest, OnGrid, Quantizer
 from qatrun.quant.state import Mode, ScaleState
-from qatrun.recipe import ResolvedRole
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """Rounds the tensors of one role to their grid; without state, the same for all linears of a plan.
-
-    Attributes:
-        limit: clip at +-limit on the grid (`clip: target`), or None for the format's own edge.
-        clipped_ste: whether the gradient of saturated values is held back.
-    """
-
-    spec: ResolvedRole
-    limit: float | None
-    clipped_ste: bool
-
-    @classmethod
-    def of_role(cls, role: Role, plan: QuantPlan) -> Quantizer:
-        """The quantizer that a plan gives to a role."""
-        spec = plan.roles[role]
-        return cls(spec, clip_limit(plan.clip, spec.target_amax), plan.ste == "clipped")
-
-    def own_scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, inv_scale), float32, of this very tensor x [..., d], at the quantizer's granularity."""
-        scale = scale_from_amax(amax_of(x, self.spec.granularity), self.spec.target_amax)
-        return scale, inverse_scale(scale)
-
-    def takes_own_scale(self, state: ScaleState) -> bool:
-        """Whether a scale comes from the tensor at hand: per channel and per token always, dynamic while training (a
-        weight's also when frozen: it does not depend on the batch), and any scaled slot that has no history yet."""
-        if self.spec.granularity != "per_tensor":
-            return True
-        if self.spec.scaling.type == "dynamic" and (state.training or self.spec.role == "weight"):
-            return True
-        return self.spec.scaling.type != "none" and not state.primed
-
-    def to_grid(self, x: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Grid values q of x / scale, in `dtype`."""
-        return quantize_to_grid(x, inv_scale, self.spec.format, self.limit).to(dtype)
-
-    def blocked(self, x: Tensor, inv_scale: Tensor) -> Tensor | None:
-        """Bool mask of what the STE holds back: where x saturates. None: nothing."""
-        return saturates(x.float() * inv_scale, self.spec.format, self.limit) if self.clipped_ste else None
 
 
 class _FakeQuantMatmul(torch.autograd.Function):
@@ -79,30 +39,24 @@ class _FakeQuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: FakeQuantLinear) -> Tensor:
-        dtype, of_x, of_w = _compute_dtype(x), module.quantizers["input"], module.quantizers["weight"]
-        s_x, inv_x = module.scales("input", x)
-        s_w, inv_w = module.scales("weight", weight)
-        q_x, q_w = of_x.to_grid(x, inv_x, dtype), of_w.to_grid(weight, inv_w, dtype)
-        blocked_x, blocked_w = of_x.blocked(x, inv_x), of_w.blocked(weight, inv_w)
-        ctx.save_for_backward(q_x, q_w, s_x, s_w, blocked_x, blocked_w)
+        dtype = _compute_dtype(x)
+        on_x, on_w = module.input_on_grid(x, dtype), module.weight_on_grid(weight, dtype)
+        ctx.save_for_backward(on_x.values, on_w.values, on_x.scale, on_w.scale, on_x.blocked, on_w.blocked)
         ctx.module, ctx.dtypes = module, (x.dtype, weight.dtype, bias.dtype if bias is not None else None)
-        return scaled_matmul(q_x, q_w, s_x, s_w, bias)
+        return scaled_matmul(on_x.values, on_w.values, on_x.scale, on_w.scale, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         (grad_output,) = grads
         q_x, q_w, s_x, s_w, blocked_x, blocked_w = ctx.saved_tensors
         x_dtype, w_dtype, b_dtype = ctx.dtypes
-        module: FakeQuantLinear = ctx.module
         g, s_g = grad_output, None
-        grad_bias = _rows(grad_output).float().sum(0).to(b_dtype) if b_dtype is not None else None
-        if "grad_output" in module.quantizers:
-            s_g, inv_g = module.scales("grad_output", grad_output)
-            g = module.quantizers["grad_output"].to_grid(grad_output, inv_g, q_x.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _masked(_matmul_then_scale(g, q_w, s_w.flatten(), s_g), blocked_x).to(x_dtype)
-        grad_w = _masked(_matmul_then_scale(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g), blocked_w).to(w_dtype)
+        if "grad_output" in ctx.module.quantizers:
+            on_g = ctx.module.on_grid("grad_output", grad_output, q_x.dtype)
+            g, s_g = on_g.values, on_g.scale
+        grad_x = _scaled_product(g, q_w, s_w.flatten(), s_g, blocked_x, x_dtype) if ctx.needs_input_grad[0] else None
+        grad_w = _scaled_product(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g, blocked_w, w_dtype)
+        grad_bias = _rows(grad_output).sum(0, dtype=torch.float32).to(b_dtype) if b_dtype is not None else None
         return grad_x, grad_w, grad_bias, None
 
 
@@ -117,28 +71,24 @@ def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tens
     Returns:
         [..., out] in the compute dtype.
     """
-    scale = s_x * (s_w.flatten() if s_w.dim() else s_w)
     with torch.autocast(q_x.device.type, enabled=False):
-        y = F.linear(q_x, q_w).float() * scale
-    return (y if bias is None else y + bias.float()).to(q_x.dtype)
+        return rescale_(F.linear(q_x, q_w), s_x, s_w.flatten() if s_w.dim() else s_w, bias)
 
 
-def _matmul_then_scale(a: Tensor, b: Tensor, summed_scale: Tensor, extra: Tensor | None) -> Tensor:
-    """(a @ b) * scale in float32, with a scale that varies along the summed dimension multiplied into `a` first."""
+def _scaled_product(
+    a: Tensor, b: Tensor, summed_scale: Tensor, extra: Tensor | None, blocked: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(a @ b) * scale in float32, zero where blocked. A scale that varies along the summed dimension multiplies `a`."""
     if summed_scale.numel() > 1:
         a, summed_scale = (a.float() * summed_scale).to(b.dtype), summed_scale.new_ones(())
     scale = summed_scale.reshape(()) if extra is None else summed_scale.reshape(()) * extra
     with torch.autocast(a.device.type, enabled=False):
-        return torch.matmul(a, b).float() * scale
+        return scale_gradient(torch.matmul(a, b), scale, blocked, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
     """[..., d] -> [rows, d]; a single vector is one row."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _masked(grad: Tensor, blocked: Tensor | None) -> Tensor:
-    return grad if blocked is None else torch.where(blocked, 0.0, grad)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -171,6 +121,7 @@ class FakeQuantLinear(nn.Module):
         original: the linear it stands for, kept out of the module tree.
         state: the model's one ScaleState, registered on the model itself.
         slots: role -> index in that state.
+        shared_input: the input as last quantized, one for all linears that read the same.
     """
 
     weight: nn.Parameter
@@ -178,7 +129,9 @@ class FakeQuantLinear(nn.Module):
     original: nn.Module
     state: ScaleState
 
-    def __init__(self, original: nn.Module, name: str, plan: QuantPlan, state: ScaleState) -> None:
+    def __init__(
+        self, original: nn.Module, name: str, plan: QuantPlan, state: ScaleState, shared_input: Latest
+    ) -> None:
         super().__init__()
         self.weight = original.get_parameter("weight")
         self.register_parameter("bias", getattr(original, "bias", None))
@@ -187,23 +140,36 @@ class FakeQuantLinear(nn.Module):
         self.__dict__.update(original=original, state=state)
         self.quantizers = {role: Quantizer.of_role(role, plan) for role in plan.roles}
         self.slots = {role: state.index[plan.slot_name(name, role)] for role in plan.roles}
+        self.shared_input, self._own_weight = shared_input, Latest()
+
+    def observe(self, role: Role, x: Tensor) -> None:
+        """Record the amax of a role's tensor."""
+        self.state.observe(self.slots[role], amax(x, "per_tensor"))
+
+    def on_grid(self, role: Role, x: Tensor, dtype: torch.dtype) -> OnGrid:
+        """A tensor of a role [..., d], quantized; records its amax while training."""
+        quantizer, slot = self.quantizers[role], self.slots[role]
+        if quantizer.takes_own_scale(self.state):
+            scale, inv_scale = quantizer.own_scales(x)
+        else:
+            scale, inv_scale = self.state.scale[slot], self.state.inv_scale[slot]
+        result, seen = quantizer.to_grid(x, scale, inv_scale, dtype)
+        if self.state.training:
+            self.state.observe(slot, seen)
+        return result
+
+    def input_on_grid(self, x: Tensor, dtype: torch.dtype) -> OnGrid:
+        """x [..., in] quantized, once for all linears that read it."""
+        return self.shared_input.get(x, partial(self.on_grid, "input", x, dtype), dtype, self.state.generation())
+
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> OnGrid:
+        """The effective weight [out, in] quantized, once for every change of the parameter."""
+        make = partial(self.on_grid, "weight", weight, dtype)
+        return self._own_weight.get(self.weight, make, dtype, self.state.generation())
 
     def effective_weight(self) -> Tensor:
         """[out, in], whatever way round the parameter is stored."""
         return self.weight.t() if self.transposed else self.weight
-
-    def observe(self, role: Role, x: Tensor) -> None:
-        """Record the amax of a role's tensor."""
-        self.state.observe(self.slots[role], amax_of(x, "per_tensor"))
-
-    def scales(self, role: Role, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, inv_scale), float32, [] or broadcastable to x [..., d]; records x's amax while training."""
-        quantizer, slot = self.quantizers[role], self.slots[role]
-        if self.state.training:
-            self.observe(role, x)
-        if quantizer.takes_own_scale(self.state):
-            return quantizer.own_scales(x)
-        return self.state.scale[slot], self.state.inv_scale[slot]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from qatrun.quant.linear import FakeQuantLinear, Quantizer, scaled_matmul
+from qatrun.quant.linear import FakeQuantLinear, scaled_matmul
+from qatrun.quant.quantizer import Latest, OnGrid, Quantizer
 from qatrun.quant.state import DeviceOnlyModule
 
 
@@ -17,6 +20,7 @@ class QuantizedLinear(DeviceOnlyModule):
         weight_scale: float32, [] per tensor or [out, 1] per channel.
         input_scale, input_inv_scale: [] float32; unused when inputs are quantized per token.
         bias: [out] in the compute dtype, or None.
+        shared_input: the input as last quantized, one for all linears that read the same.
     """
 
     q_weight: Tensor
@@ -32,34 +36,43 @@ class QuantizedLinear(DeviceOnlyModule):
         *,
         input_quantizer: Quantizer,
         weight_format: str,
+        shared_input: Latest,
     ) -> None:
         super().__init__()
         for name in ("q_weight", "weight_scale", "input_scale", "input_inv_scale", "bias"):
             self.register_buffer(name, tensors.get(name))
         self.input = input_quantizer
         self.weight_format = weight_format
+        self.shared_input = shared_input
 
     @classmethod
     @torch.no_grad()
     def from_trained(cls, linear: FakeQuantLinear, dtype: torch.dtype) -> QuantizedLinear:
         """Round the master weights to their grid with the scale that training would use next."""
-        weight, state = linear.effective_weight(), linear.state
-        slot, quantizer = linear.slots["input"], linear.quantizers["weight"]
-        scale, inv_scale = linear.scales("weight", weight)
+        state, slot = linear.state, linear.slots["input"]
+        weight = linear.weight_on_grid(linear.effective_weight(), dtype)
         tensors = {
-            "q_weight": quantizer.to_grid(weight, inv_scale, dtype).contiguous(),
-            "weight_scale": scale.clone(),
+            "q_weight": weight.values.contiguous(),
+            "weight_scale": weight.scale.clone(),
             "input_scale": state.scale[slot].clone(),
             "input_inv_scale": state.inv_scale[slot].clone(),
         }
         if linear.bias is not None:
             tensors["bias"] = linear.bias.detach().to(dtype)
-        return cls(tensors, input_quantizer=linear.quantizers["input"], weight_format=quantizer.spec.format)
+        return cls(
+            tensors,
+            input_quantizer=linear.quantizers["input"],
+            weight_format=linear.quantizers["weight"].spec.format,
+            shared_input=linear.shared_input,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
-        s_x, inv_x = self.input_scale, self.input_inv_scale
+        on_x = self.shared_input.get(x, partial(self._on_grid, x))
+        return scaled_matmul(on_x.values, self.q_weight.to(x.dtype), on_x.scale, self.weight_scale, self.bias)
+
+    def _on_grid(self, x: Tensor) -> OnGrid:
+        scale, inv_scale = self.input_scale, self.input_inv_scale
         if self.input.spec.granularity != "per_tensor":
-            s_x, inv_x = self.input.own_scales(x)
-        q_x = self.input.to_grid(x, inv_x, x.dtype)
-        return scaled_matmul(q_x, self.q_weight.to(x.dtype), s_x, self.weight_scale, self.bias)
+            scale, inv_scale = self.input.own_scales(x)
+        return self.input.to_grid(x, scale, inv_scale, x.dtype)[0]

@@ -1,0 +1,209 @@
+// The quantizers' arithmetic for CPUs, one pass over memory each.
+//
+// It is the arithmetic of the Python modules beside this file, value for value; they teach the maths. Integer operations
+// and exactly rounded float32 ones only, never contracted into fused multiply-adds, so results are bitwise equal to theirs.
+// OpenMP's symbols are left open: they resolve to the runtime that torch has loaded, so both share one thread pool.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+constexpr int32_t MAGNITUDE = 0x7FFFFFFF;
+constexpr int32_t INFINITE = 0x7F800000;
+constexpr int64_t SERIAL_BELOW = 16384;  // values for which a thread's start costs more than it saves
+
+constexpr int32_t power_of_two(int exponent) { return (exponent + 127) << 23; }
+
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float load(const float* p) { return *p; }
+inline float load(const bfloat16* p) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(p->bits) << 16)); }
+
+inline void store(float* p, float x) { *p = x; }
+inline void store(bfloat16* p, float x) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>(x != x ? 0x7FC0 : rounded);
+}
+
+// Rounding without an upper end, as in hif8.py, fp8.py and int8.py.
+
+struct HiF8 {
+  static inline float round(float x) {
+    const int32_t magnitude = bits_of(x) & MAGNITUDE;
+    int32_t half = 1 << 22;
+    half = magnitude >= power_of_two(-15) && magnitude < power_of_two(16) ? 1 << 21 : half;
+    half = magnitude >= power_of_two(-7) && magnitude < power_of_two(8) ? 1 << 20 : half;
+    half = magnitude >= power_of_two(-3) && magnitude < power_of_two(4) ? 1 << 19 : half;
+    int32_t rounded = (magnitude + half) & (half * -2);
+    rounded = rounded < power_of_two(-22) ? power_of_two(-22) : rounded;
+    rounded |= bits_of(x) & ~MAGNITUDE;
+    rounded = magnitude >= power_of_two(-23) ? rounded : 0;
+    return float_of(magnitude > INFINITE ? bits_of(x) : rounded);
+  }
+};
+
+template <int MANTISSA_BITS, int MIN_EXPONENT>
+struct Minifloat {
+  static inline float round(float x) {
+    int32_t exponent = bits_of(x) & INFINITE;
+    exponent = exponent < power_of_two(MIN_EXPONENT) ? power_of_two(MIN_EXPONENT) : exponent;
+    const int32_t ulp = exponent - (MANTISSA_BITS << 23);
+    return std::nearbyint(x * float_of((254 << 23) - ulp)) * float_of(ulp);
+  }
+};
+
+struct Int8 {
+  static inline float round(float x) { return std::nearbyint(x) + 0.0f; }  // + 0: there is no -0
+};
+
+// What all of it is about. Rows are weights' output channels or tokens; a stride of 0 gives all of them one scale.
+
+template <class Format, class In, class Out, bool WITH_MASK>
+int32_t quantize_row(const In* x, int64_t n, float inv_scale, float edge, float saturated, Out* q, uint8_t* blocked) {
+  int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; i++) {
+    const float value = load(x + i);
+    const int32_t magnitude = bits_of(value) & MAGNITUDE;  // as integers, NaN > Inf > every number
+    largest = magnitude > largest ? magnitude : largest;
+    const float scaled = value * inv_scale;
+    float clipped = scaled > edge ? edge : scaled;
+    clipped = clipped < -edge ? -edge : clipped;
+    if (WITH_MASK) blocked[i] = std::fabs(scaled) >= saturated;
+    store(q + i, Format::round(clipped));
+  }
+  return largest;
+}
+
+template <class Format, class In, class Out, bool WITH_MASK>
+float quantize(const In* x, int64_t rows, int64_t columns, const float* inv_scale, int64_t stride, float edge,
+               float saturated, Out* q, uint8_t* blocked) {
+  int32_t largest = 0;
+  if (stride == 0) {  // one scale: the tensor is one row, cut into pieces
+    const int64_t n = rows * columns, piece = 8192;
+#pragma omp parallel for reduction(max : largest) schedule(static) if (n > SERIAL_BELOW)
+    for (int64_t start = 0; start < n; start += piece) {
+      const int64_t length = start + piece < n ? piece : n - start;
+      const int32_t seen = quantize_row<Format, In, Out, WITH_MASK>(x + start, length, *inv_scale, edge, saturated, q + start,
+                                                                   WITH_MASK ? blocked + start : nullptr);
+      largest = seen > largest ? seen : largest;
+    }
+  } else {
+#pragma omp parallel for reduction(max : largest) schedule(static) if (rows * columns > SERIAL_BELOW)
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t start = row * columns;
+      const int32_t seen = quantize_row<Format, In, Out, WITH_MASK>(x + start, columns, inv_scale[row], edge, saturated, q + start,
+                                                                   WITH_MASK ? blocked + start : nullptr);
+      largest = seen > largest ? seen : largest;
+    }
+  }
+  return float_of(largest);
+}
+
+template <class In, class Out>
+float quantize_to(int format, const In* x, int64_t rows, int64_t columns, const float* inv_scale, int64_t stride,
+                  float edge, float saturated, Out* q, uint8_t* blocked) {
+#define WITH(FORMAT)                                                                                                  \
+  return blocked ? quantize<FORMAT, In, Out, true>(x, rows, columns, inv_scale, stride, edge, saturated, q, blocked) \
+                 : quantize<FORMAT, In, Out, false>(x, rows, columns, inv_scale, stride, edge, saturated, q, blocked)
+  using E4M3 = Minifloat<3, -6>;
+  using E5M2 = Minifloat<2, -14>;
+  switch (format) {
+    case 0: WITH(HiF8);
+    case 1: WITH(E4M3);
+    case 2: WITH(E5M2);
+    default: WITH(Int8);
+  }
+#undef WITH
+}
+
+template <class T>
+void rescale(T* y, int64_t rows, int64_t columns, const float* row_scale, int64_t row_stride, const float* column_scale,
+             int64_t column_stride, const T* bias) {
+#pragma omp parallel for schedule(static) if (rows * columns > SERIAL_BELOW)
+  for (int64_t row = 0; row < rows; row++) {
+    T* out = y + row * columns;
+    const float of_row = row_scale[row * row_stride];
+    if (column_stride == 0 && bias == nullptr) {
+      const float scale = of_row * *column_scale;
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++) store(out + i, load(out + i) * scale);
+    } else if (bias == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++) store(out + i, load(out + i) * (of_row * column_scale[i * column_stride]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++)
+        store(out + i, load(out + i) * (of_row * column_scale[i * column_stride]) + load(bias + i));
+    }
+  }
+}
+
+template <class In, class Out>
+void scale_gradient(const In* grad, int64_t n, float scale, const uint8_t* blocked, Out* out) {
+  if (blocked) {
+#pragma omp parallel for simd schedule(static) if (n > SERIAL_BELOW)
+    for (int64_t i = 0; i < n; i++) store(out + i, blocked[i] ? 0.0f : load(grad + i) * scale);
+  } else {
+#pragma omp parallel for simd schedule(static) if (n > SERIAL_BELOW)
+    for (int64_t i = 0; i < n; i++) store(out + i, load(grad + i) * scale);
+  }
+}
+
+}  // namespace
+
+// dtypes: 0 float32, 1 bfloat16; formats as in `quantize_to`.
+
+extern "C" void qatrun_quantize(int format, const void* x, int x_dtype, int64_t rows, int64_t columns,
+                                const float* inv_scale, int64_t stride, float edge, float saturated, void* q,
+                                int q_dtype, uint8_t* blocked, float* amax) {
+  const auto* x32 = static_cast<const float*>(x);
+  const auto* x16 = static_cast<const bfloat16*>(x);
+  auto* q32 = static_cast<float*>(q);
+  auto* q16 = static_cast<bfloat16*>(q);
+  if (x_dtype == 0)
+    *amax = q_dtype == 0 ? quantize_to(format, x32, rows, columns, inv_scale, stride, edge, saturated, q32, blocked)
+                         : quantize_to(format, x32, rows, columns, inv_scale, stride, edge, saturated, q16, blocked);
+  else
+    *amax = q_dtype == 0 ? quantize_to(format, x16, rows, columns, inv_scale, stride, edge, saturated, q32, blocked)
+                         : quantize_to(format, x16, rows, columns, inv_scale, stride, edge, saturated, q16, blocked);
+}
+
+extern "C" void qatrun_rescale(void* y, int dtype, int64_t rows, int64_t columns, const float* row_scale,
+                               int64_t row_stride, const float* column_scale, int64_t column_stride, const void* bias) {
+  if (dtype == 0)
+    rescale(static_cast<float*>(y), rows, columns, row_scale, row_stride, column_scale, column_stride,
+            static_cast<const float*>(bias));
+  else
+    rescale(static_cast<bfloat16*>(y), rows, columns, row_scale, row_stride, column_scale, column_stride,
+            static_cast<const bfloat16*>(bias));
+}
+
+extern "C" void qatrun_scale_gradient(const void* grad, int grad_dtype, int64_t n, const float* scale,
+                                      const uint8_t* blocked, void* out, int out_dtype) {
+  const auto* g32 = static_cast<const float*>(grad);
+  const auto* g16 = static_cast<const bfloat16*>(grad);
+  auto* o32 = static_cast<float*>(out);
+  auto* o16 = static_cast<bfloat16*>(out);
+  if (grad_dtype == 0)
+    out_dtype == 0 ? scale_gradient(g32, n, *scale, blocked, o32) : scale_gradient(g32, n, *scale, blocked, o16);
+  else
+    out_dtype == 0 ? scale_gradient(g16, n, *scale, blocked, o32) : scale_gradient(g16, n, *scale, blocked, o16);
+}
