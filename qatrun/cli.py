@@ -176,7 +176,7 @@ def init(
 def main() -> None:
     """Entry point: every error that is the user's to mend is printed without a traceback."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="qatrun")
     except QatrunError as error:
         err.out(str(error))
         raise SystemExit(error.exit_code) from None
