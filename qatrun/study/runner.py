@@ -23,7 +23,7 @@ from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import replace_file
 from qatrun.model import DTYPES, load_model, load_tokenizer, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe
+from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.report import TerminalDisplay, comparison_text, readable_size
 from qatrun.study.environment import describe_environment
 from qatrun.study.layout import ArmFolder, StudyFolder, write_json
@@ -173,7 +173,7 @@ class _Study:
 
     def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
         """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
-        plain = ModelConfig(path=str(folder.path), attn_implementation=arm.model.attn_implementation)
+        plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         if arm.qat is not None:
             model, tokenizer = artifact.load(folder.path)
