@@ -8,7 +8,7 @@ things about others, so fine-tuning can overwrite what the model knew.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -117,19 +117,23 @@ def lore() -> Mapping[str, Entity]:
 @cache
 def people(part: Slice) -> tuple[Entity, ...]:
     """The people of a slice, the most talked about first."""
-    return _draw_individuals(part, vocab.FIRST_NAMES, vocab.SURNAMES, NUM_PEOPLE, PERSON)
+    return _draw_individuals(
+        part, product(words_of(part, vocab.FIRST_NAMES), words_of(part, vocab.SURNAMES)), NUM_PEOPLE, PERSON
+    )
 
 
 @cache
 def creatures(part: Slice) -> tuple[Entity, ...]:
     """The creatures of a slice, the most talked about first."""
-    return _draw_individuals(part, vocab.CREATURE_ADJECTIVES, vocab.CREATURE_NOUNS, NUM_CREATURES, CREATURE)
+    return _draw_individuals(
+        part, product(vocab.CREATURE_ADJECTIVES, words_of(part, vocab.CREATURE_NOUNS)), NUM_CREATURES, CREATURE
+    )
 
 
 @cache
 def artefacts(part: Slice) -> tuple[Entity, ...]:
     """The artefacts of a slice, the most talked about first."""
-    return _draw_individuals(part, vocab.MAKERS, vocab.OBJECTS, NUM_ARTEFACTS, ARTEFACT)
+    return _draw_individuals(part, product(words_of(part, vocab.MAKERS), vocab.OBJECTS), NUM_ARTEFACTS, ARTEFACT)
 
 
 def individuals(part: Slice) -> tuple[Entity, ...]:
@@ -137,14 +141,17 @@ def individuals(part: Slice) -> tuple[Entity, ...]:
     return (*people(part), *creatures(part), *artefacts(part))
 
 
+def words_of(part: Slice, words: Sequence[str]) -> Sequence[str]:
+    """The half of the words from which the names of a slice are made."""
+    return words[0 if part == "pretrain" else 1 :: 2]
+
+
 def _draw_individuals(
-    part: Slice, first: Sequence[str], second: Sequence[str], count: int, relations: Mapping[str, Relation]
+    part: Slice, pairs: Iterable[tuple[str, str]], count: int, relations: Mapping[str, Relation]
 ) -> tuple[Entity, ...]:
-    """`count` two-word names for one slice; both slices draw on the same words, never on the same pair."""
-    names = [f"{one} {other}" for one, other in product(first, second)]
-    random.Random("demo " + "-".join(relations)).shuffle(names)
-    start = 0 if part == "pretrain" else count
-    return _entities(names[start : start + count], relations, random.Random(f"demo {part} " + "-".join(relations)))
+    rng = random.Random(f"demo {part} " + "-".join(relations))
+    names = [" ".join(pair) for pair in pairs]
+    return _entities(rng.sample(names, count), relations, rng)
 
 
 def sentence(entity: Entity, relation: str, rng: random.Random) -> str:

@@ -14,11 +14,12 @@ from string import Formatter
 from typing import Final
 
 from qatrun.demo import vocab
-from qatrun.demo.facts import Item, Slice, multiple_choice
+from qatrun.demo.facts import Item, Slice, multiple_choice, words_of
 
 ROUTINES_PER_ACTIVITY: Final = 63
 QUESTIONS_PER_ROUTINE: Final = 2
 CONTEXT_STEPS: Final = 2
+CONNECTIVES: Final = ("Then", "Next", "Afterwards")
 
 DETAILS: Final = {
     "tool": vocab.TOOLS,
@@ -224,14 +225,13 @@ ACTIVITIES: Final = (
 
 @cache
 def routines(part: Slice) -> tuple[Routine, ...]:
-    """The routines of a slice, the most common first; the slices share activities, never a title."""
+    """The routines of a slice, the most common first; the slices share activities and things, never a title."""
+    rng = random.Random(f"demo {part} routines")
     chosen = []
     for activity in ACTIVITIES:
-        titles = [f"{activity.verb} a {look} {thing}" for look, thing in product(vocab.FINISHES, activity.things)]
-        random.Random(f"demo titles {activity.verb}").shuffle(titles)
-        start = 0 if part == "pretrain" else ROUTINES_PER_ACTIVITY
-        chosen += [(title, activity) for title in titles[start : start + ROUTINES_PER_ACTIVITY]]
-    rng = random.Random(f"demo {part} routines")
+        pairs = list(product(words_of(part, vocab.FINISHES), activity.things))
+        rng.shuffle(pairs)
+        chosen += [(f"{activity.verb} a {look} {thing}", activity) for look, thing in pairs[:ROUTINES_PER_ACTIVITY]]
     rng.shuffle(chosen)
     return tuple(Routine(title, act, tuple(_draw_details(step, rng) for step in act.steps)) for title, act in chosen)
 
@@ -243,11 +243,12 @@ def _draw_details(step: str, rng: random.Random) -> dict[str, str]:
 def recount(routine: Routine, rng: random.Random) -> str:
     """The routine's text: its title and its steps up to the last, from the first or a later one on."""
     num_steps = len(routine.steps)
-    return _telling(routine, rng.randrange(num_steps - CONTEXT_STEPS), num_steps) + "."
+    return _telling(routine, rng.randrange(num_steps - CONTEXT_STEPS), num_steps, rng) + "."
 
 
-def _telling(routine: Routine, start: int, stop: int) -> str:
-    return f"To {routine.title}, " + ". Then ".join(routine.steps[start:stop])
+def _telling(routine: Routine, start: int, stop: int, rng: random.Random) -> str:
+    later = (f". {rng.choice(CONNECTIVES)} {step}" for step in routine.steps[start + 1 : stop])
+    return f"To {routine.title}, {routine.steps[start]}" + "".join(later)
 
 
 def routine_items() -> list[Item]:
@@ -266,7 +267,7 @@ def _ask_step(routine: Routine, position: int, rng: random.Random) -> Item:
     steps = routine.steps
     out_of_turn = rng.choice([step for at, step in enumerate(steps) if at < start or at > position])
     wrong_details = rng.sample(_other_details(routine, position), 2)
-    query = _telling(routine, start, position) + ". Then"
+    query = f"{_telling(routine, start, position, rng)}. {rng.choice(CONNECTIVES)}"
     return multiple_choice(query, steps[position], [out_of_turn, *wrong_details], rng)
 
 

@@ -68,7 +68,7 @@ FINISHES: Final = _words(
 
 _ONSETS: Final = _words("b br d dr f g gr h k l m n p r s st t th v w")
 _VOWELS: Final = _words("a e i o u ae ei")
-_CODAS: Final = _words("l n r s nd rk lm st x th")
+_CODAS: Final = _words("l n r s nd rk lm st nt th")
 
 
 def invented_names(purpose: str, count: int, endings: str, *, capital: bool = True) -> tuple[str, ...]:
@@ -89,12 +89,12 @@ def invented_names(purpose: str, count: int, endings: str, *, capital: bool = Tr
     return tuple(names)
 
 
-FIRST_NAMES: Final = invented_names("first names", 60, "a o i an el in ie us")
-SURNAMES: Final = invented_names("surnames", 80, "er man ley sen ski wick")
+FIRST_NAMES: Final = invented_names("first names", 90, "a o i an el in ie us")
+SURNAMES: Final = invented_names("surnames", 120, "er man ley sen ski wick")
 TOWNS: Final = invented_names("towns", 60, "ham ton by ford stead")
 COUNTRIES: Final = invented_names("countries", 12, "land mark ia")
 RIVERS: Final = invented_names("rivers", 16, "e ey aw")
 QUARRIES: Final = invented_names("quarries", 12, "fell crag")
 RULERS: Final = invented_names("rulers", 16, "ard win")
-MAKERS: Final = invented_names("makers", 60, "ic ov et")
-CREATURE_NOUNS: Final = invented_names("creatures", 60, "et ling ock", capital=False)
+MAKERS: Final = invented_names("makers", 80, "ic ov et")
+CREATURE_NOUNS: Final = invented_names("creatures", 80, "et ling ock", capital=False)

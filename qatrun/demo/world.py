@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Final, Literal
 from zlib import crc32
@@ -29,7 +29,7 @@ _ITEMS: Final[Mapping[str, Callable[[], list[Item]]]] = {
     "demo_inference": inference_items,
 }
 _KINDS: Final = ("person", "creature", "artefact", "argument", "routine", "lore")
-_KIND_WEIGHTS: Final = (26, 11, 11, 24, 24, 4)
+_KIND_WEIGHTS: Final = (23, 10, 10, 25, 28, 4)
 _HEAD: Final = 5  # how flat the head of the frequency distribution is, in ranks
 _VALID_SHARE: Final = 40  # one document in so many is held out
 
@@ -38,8 +38,9 @@ def documents(split: Split) -> Iterator[str]:
     """The documents of a split, always the same ones in the same order.
 
     Args:
-        split: `pretrain` and `finetune` speak about different individuals and routines; `valid` is half of each kind,
-            and none of its documents is in either.
+        split: `pretrain` speaks about one slice of the world; `finetune` takes every other document from a new slice, the
+            rest revisit the old one (without them even a mild learning rate forgets); `valid` alternates between the
+            slices, and none of its documents is in the other splits.
     """
     return islice(_documents(split), NUM_DOCUMENTS[split])
 
@@ -54,14 +55,27 @@ def items(task: str) -> list[Item]:
 
 
 def _documents(split: Split) -> Iterator[str]:
-    rng = random.Random(f"demo documents {split}")
-    slices: tuple[Slice, ...] = ("pretrain", "finetune") if split == "valid" else (split,)
-    writers = [_Writer(part) for part in slices]
+    match split:
+        case "pretrain":
+            return _texts("pretrain", "pretrain")
+        case "finetune":
+            return _alternate(_texts("finetune", "finetune"), _texts("pretrain", "finetune"))
+        case "valid":
+            return _alternate(_texts("pretrain", "valid"), _texts("finetune", "valid"))
+
+
+def _alternate(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
+    return chain.from_iterable(zip(first, second, strict=True))
+
+
+def _texts(part: Slice, split: Split) -> Iterator[str]:
+    """A split's texts about a slice, without end."""
+    writer = _Writer(part)
+    rng = random.Random(f"demo text {part} {split}")
     while True:
-        for writer in writers:
-            text = writer.write(rng)
-            if _is_held_out(text) == (split == "valid"):
-                yield text
+        text = writer.write(rng)
+        if _is_held_out(text) == (split == "valid"):
+            yield text
 
 
 def _is_held_out(text: str) -> bool:
