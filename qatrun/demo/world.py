@@ -17,7 +17,7 @@ Split = Literal["pretrain", "finetune", "valid"]
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
 TASKS: Final[Mapping[str, str]] = {
-    "demo_facts": "facts about invented people and creatures",
+    "demo_facts": "facts about invented people, creatures and artefacts",
     "demo_routines": "the next step of everyday procedures",
     "demo_inference": "conclusions that join two facts",
 }
