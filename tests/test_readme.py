@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from tiny_world import run_qatrun
 
 from qatrun.recipe import load_recipe, parse_recipe, shipped_recipes
-from tiny_world import run_qatrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
