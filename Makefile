@@ -1,10 +1,10 @@
-# make setup | demo | test | check | format
+# make setup | demo | test | check | format | bench | bench-check
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check format reference clean
+.PHONY: setup demo test check format reference bench bench-check clean
 
 setup: $(READY)
 
@@ -34,6 +34,15 @@ format: $(READY)
 
 reference: $(READY)
 	$(BIN)/python -m qatrun.recipe.reference
+
+# On a machine that does nothing else. BENCH=cuda for the GPU.
+BENCH ?= cpu
+bench: $(READY)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python scripts/bench.py all --device $(BENCH) --output scripts/bench_results
+
+bench-check: $(READY)
+	$(BIN)/python scripts/bench.py all --device $(BENCH) --quick --check scripts/bench_results
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

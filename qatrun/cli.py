@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,8 @@ def train(
         out.print()
         out.print(comparison_table(pair.to_dict()))
     out.out(f"\nall of it: {result.folder}")
+    if not result.pairs:
+        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
 
@@ -183,6 +186,9 @@ def main() -> None:
     except OSError as error:  # a full disk, a missing permission, a file where a folder should be
         err.out(str(error))
         raise SystemExit(QatrunError.exit_code) from None
+    except Exception:  # a mistake of ours, or memory that ran out: 1 would read as "the verdict failed"
+        traceback.print_exc()
+        raise SystemExit(QatrunError.exit_code) from None
 
 
 def _load_recipe(recipe: str, overrides: list[str] | None) -> Any:
@@ -212,8 +218,8 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _exit_by_verdict(verdict: str, strict: bool) -> None:
-    code = {"exceeds": 1, "inconclusive": 4 if strict else 0}.get(verdict, 0)
+def _exit_by_verdict(verdict: str | None, strict: bool) -> None:
+    code = {"exceeds": 1, "inconclusive": 4 if strict else 0}.get(verdict or "within", 0)
     if code:
         raise typer.Exit(code)
 

@@ -82,10 +82,14 @@ def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
 def architecture(model: ModelConfig) -> nn.Module:
     """The model on the meta device: shapes and names, no weights, no memory."""
     config = load_config(model)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
-            config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(
+                config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        key = "model.attn_implementation" if "attention" in str(error).lower() else "model.path"
+        raise InputError(Problem(f"{model.path}: {_first_line(error)}", key=key)) from error
     assert isinstance(empty, nn.Module)
     return empty
 

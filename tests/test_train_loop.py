@@ -21,7 +21,7 @@ from qatrun.data import IGNORE_INDEX, open_data
 from qatrun.errors import Interrupted, NonFiniteError
 from qatrun.quant import ScaleState
 from qatrun.train import latest_checkpoint, read_checkpoint, read_metrics
-from qatrun.train.loop import summed_loss
+from qatrun.train.loop import FLUSH_EVERY, summed_loss
 from qatrun.train.nonfinite import first_bad_tensors
 
 STEPS, SWITCH = 7, 3
@@ -414,3 +414,46 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(file)).Reload()
     logged = [event.value for event in events.Scalars("loss")]
     assert logged == pytest.approx([row["loss"] for row in read_metrics(trunk.folder / "metrics.jsonl")])
+
+
+@pytest.mark.parametrize("qat", [{}, {"grad_output": {}, "scaling": {"window": 3, "unit": "microbatch"}}], ids=str)
+def test_how_often_the_device_is_read_changes_nothing(
+    tmp_path: Path, qat: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_step, seldom = (TinyStudy(tmp_path / name, qat=qat, train={"save_every": 5}) for name in "ab")
+    each_step.train_arm()
+    monkeypatch.setitem(FLUSH_EVERY, "cpu", 4)
+    seldom.train_arm()
+    assert differences(final_state(each_step.arms["hif8"].own), final_state(seldom.arms["hif8"].own)) == []
+
+
+def test_an_update_that_is_not_finite_is_held_back_until_it_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is bad at the second of four steps that are checked together."""
+    monkeypatch.setitem(FLUSH_EVERY, "cpu", 4)
+    study = TinyStudy(tmp_path / "a", warmup={"steps": 0}, train={"save_every": 7, "global_batch_size": 2})
+    weights: list[torch.Tensor] = []
+    name = "model.layers.0.self_attn.v_proj.weight"
+    make_model = study.make_model
+
+    def with_a_bad_second_gradient() -> Any:
+        model = make_model()
+        parameter = model.get_parameter(name)
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+            weights.append(parameter.detach().clone())
+            return gradient * math.inf if len(weights) in (2, 5) else None  # 5: when it is looked into
+
+        parameter.register_hook(spoil)
+        return model
+
+    study.make_model = with_a_bad_second_gradient
+    recorder = Recorder()
+    with pytest.raises(
+        NonFiniteError, match=rf"gradient norm (inf|nan) at step 2 of hif8; first bad: gradient of {name}"
+    ):
+        study.train(study.arms["hif8"].own, recorder)
+    assert [row["step"] for row in recorder.rows] == [1]
+    assert not torch.equal(weights[0], weights[1])
+    assert all(torch.equal(weights[1], later) for later in weights[2:])

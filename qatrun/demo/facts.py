@@ -1,8 +1,8 @@
 """Facts: entities with attributes, the sentences that state them, the questions that ask for them (in MMLU's spirit).
 
 Lore (towns, animal groups, materials) is shared by all text. Individuals (people, creatures, artefacts) belong to one
-slice of the world each: the model is pretrained on one slice and fine-tuned on the other, which says the same kind of
-things about others, so fine-tuning can overwrite what the model knew.
+slice of the world each: the model is pretrained on one slice and fine-tuned on the other with some of the first. Both
+say the same kind of things, so fine-tuning can overwrite what the model knew.
 """
 
 from __future__ import annotations

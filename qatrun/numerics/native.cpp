@@ -42,7 +42,8 @@ inline void store(bfloat16* p, float x) {  // to nearest, ties to even; NaN stay
   p->bits = static_cast<uint16_t>(x != x ? 0x7FC0 : rounded);
 }
 
-// Rounding without an upper end, as in hif8.py, fp8.py and int8.py.
+// Rounding without an upper end, and codes of values that are on the grid (never Inf: they saturate), as in hif8.py, fp8.py
+// and int8.py.
 
 struct HiF8 {
   static inline float round(float x) {
@@ -57,6 +58,18 @@ struct HiF8 {
     rounded = magnitude >= power_of_two(-23) ? rounded : 0;
     return float_of(magnitude > INFINITE ? bits_of(x) : rounded);
   }
+
+  static inline uint8_t encode(float grid) {
+    const int32_t bits = bits_of(grid), magnitude = bits & MAGNITUDE;
+    const int32_t exponent = (magnitude >> 23) - 127, negative = exponent >> 31;
+    const int32_t tail = ((exponent ^ negative) - negative) << 3 | (bits >> 20 & 7);
+    int32_t code = tail < 64 ? 0x30 + (tail >> 1) : 0x50 + (tail >> 2);
+    code = (tail < 32 ? 0x10 + tail : code) + (negative & 0x10);
+    code = tail < 16 ? 0x08 + tail + (negative & 0x08) : code;
+    code = exponent < -15 ? (exponent < -23 ? 0 : exponent + 23) : code;
+    code += bits >> 31 & 0x80;
+    return static_cast<uint8_t>(magnitude > INFINITE ? 0x80 : code);
+  }
 };
 
 template <int MANTISSA_BITS, int MIN_EXPONENT>
@@ -67,15 +80,48 @@ struct Minifloat {
     const int32_t ulp = exponent - (MANTISSA_BITS << 23);
     return std::nearbyint(x * float_of((254 << 23) - ulp)) * float_of(ulp);
   }
+
+  static inline uint8_t encode(float grid) {
+    const int32_t bits = bits_of(grid), magnitude = bits & MAGNITUDE;
+    const bool is_normal = magnitude >= power_of_two(MIN_EXPONENT);
+    const int32_t normal = (magnitude >> (23 - MANTISSA_BITS)) - ((MIN_EXPONENT + 126) << MANTISSA_BITS);
+    const float subnormal = float_of(is_normal ? 0 : magnitude) * float_of(power_of_two(MANTISSA_BITS - MIN_EXPONENT));
+    const int32_t code = (is_normal ? normal : static_cast<int32_t>(subnormal)) + (bits >> 31 & 0x80);
+    return static_cast<uint8_t>(magnitude > INFINITE ? 0x7F : code);
+  }
 };
 
 struct Int8 {
   static inline float round(float x) { return std::nearbyint(x) + 0.0f; }  // + 0: there is no -0
+
+  static inline uint8_t encode(float grid) {
+    const bool is_nan = (bits_of(grid) & MAGNITUDE) > INFINITE;
+    return static_cast<uint8_t>(static_cast<int32_t>(is_nan ? -128.0f : grid));
+  }
 };
 
-// What all of it is about. Rows are weights' output channels or tokens; a stride of 0 gives all of them one scale.
+// Masks are kept as bits, value i in bit i % 8 of byte i / 8, and are bytes only within a piece, which the cache holds.
 
-template <class Format, class In, class Out, bool WITH_MASK>
+constexpr int64_t PIECE = 8192;  // values; a multiple of 8
+
+void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {  // bytes are 0 or 1, those after the n-th too, up to a multiple of 8
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, bytes + i, 8);
+    bits[i / 8] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);  // brings bit 8k to bit 56 + k
+  }
+}
+
+void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {  // to 0 or not 0; writes up to a multiple of 8
+  for (int64_t i = 0; i < n; i += 8) {
+    const uint64_t eight = bits[i / 8] * 0x0101010101010101u & 0x8040201008040201u;
+    std::memcpy(bytes + i, &eight, 8);
+  }
+}
+
+// What all of it is about.
+
+template <class Format, class In, class Out>
 int32_t quantize_row(const In* x, int64_t n, float inv_scale, float edge, float saturated, Out* q, uint8_t* blocked) {
   int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -86,52 +132,57 @@ int32_t quantize_row(const In* x, int64_t n, float inv_scale, float edge, float 
     const float scaled = value * inv_scale;
     float clipped = scaled > edge ? edge : scaled;
     clipped = clipped < -edge ? -edge : clipped;
-    if (WITH_MASK) blocked[i] = std::fabs(scaled) >= saturated;
+    blocked[i] = std::fabs(scaled) >= saturated;
     store(q + i, Format::round(clipped));
   }
   return largest;
 }
 
-template <class Format, class In, class Out, bool WITH_MASK>
-float quantize(const In* x, int64_t rows, int64_t columns, const float* inv_scale, int64_t stride, float edge,
-               float saturated, Out* q, uint8_t* blocked) {
+// A row of `columns` values has one scale; a stride of 0 gives all rows the same. q, codes and blocked: null if not wanted.
+template <class Format, class In, class Out>
+float quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
+               float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
   int32_t largest = 0;
-  if (stride == 0) {  // one scale: the tensor is one row, cut into pieces
-    const int64_t n = rows * columns, piece = 8192;
 #pragma omp parallel for reduction(max : largest) schedule(static) if (n > SERIAL_BELOW)
-    for (int64_t start = 0; start < n; start += piece) {
-      const int64_t length = start + piece < n ? piece : n - start;
-      const int32_t seen = quantize_row<Format, In, Out, WITH_MASK>(x + start, length, *inv_scale, edge, saturated, q + start,
-                                                                   WITH_MASK ? blocked + start : nullptr);
+  for (int64_t start = 0; start < n; start += PIECE) {
+    const int64_t end = start + PIECE < n ? start + PIECE : n;
+    Out scratch[PIECE];
+    uint8_t mask[PIECE];
+    Out* grid = q ? q + start : scratch;
+    for (int64_t from = start, to; from < end; from = to) {
+      const int64_t row = from / columns, row_end = (row + 1) * columns;
+      to = row_end < end ? row_end : end;
+      const int32_t seen = quantize_row<Format>(x + from, to - from, inv_scale[row * stride], edge, saturated,
+                                                grid + (from - start), mask + (from - start));
       largest = seen > largest ? seen : largest;
     }
-  } else {
-#pragma omp parallel for reduction(max : largest) schedule(static) if (rows * columns > SERIAL_BELOW)
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t start = row * columns;
-      const int32_t seen = quantize_row<Format, In, Out, WITH_MASK>(x + start, columns, inv_scale[row], edge, saturated, q + start,
-                                                                   WITH_MASK ? blocked + start : nullptr);
-      largest = seen > largest ? seen : largest;
+    if (codes) {
+#pragma omp simd
+      for (int64_t i = 0; i < end - start; i++) codes[start + i] = Format::encode(load(grid + i));
+    }
+    if (blocked) {
+      for (int64_t i = end; i % 8 != 0; i++) mask[i - start] = 0;
+      pack(mask, end - start, blocked + start / 8);
     }
   }
   return float_of(largest);
 }
 
 template <class In, class Out>
-float quantize_to(int format, const In* x, int64_t rows, int64_t columns, const float* inv_scale, int64_t stride,
-                  float edge, float saturated, Out* q, uint8_t* blocked) {
-#define WITH(FORMAT)                                                                                                  \
-  return blocked ? quantize<FORMAT, In, Out, true>(x, rows, columns, inv_scale, stride, edge, saturated, q, blocked) \
-                 : quantize<FORMAT, In, Out, false>(x, rows, columns, inv_scale, stride, edge, saturated, q, blocked)
-  using E4M3 = Minifloat<3, -6>;
-  using E5M2 = Minifloat<2, -14>;
+float quantize_to(int format, const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
+                  float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
   switch (format) {
-    case 0: WITH(HiF8);
-    case 1: WITH(E4M3);
-    case 2: WITH(E5M2);
-    default: WITH(Int8);
+    case 0: return quantize<HiF8>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
+    case 1: return quantize<Minifloat<3, -6>>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
+    case 2: return quantize<Minifloat<2, -14>>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
+    default: return quantize<Int8>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
   }
-#undef WITH
+}
+
+template <class Out>
+void decode(const uint8_t* codes, int64_t n, const float* values, Out* out) {
+#pragma omp parallel for simd schedule(static) if (n > SERIAL_BELOW)
+  for (int64_t i = 0; i < n; i++) store(out + i, values[codes[i]]);
 }
 
 template <class T>
@@ -158,12 +209,18 @@ void rescale(T* y, int64_t rows, int64_t columns, const float* row_scale, int64_
 
 template <class In, class Out>
 void scale_gradient(const In* grad, int64_t n, float scale, const uint8_t* blocked, Out* out) {
-  if (blocked) {
-#pragma omp parallel for simd schedule(static) if (n > SERIAL_BELOW)
-    for (int64_t i = 0; i < n; i++) store(out + i, blocked[i] ? 0.0f : load(grad + i) * scale);
-  } else {
+  if (blocked == nullptr) {
 #pragma omp parallel for simd schedule(static) if (n > SERIAL_BELOW)
     for (int64_t i = 0; i < n; i++) store(out + i, load(grad + i) * scale);
+    return;
+  }
+#pragma omp parallel for schedule(static) if (n > SERIAL_BELOW)
+  for (int64_t start = 0; start < n; start += PIECE) {
+    const int64_t length = start + PIECE < n ? PIECE : n - start;
+    uint8_t mask[PIECE];
+    unpack(blocked + start / 8, length, mask);
+#pragma omp simd
+    for (int64_t i = 0; i < length; i++) store(out + start + i, mask[i] ? 0.0f : load(grad + start + i) * scale);
   }
 }
 
@@ -171,19 +228,28 @@ void scale_gradient(const In* grad, int64_t n, float scale, const uint8_t* block
 
 // dtypes: 0 float32, 1 bfloat16; formats as in `quantize_to`.
 
-extern "C" void qatrun_quantize(int format, const void* x, int x_dtype, int64_t rows, int64_t columns,
+extern "C" void qatrun_quantize(int format, const void* x, int x_dtype, int64_t n, int64_t columns,
                                 const float* inv_scale, int64_t stride, float edge, float saturated, void* q,
-                                int q_dtype, uint8_t* blocked, float* amax) {
+                                int q_dtype, uint8_t* codes, uint8_t* blocked, float* amax) {
   const auto* x32 = static_cast<const float*>(x);
   const auto* x16 = static_cast<const bfloat16*>(x);
   auto* q32 = static_cast<float*>(q);
   auto* q16 = static_cast<bfloat16*>(q);
   if (x_dtype == 0)
-    *amax = q_dtype == 0 ? quantize_to(format, x32, rows, columns, inv_scale, stride, edge, saturated, q32, blocked)
-                         : quantize_to(format, x32, rows, columns, inv_scale, stride, edge, saturated, q16, blocked);
+    *amax = q_dtype == 0
+                ? quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
+                : quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
   else
-    *amax = q_dtype == 0 ? quantize_to(format, x16, rows, columns, inv_scale, stride, edge, saturated, q32, blocked)
-                         : quantize_to(format, x16, rows, columns, inv_scale, stride, edge, saturated, q16, blocked);
+    *amax = q_dtype == 0
+                ? quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
+                : quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
+}
+
+extern "C" void qatrun_decode(const uint8_t* codes, int64_t n, const float* values, void* out, int out_dtype) {
+  if (out_dtype == 0)
+    decode(codes, n, values, static_cast<float*>(out));
+  else
+    decode(codes, n, values, static_cast<bfloat16*>(out));
 }
 
 extern "C" void qatrun_rescale(void* y, int dtype, int64_t rows, int64_t columns, const float* row_scale,

@@ -18,6 +18,14 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
+_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "qatrun_quantize": (_I, _P, _I, _N, _N, _P, _N, _F, _F, _P, _I, _P, _P, _P),
+    "qatrun_decode": (_P, _N, _P, _P, _I),
+    "qatrun_rescale": (_P, _I, _N, _N, _P, _N, _P, _N, _P),
+    "qatrun_scale_gradient": (_P, _I, _N, _P, _P, _P, _I),
+}
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -31,14 +39,14 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         _warn(getattr(error, "stderr", "") or str(error))
         return None
-    for name in ("qatrun_quantize", "qatrun_rescale", "qatrun_scale_gradient"):
-        getattr(loaded, name).restype = None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(loaded, name).argtypes, getattr(loaded, name).restype = arguments, None
     return loaded
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's values lie; null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _warn(reason: str) -> None:
@@ -52,8 +60,8 @@ def _warn(reason: str) -> None:
 def _built(compiler: str) -> Path:
     """The shared library for this source, compiler and machine; built if it is not in the cache."""
     target = subprocess.run([compiler, *FLAGS, "-Q", "--help=target"], capture_output=True, check=False).stdout
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + version + target + " ".join(FLAGS).encode()).hexdigest()[:16]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(SOURCE.read_bytes() + version.encode() + target + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qatrun"
     built = folder / f"native-{key}.so"
     if not built.is_file():

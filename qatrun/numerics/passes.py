@@ -1,11 +1,12 @@
-"""The three passes over memory that a quantized linear is made of, each in one kernel.
+"""The passes over memory that a quantized linear is made of, each in one kernel.
 
-    quantize            x -> grid values, amax, and what the clipped STE holds back
+    quantize            x -> grid values, their codes, amax, and what the clipped STE holds back
+    codes_to_grid       codes -> grid values
     rescale_            y * (row scale * column scale) + bias, in place
     scale_gradient      gradient * scale, zero where held back
 
-On a CPU they run in C++ (`native.cpp`), on a GPU compiled by torch.compile; the plain functions below, the reference,
-are what both must equal bit for bit, and what runs where neither can.
+On a CPU they run in C++ (`native.cpp`), on a GPU compiled by torch.compile; the plain functions at the end, the
+reference, are what both must equal bit for bit, and what runs where neither can.
 """
 
 from __future__ import annotations
@@ -13,63 +14,125 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qatrun.formats import FORMATS, Format
 from qatrun.numerics import native
-from qatrun.numerics.rounding import quantize_to_grid, saturates
+from qatrun.numerics.codes import decode, encode
+from qatrun.numerics.rounding import grid_edge, quantize_to_grid, saturates
 from qatrun.numerics.scales import amax
 
 _FORMAT_NUMBERS = {"hif8": 0, "fp8_e4m3": 1, "fp8_e5m2": 2, "int8": 3}
-Quantized = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Quantized(NamedTuple):
+    """What one pass over a tensor x [..., d] gives.
+
+    Attributes:
+        values: [..., d] grid values in float32 or bfloat16, where they are exact; None: not asked for.
+        codes: [..., d] 8-bit codes of the same; None: not asked for.
+        amax: [] float32, of x.
+        blocked: [ceil(num_values / 8)] uint8, a bit a value, least significant first: where x saturates; None: not
+            asked for.
+    """
+
+    values: Tensor | None
+    codes: Tensor | None
+    amax: Tensor
+    blocked: Tensor | None
 
 
 def quantize(
-    x: Tensor, inv_scale: Tensor, spec: Format, limit: float | None, dtype: torch.dtype, *, with_mask: bool
+    x: Tensor,
+    inv_scale: Tensor,
+    spec: Format,
+    limit: float | None,
+    *,
+    values: torch.dtype | None,
+    codes: bool = False,
+    blocked: bool = False,
 ) -> Quantized:
-    """Round x to its grid; on the way take its amax and, if asked, the mask of what saturates.
+    """Round x to its grid, and take its amax on the way.
 
     Args:
         x: [..., d] float32 or bfloat16.
         inv_scale: float32, [] or one a row of x, [..., 1].
         limit: clip at +-limit on the grid; None: at the format's own edge.
-        dtype: of the grid values, which are exact in float32 and bfloat16.
-    Returns:
-        (q [..., d] in dtype, amax of x [] float32, saturated [..., d] bool or None).
+        values, codes, blocked: which results are wanted, values in which dtype.
     """
-    if _in_native(x):
-        return _quantize_native(x, inv_scale, spec, limit, dtype, with_mask)
-    return _on_device(x, _quantize_reference)(x, inv_scale, spec.name, limit, dtype, with_mask)  # type: ignore[no-any-return]
+    x = x.detach().contiguous()
+    if not _in_native(x, x.dtype, values or x.dtype):
+        reference: Callable[..., Quantized] = _on_device(x, _quantize_reference)
+        return reference(x, inv_scale, spec.name, limit, values, codes, blocked)
+    result = Quantized(
+        values=None if values is None else torch.empty(x.shape, dtype=values),
+        codes=torch.empty(x.shape, dtype=_code_dtype(spec.name)) if codes else None,
+        amax=torch.empty(()),
+        blocked=torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if blocked else None,
+    )
+    per_row = inv_scale.numel() > 1
+    _library().qatrun_quantize(
+        _FORMAT_NUMBERS[spec.name],
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        x.numel(),
+        x.shape[-1] if per_row else x.numel(),
+        inv_scale.data_ptr(),
+        int(per_row),
+        grid_edge(spec, limit),
+        saturation_threshold(spec.name, limit),
+        native.address(result.values),
+        native.DTYPES[values or torch.bfloat16],
+        native.address(result.codes),
+        native.address(result.blocked),
+        result.amax.data_ptr(),
+    )
+    return result
+
+
+def codes_to_grid(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """The grid values that codes of any shape stand for, in float32 or bfloat16."""
+    if not _in_native(codes, dtype):
+        values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, format, dtype)
+        return values
+    out = torch.empty(codes.shape, dtype=dtype)
+    _library().qatrun_decode(
+        codes.contiguous().data_ptr(),
+        codes.numel(),
+        _values_of_codes(format).data_ptr(),
+        out.data_ptr(),
+        native.DTYPES[dtype],
+    )
+    return out
 
 
 def rescale_(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
     """y * (row_scale * column_scale) + bias in float32, rounded once to the dtype of y, in place.
 
     Args:
-        y: [..., n] float32 or bfloat16, contiguous.
+        y: [..., n] float32 or bfloat16.
         row_scale: float32, [] or [..., 1].
         column_scale: float32, [] or [n].
         bias: [n] or None.
     """
-    if not _in_native(y):
+    if not (_in_native(y, y.dtype) and y.is_contiguous()):
         return y.copy_(_on_device(y, _rescale_reference)(y, row_scale, column_scale, bias))
-    library = native.library()
-    assert library is not None
     bias = None if bias is None else bias.to(y.dtype)
     columns = y.shape[-1]
-    library.qatrun_rescale(
-        native.pointer(y),
+    _library().qatrun_rescale(
+        y.data_ptr(),
         native.DTYPES[y.dtype],
-        ctypes.c_int64(y.numel() // columns),
-        ctypes.c_int64(columns),
-        native.pointer(row_scale),
-        ctypes.c_int64(int(row_scale.numel() > 1)),
-        native.pointer(column_scale),
-        ctypes.c_int64(int(column_scale.numel() > 1)),
-        native.pointer(bias),
+        y.numel() // columns,
+        columns,
+        row_scale.data_ptr(),
+        int(row_scale.numel() > 1),
+        column_scale.data_ptr(),
+        int(column_scale.numel() > 1),
+        native.address(bias),
     )
     return y
 
@@ -80,51 +143,23 @@ def scale_gradient(grad: Tensor, scale: Tensor, blocked: Tensor | None, dtype: t
     Args:
         grad: any shape, float32 or bfloat16.
         scale: [] float32.
-        blocked: shape of grad, bool, or None.
+        blocked: bits as `quantize` gives them for a tensor of grad's shape, or None.
     """
-    if not _in_native(grad):
+    grad = grad.contiguous()
+    if not _in_native(grad, grad.dtype, dtype):
         scaled: Tensor = _on_device(grad, _scale_gradient_reference)(grad, scale, blocked, dtype)
         return scaled
-    library = native.library()
-    assert library is not None
     out = torch.empty(grad.shape, dtype=dtype)
-    library.qatrun_scale_gradient(
-        native.pointer(grad),
+    _library().qatrun_scale_gradient(
+        grad.data_ptr(),
         native.DTYPES[grad.dtype],
-        ctypes.c_int64(grad.numel()),
-        native.pointer(scale),
-        native.pointer(blocked),
-        native.pointer(out),
+        grad.numel(),
+        scale.data_ptr(),
+        native.address(blocked),
+        out.data_ptr(),
         native.DTYPES[dtype],
     )
     return out
-
-
-def _quantize_native(
-    x: Tensor, inv_scale: Tensor, spec: Format, limit: float | None, dtype: torch.dtype, with_mask: bool
-) -> Quantized:
-    library = native.library()
-    assert library is not None
-    q = torch.empty(x.shape, dtype=dtype)
-    blocked = torch.empty(x.shape, dtype=torch.bool) if with_mask else None
-    largest = torch.empty(())
-    columns = x.shape[-1]
-    library.qatrun_quantize(
-        _FORMAT_NUMBERS[spec.name],
-        native.pointer(x),
-        native.DTYPES[x.dtype],
-        ctypes.c_int64(x.numel() // columns),
-        ctypes.c_int64(columns),
-        native.pointer(inv_scale),
-        ctypes.c_int64(int(inv_scale.numel() > 1)),
-        ctypes.c_float(spec.max_finite if limit is None else limit),
-        ctypes.c_float(saturation_threshold(spec.name, limit)),
-        native.pointer(q),
-        native.DTYPES[dtype],
-        native.pointer(blocked),
-        native.pointer(largest),
-    )
-    return q, largest, blocked
 
 
 @cache
@@ -138,8 +173,25 @@ def saturation_threshold(format: str, limit: float | None) -> float:
     return float(torch.tensor(high, dtype=torch.int32).view(torch.float32))
 
 
-def _in_native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in native.DTYPES and x.is_contiguous() and native.library() is not None
+@cache
+def _values_of_codes(format: str) -> Tensor:
+    """[256] float32, by the code's bits as an unsigned number."""
+    return decode(torch.arange(256, dtype=torch.uint8).view(_code_dtype(format)), format)
+
+
+def _code_dtype(format: str) -> torch.dtype:
+    return torch.int8 if format == "int8" else torch.uint8
+
+
+def _in_native(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the C++ kernels take x, and these dtypes."""
+    return x.device.type == "cpu" and native.DTYPES.keys() >= set(dtypes) and native.library() is not None
+
+
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    assert library is not None
+    return library
 
 
 def _on_device(x: Tensor, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,11 +205,25 @@ def _compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quantize_reference(
-    x: Tensor, inv_scale: Tensor, format: str, limit: float | None, dtype: torch.dtype, with_mask: bool
+    x: Tensor,
+    inv_scale: Tensor,
+    format: str,
+    limit: float | None,
+    values: torch.dtype | None,
+    codes: bool,
+    blocked: bool,
 ) -> Quantized:
-    q = quantize_to_grid(x, inv_scale, format, limit).to(dtype)
-    blocked = saturates(x.detach().float() * inv_scale, format, limit) if with_mask else None
-    return q, amax(x, "per_tensor"), blocked
+    grid = quantize_to_grid(x, inv_scale, format, limit)
+    return Quantized(
+        values=None if values is None else grid.to(values),
+        codes=encode(grid, format) if codes else None,
+        amax=amax(x, "per_tensor"),
+        blocked=pack_bits(saturates(x.float() * inv_scale, format, limit)) if blocked else None,
+    )
+
+
+def _codes_to_grid_reference(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    return decode(codes, format).to(dtype)
 
 
 def _rescale_reference(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,4 +233,16 @@ def _rescale_reference(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias:
 
 def _scale_gradient_reference(grad: Tensor, scale: Tensor, blocked: Tensor | None, dtype: torch.dtype) -> Tensor:
     scaled = grad.float() * scale
-    return (scaled if blocked is None else torch.where(blocked, 0.0, scaled)).to(dtype)
+    return (scaled if blocked is None else torch.where(unpack_bits(blocked, grad), 0.0, scaled)).to(dtype)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """[ceil(n / 8)] uint8 of n bools of any shape: value i in bit i % 8 of byte i // 8."""
+    flat = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-(-mask.numel() // 8), 8)
+    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
+    """The bools that `pack_bits` packed, in the shape of `like`."""
+    eights = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return eights.flatten()[: like.numel()].view(like.shape) != 0

@@ -109,7 +109,7 @@ def saturates(x: Tensor, format: str | Format, limit: float | None = None) -> Te
         Shape of x, bool.
     """
     spec = resolve_format(format)
-    edge = _edge(spec, limit)
+    edge = grid_edge(spec, limit)
     spacing = _SPACING[spec.name](edge)
     magnitude = as_float32(x).abs()
     tie_saturates = spec.name in _TIES_AWAY or edge / spacing % 2 == 1
@@ -117,14 +117,15 @@ def saturates(x: Tensor, format: str | Format, limit: float | None = None) -> Te
     return magnitude >= midpoint if tie_saturates else magnitude > midpoint
 
 
-def _edge(spec: Format, limit: float | None) -> float:
+def grid_edge(spec: Format, limit: float | None) -> float:
+    """The largest magnitude that rounding gives."""
     return spec.max_finite if limit is None else min(limit, spec.max_finite)
 
 
 def bounded_round(values: Tensor, spec: Format, overflow: Overflow, limit: float | None) -> Tensor:
     """`round_to_format` of float32 values."""
     if overflow == "saturate" or limit is not None:
-        edge = _edge(spec, limit)
+        edge = grid_edge(spec, limit)
         values = values.clamp(-edge, edge)
     grid = _ROUND_UNBOUNDED[spec.name](values)
     if overflow == "saturate":

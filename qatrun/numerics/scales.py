@@ -25,13 +25,16 @@ def amax(x: Tensor, granularity: Granularity) -> Tensor:
     """Largest magnitude of x; an Inf or NaN in x shows in it.
 
     Args:
-        x: any shape for per_tensor; a weight [out, in] for per_channel; activations [..., d] for per_token.
+        x: any shape for per_tensor, where an empty one has amax 0; a weight [out, in] for per_channel; activations
+            [..., d] for per_token.
         granularity: what shares one amax.
     Returns:
         float32; per_tensor: []; per_channel: [out, 1]; per_token: [..., 1].
     """
     values = x.detach()
     if granularity == "per_tensor":
+        if values.numel() == 0:
+            return values.new_zeros((), dtype=torch.float32)
         least, largest = (
             values.aminmax()
         )  # one pass and no copy of x, unlike abs().amax(); along a dim it is the slower one

@@ -12,7 +12,8 @@ sum, so it multiplies the gradient first:
 
 With `grad_output` quantized, g is q_g * s_g (per tensor) and s_g multiplies last as well.
 Each tensor is quantized no more often than it changes: a weight once an optimizer step, an input that several linears
-read once for all of them, and what the backward needs are the grid values that the forward made.
+read once for all of them. What the backward needs are the grid values that the forward made; with
+`saved_activations: codes` they are kept as their 8-bit codes, which lose nothing.
 
 What this leaves out: fused epilogues. The matrix product is rounded to the compute dtype before its scale is applied in
 float32 and the result is rounded again, one rounding more than a fused kernel makes.
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from qatrun.formats import Role
 from qatrun.numerics import amax, rescale_, scale_gradient
 from qatrun.quant.plan import QuantPlan
-from qatrun.quant.quantizer import Latest, OnGrid, Quantizer
+from qatrun.quant.quantizer import Latest, OnGrid, Quantizer, grid_values
 from qatrun.quant.state import Mode, ScaleState
 
 
@@ -38,26 +40,35 @@ class _FakeQuantMatmul(torch.autograd.Function):
     """y = scaled matmul of grid values; see the module's docstring for both directions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: FakeQuantLinear) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: FakeQuantLinear, with_codes: bool
+    ) -> Tensor:
         dtype = _compute_dtype(x)
-        on_x, on_w = module.input_on_grid(x, dtype), module.weight_on_grid(weight, dtype)
-        ctx.save_for_backward(on_x.values, on_w.values, on_x.scale, on_w.scale, on_x.blocked, on_w.blocked)
-        ctx.module, ctx.dtypes = module, (x.dtype, weight.dtype, bias.dtype if bias is not None else None)
-        return scaled_matmul(on_x.values, on_w.values, on_x.scale, on_w.scale, bias)
+        on_x, on_w = module.input_on_grid(x, dtype, codes=with_codes), module.weight_on_grid(weight, dtype)
+        ctx.save_for_backward(on_x.saved, on_w.saved, on_x.scale, on_w.scale, on_x.blocked, on_w.blocked)
+        ctx.module, ctx.compute_dtype = module, dtype
+        ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
+        return scaled_matmul(on_x.in_dtype(dtype), on_w.in_dtype(dtype), on_x.scale, on_w.scale, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_output,) = grads
-        q_x, q_w, s_x, s_w, blocked_x, blocked_w = ctx.saved_tensors
-        x_dtype, w_dtype, b_dtype = ctx.dtypes
+        saved_x, saved_w, s_x, s_w, blocked_x, blocked_w = ctx.saved_tensors
+        module, dtype, (x_dtype, w_dtype, b_dtype) = ctx.module, ctx.compute_dtype, ctx.dtypes
         g, s_g = grad_output, None
-        if "grad_output" in ctx.module.quantizers:
-            on_g = ctx.module.on_grid("grad_output", grad_output, q_x.dtype)
-            g, s_g = on_g.values, on_g.scale
-        grad_x = _scaled_product(g, q_w, s_w.flatten(), s_g, blocked_x, x_dtype) if ctx.needs_input_grad[0] else None
-        grad_w = _scaled_product(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g, blocked_w, w_dtype)
-        grad_bias = _rows(grad_output).sum(0, dtype=torch.float32).to(b_dtype) if b_dtype is not None else None
-        return grad_x, grad_w, grad_bias, None
+        if "grad_output" in module.quantizers:
+            on_g = module.on_grid("grad_output", grad_output, dtype)
+            g, s_g = on_g.in_dtype(dtype), on_g.scale
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            q_w = grid_values(saved_w, module.quantizers["weight"].spec.format, dtype)
+            grad_x = _scaled_product(g, q_w, s_w.flatten(), s_g, blocked_x, x_dtype)
+        if ctx.needs_input_grad[1]:
+            q_x = grid_values(saved_x, module.quantizers["input"].spec.format, dtype)
+            grad_w = _scaled_product(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g, blocked_w, w_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _rows(grad_output).sum(0, dtype=torch.float32).to(b_dtype)
+        return grad_x, grad_w, grad_bias, None, None
 
 
 def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,31 +151,34 @@ class FakeQuantLinear(nn.Module):
         self.__dict__.update(original=original, state=state)
         self.quantizers = {role: Quantizer.of_role(role, plan) for role in plan.roles}
         self.slots = {role: state.index[plan.slot_name(name, role)] for role in plan.roles}
+        self.saves_codes = plan.saved_activations == "codes"
         self.shared_input, self._own_weight = shared_input, Latest()
 
     def observe(self, role: Role, x: Tensor) -> None:
         """Record the amax of a role's tensor."""
         self.state.observe(self.slots[role], amax(x, "per_tensor"))
 
-    def on_grid(self, role: Role, x: Tensor, dtype: torch.dtype) -> OnGrid:
-        """A tensor of a role [..., d], quantized; records its amax while training."""
+    def on_grid(self, role: Role, x: Tensor, values: torch.dtype | None, *, codes: bool = False) -> OnGrid:
+        """A tensor of a role [..., d], quantized to values, codes or both; records its amax while training."""
         quantizer, slot = self.quantizers[role], self.slots[role]
         if quantizer.takes_own_scale(self.state):
             scale, inv_scale = quantizer.own_scales(x)
         else:
             scale, inv_scale = self.state.scale[slot], self.state.inv_scale[slot]
-        result, seen = quantizer.to_grid(x, scale, inv_scale, dtype)
+        result, seen = quantizer.to_grid(x, scale, inv_scale, values, codes=codes)
         if self.state.training:
             self.state.observe(slot, seen)
         return result
 
-    def input_on_grid(self, x: Tensor, dtype: torch.dtype) -> OnGrid:
+    def input_on_grid(self, x: Tensor, dtype: torch.dtype, *, codes: bool) -> OnGrid:
         """x [..., in] quantized, once for all linears that read it."""
-        return self.shared_input.get(x, partial(self.on_grid, "input", x, dtype), dtype, self.state.generation())
+        make = partial(self.on_grid, "input", x, dtype, codes=codes)
+        return self.shared_input.get(x, make, dtype, codes, self.state.generation())
 
     def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> OnGrid:
-        """The effective weight [out, in] quantized, once for every change of the parameter."""
-        make = partial(self.on_grid, "weight", weight, dtype)
+        """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
+        step, so where codes are saved it is codes alone."""
+        make = partial(self.on_grid, "weight", weight, None if self.saves_codes else dtype, codes=self.saves_codes)
         return self._own_weight.get(self.weight, make, dtype, self.state.generation())
 
     def effective_weight(self) -> Tensor:
@@ -174,7 +188,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         if self.state.mode is Mode.QUANTIZE:
-            quantized: Tensor = _FakeQuantMatmul.apply(x, self.effective_weight(), self.bias, self)
+            quantized: Tensor = self._quantized(x, with_codes=self.saves_codes and torch.is_grad_enabled())
             return quantized
         y: Tensor = self.original(x)
         if self.state.mode is Mode.OBSERVE and self.training:
@@ -182,4 +196,11 @@ class FakeQuantLinear(nn.Module):
             self.observe("weight", self.weight)
             if "grad_output" in self.quantizers and torch.is_grad_enabled():
                 y = _ObserveGradient.apply(y, self)
+        return y
+
+    # Scales, caches and C++ are not for torch.compile's eyes: it compiles what lies between the linears. This is
+    # torch.compiler.disable, less the second that the latter spends on importing the compiler at once.
+    @_disable_dynamo
+    def _quantized(self, x: Tensor, *, with_codes: bool) -> Tensor:
+        y: Tensor = _FakeQuantMatmul.apply(x, self.effective_weight(), self.bias, self, with_codes)
         return y

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qatrun.errors import InputError, Problem
 from qatrun.formats import Role
 from qatrun.numerics import Clip, Ste
-from qatrun.recipe import QatConfig, ResolvedRole, ScalingConfig
+from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations, ScalingConfig
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
@@ -36,6 +36,7 @@ class QuantPlan:
         roles: "weight" and "input", and "grad_output" where the backward is quantized too.
         clip: whether values saturate at the target or at the format's own largest value.
         ste: gradient of the rounding: all passes, or nothing passes where the value saturated.
+        saved_activations: what linears keep for the backward; changes memory and time, no result.
     """
 
     linears: tuple[str, ...]
@@ -43,6 +44,7 @@ class QuantPlan:
     roles: Mapping[Role, ResolvedRole]
     clip: Clip = "format"
     ste: Ste = "clipped"
+    saved_activations: SavedActivations = "values"
 
     def slots(self) -> Iterator[tuple[str, ResolvedRole]]:
         """(name, treatment) of every quantized tensor: one an input group, one a weight, one an output gradient."""
@@ -67,6 +69,7 @@ class QuantPlan:
             },
             "clip": self.clip,
             "ste": self.ste,
+            "saved_activations": self.saved_activations,
         }
 
     @classmethod
@@ -76,7 +79,8 @@ class QuantPlan:
             role: ResolvedRole(**{**spec, "scaling": ScalingConfig(**spec["scaling"])})
             for role, spec in data["roles"].items()
         }
-        return cls(tuple(data["linears"]), dict(data["input_group"]), roles, data["clip"], data["ste"])
+        settings = {key: data[key] for key in ("clip", "ste", "saved_activations")}
+        return cls(tuple(data["linears"]), dict(data["input_group"]), roles, **settings)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,9 @@ def make_plan(model: nn.Module, qat: QatConfig) -> QuantPlan:
     roles: dict[Role, ResolvedRole] = {spec.role: spec for spec in qat.roles}
     names = tuple(name for name in linears if name in chosen)
     first_reader = _first_reader_of_same_input(model, linears)
-    return QuantPlan(names, {name: first_reader[name] for name in names}, roles, qat.clip, qat.ste)
+    return QuantPlan(
+        names, {name: first_reader[name] for name in names}, roles, qat.clip, qat.ste, qat.saved_activations
+    )
 
 
 def coverage(model: nn.Module, plan: QuantPlan) -> Coverage:

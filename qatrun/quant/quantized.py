@@ -52,7 +52,7 @@ class QuantizedLinear(DeviceOnlyModule):
         state, slot = linear.state, linear.slots["input"]
         weight = linear.weight_on_grid(linear.effective_weight(), dtype)
         tensors = {
-            "q_weight": weight.values.contiguous(),
+            "q_weight": weight.in_dtype(dtype),
             "weight_scale": weight.scale.clone(),
             "input_scale": state.scale[slot].clone(),
             "input_inv_scale": state.inv_scale[slot].clone(),
@@ -69,7 +69,9 @@ class QuantizedLinear(DeviceOnlyModule):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
         on_x = self.shared_input.get(x, partial(self._on_grid, x))
-        return scaled_matmul(on_x.values, self.q_weight.to(x.dtype), on_x.scale, self.weight_scale, self.bias)
+        return scaled_matmul(
+            on_x.in_dtype(x.dtype), self.q_weight.to(x.dtype), on_x.scale, self.weight_scale, self.bias
+        )
 
     def _on_grid(self, x: Tensor) -> OnGrid:
         scale, inv_scale = self.input_scale, self.input_inv_scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatrun.formats import Role, get_format
-from qatrun.numerics import amax, clip_limit, inverse_scale, quantize, scale_from_amax
+from qatrun.numerics import amax, clip_limit, codes_to_grid, inverse_scale, quantize, scale_from_amax
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.state import ScaleState
 from qatrun.recipe import ResolvedRole
@@ -18,17 +18,37 @@ from qatrun.recipe import ResolvedRole
 
 @dataclass(frozen=True)
 class OnGrid:
-    """A quantized tensor: x_hat = values * scale.
+    """A quantized tensor: x_hat = values * scale. Of values and codes, which say the same, one may be missing.
 
     Attributes:
-        values: [..., d] grid values in the compute dtype, where they are exact.
+        format: name of the format.
+        values: [..., d] grid values in the compute dtype, where they are exact, or None.
+        codes: [..., d] 8-bit codes, or None.
         scale: float32, [] or broadcastable to values.
-        blocked: [..., d] bool, where the STE holds the gradient back; None: nowhere.
+        blocked: where the STE holds the gradient back, as bits (see `numerics.Quantized`); None: nowhere.
     """
 
-    values: Tensor
+    format: str
+    values: Tensor | None
+    codes: Tensor | None
     scale: Tensor
     blocked: Tensor | None
+
+    @property
+    def saved(self) -> Tensor:
+        """What a backward is to keep: codes if there are any, else values."""
+        kept = self.values if self.codes is None else self.codes
+        assert kept is not None
+        return kept
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """The grid values in the compute dtype."""
+        return self.values if self.values is not None else grid_values(self.saved, self.format, dtype)
+
+
+def grid_values(saved: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """Grid values, given them or their codes."""
+    return saved if saved.dtype == dtype else codes_to_grid(saved, format, dtype)
 
 
 @dataclass(frozen=True)
@@ -64,20 +84,26 @@ class Quantizer:
             return True
         return self.spec.scaling.type != "none" and not state.primed
 
-    def to_grid(self, x: Tensor, scale: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> tuple[OnGrid, Tensor]:
-        """x [..., d] on its grid in `dtype`, with the STE's mask if x takes a gradient; and x's amax, [] float32."""
-        with_mask = self.clipped_ste and x.requires_grad
-        values, seen, blocked = quantize(
-            x, inv_scale, get_format(self.spec.format), self.limit, dtype, with_mask=with_mask
-        )
-        return OnGrid(values, scale, blocked), seen
+    def to_grid(
+        self, x: Tensor, scale: Tensor, inv_scale: Tensor, values: torch.dtype | None, *, codes: bool = False
+    ) -> tuple[OnGrid, Tensor]:
+        """x [..., d] on its grid, with the STE's mask if x takes a gradient; and x's amax, [] float32.
+
+        Args:
+            values, codes: which of the two are wanted, values in which dtype.
+        """
+        blocked = self.clipped_ste and x.requires_grad
+        spec = get_format(self.spec.format)
+        result = quantize(x, inv_scale, spec, self.limit, values=values, codes=codes, blocked=blocked)
+        return OnGrid(spec.name, result.values, result.codes, scale, result.blocked), result.amax
 
 
 class Latest:
     """Remembers the last tensor that was quantized and its result, so that the same tensor is not quantized twice.
 
     Linears that read one input share one of these, and each has one for its weight. A tensor is the same while it is the
-    same object and unchanged in place.
+    same object and unchanged in place: what autograd's version counter sees, so not a write through `.data`, which is
+    noticed after the next push only. A result lives no longer than its tensor; a copy of this starts empty.
     """
 
     def __init__(self) -> None:
@@ -87,8 +113,19 @@ class Latest:
 
     def get(self, x: Tensor, make: Callable[[], OnGrid], *circumstances: object) -> OnGrid:
         """The result for x, made if it is not at hand; `circumstances` are what it depends on besides x."""
-        circumstances = (x._version, x.requires_grad, *circumstances)
-        if self._result is None or self._tensor() is not x or self._circumstances != circumstances:
-            self._result = make()
-            self._tensor, self._circumstances = weakref.ref(x), circumstances
-        return self._result
+        if x.is_inference():  # it has no version counter
+            return make()
+        circumstances = (x._version, x.data_ptr(), x.requires_grad, *circumstances)
+        if self._result is not None and self._tensor() is x and self._circumstances == circumstances:
+            return self._result
+        self._result = None  # before the new one is made, so that there are never two
+        result = make()
+        self._tensor, self._circumstances = weakref.ref(x, self._forget), circumstances
+        self._result = result
+        return result
+
+    def _forget(self, _: object) -> None:
+        self._result = None
+
+    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
+        return Latest, ()

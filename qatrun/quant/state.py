@@ -113,7 +113,8 @@ class ScaleState(DeviceOnlyModule):
     def observe(self, slot: int, amax: Tensor) -> None:
         """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible)."""
         with torch.no_grad():
-            self.amax[slot] = torch.maximum(self.amax[slot], amax)
+            seen = self.amax[slot]
+            torch.maximum(seen, amax, out=seen)
 
     @torch.no_grad()
     def push(self) -> None:

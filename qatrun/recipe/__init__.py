@@ -2,7 +2,7 @@
 
 from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
-from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, ScalingConfig, SkipBlocks
+from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
     Arm,
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "ResolvedRole",
     "RoleConfig",
+    "SavedActivations",
     "ScalingConfig",
     "ShippedRecipe",
     "SkipBlocks",

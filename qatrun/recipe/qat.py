@@ -17,6 +17,7 @@ from qatrun.formats import Role, get_format
 
 FormatName = Literal["hif8", "fp8_e4m3", "fp8_e5m2", "int8"]
 Granularity = Literal["per_tensor", "per_channel", "per_token"]
+SavedActivations = Literal["values", "codes"]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -126,6 +127,11 @@ class QatConfig(Section):
     )
     ste: Literal["identity", "clipped"] = Field(
         "clipped", description="straight-through gradient: of every value, or zero for the saturated ones"
+    )
+    saved_activations: SavedActivations = Field(
+        "values",
+        description="what quantized linears keep for the backward: grid values, or their 8-bit codes: "
+        "less memory, some time, the same results bit for bit",
     )
     targets: Patterns | None = Field(
         None, description="linears to quantize: names, globs or `re:` regular expressions; null: all but lm_head"

@@ -31,6 +31,9 @@ def _finding(message: str, *keys: str) -> Finding:
 
 def arm_findings(arm: Arm) -> Iterator[Finding]:
     """Every rule that one arm's sections break."""
+    if (arm.model.param_dtype, arm.model.compute_dtype) == ("bfloat16", "float32"):
+        message = "float32 makes no sense over bfloat16 parameters (did you mean param_dtype: float32?)"
+        yield _finding(message, "model.compute_dtype", "model.param_dtype")
     yield from _batch_findings(arm)
     yield from _phase_findings(arm)
     yield from _source_findings("data.train", arm.data.train)

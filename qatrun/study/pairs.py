@@ -69,7 +69,7 @@ def compare_arms(
     if unknown:
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
-        "start": _perplexity(_record(start), "on") if start is not None else None,
+        "start": _perplexity(read_json(start.result), "on") if start is not None and start.result.is_file() else None,
         "twin": _perplexity(records["twin"], "on"),
         "arm": _perplexity(records["arm"], "on"),
         "arm_off": _perplexity(records["arm"], "off"),
@@ -91,15 +91,16 @@ def matched_settings(arm: Arm) -> dict[str, Any]:
     """What an arm's training must have in common with its twin's, besides the data consumed: all that decides where
     training without quantization would end."""
     return {
-        "model": arm.model.path,
+        "model": arm.model.model_dump(mode="json"),
         **arm.train.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", *BOOKKEEPING}),
         "warmup": arm.warmup.model_dump(mode="json"),
     }
 
 
 def _record(folder: ArmFolder) -> dict[str, Any] | None:
-    """What training wrote about an arm; None for a folder that only holds scores."""
-    return read_json(folder.result) if folder.result.is_file() else None
+    """What training wrote about an arm; None for a folder that only holds scores, and for the start model."""
+    record = read_json(folder.result) if folder.result.is_file() else {}
+    return record if "match" in record else None
 
 
 def _perplexity(record: Mapping[str, Any] | None, quantizers: str) -> float | None:

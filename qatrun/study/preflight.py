@@ -21,8 +21,6 @@ from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.pairs import matched_settings
 
-# Share of items on which two close models disagree, for the power of a comparison that has not been made yet.
-ASSUMED_DISCORDANCE = 0.05
 T = TypeVar("T")
 
 
@@ -61,7 +59,7 @@ class Preflight:
             "arms": arms,
             "disk_bytes": disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
             "tasks": [self._task_dict(task) for task in self.tasks],
-            "assumed_discordance": ASSUMED_DISCORDANCE,
+            "assumed_discordance": paired.TYPICAL_DISCORDANCE,
             "problems": [str(problem) for problem in self.problems],
         }
 
@@ -122,7 +120,7 @@ def preflight(recipe: Recipe) -> Preflight:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
     for source, key, name in _sources(arms):
         _collect(partial(open_dataset, source, key), problems, name, recipe)
-    problems += _twin_problems(arms)
+    problems += [*_start_problems(arms), *_twin_problems(arms)]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
     problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
@@ -141,8 +139,8 @@ def preflight(recipe: Recipe) -> Preflight:
 
 def detectable_drop_pp(num_items: int) -> float:
     """The smallest drop, in percentage points, that so many items would show at 80% power, if two models disagree on
-    ASSUMED_DISCORDANCE of them."""
-    return 100 * paired.detectable_drop(num_items, ASSUMED_DISCORDANCE)
+    `paired.TYPICAL_DISCORDANCE` of them."""
+    return 100 * paired.detectable_drop(num_items)
 
 
 def _role_text(spec: ResolvedRole) -> str:
@@ -165,6 +163,15 @@ def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and arm.data.seq_len > context:
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
+
+
+def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
+    """Arms that start from another model: their scores would stand beside a start that is not theirs."""
+    first = next(iter(arms.values())).model
+    for name, arm in arms.items():
+        if (arm.model.path, arm.model.revision) != (first.path, first.revision):
+            message = f"all arms start from one model, here {first.path}; give another model a recipe of its own"
+            yield Problem(message, f"arms.{name}.model.path")
 
 
 def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:

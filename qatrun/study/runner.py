@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import gc
 import io
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from qatrun import artifact
@@ -57,10 +59,10 @@ class StudyResult:
     pairs: tuple[Pair, ...]
 
     @property
-    def verdict(self) -> str:
-        """The worst of the arms: within, inconclusive or exceeds."""
+    def verdict(self) -> str | None:
+        """The worst of the arms: within, inconclusive or exceeds; None where no arm has a twin."""
         order = ("within", "inconclusive", "exceeds")
-        return max((pair.comparison.verdict for pair in self.pairs), key=order.index, default="within")
+        return max((pair.comparison.verdict for pair in self.pairs), key=order.index, default=None)
 
 
 def run(
@@ -94,12 +96,18 @@ def run_study(
     checked = preflight(recipe)
     if problems := [*checked.problems, *tracker_problems(trackers)]:
         raise InputError(problems)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
     _claim(folder, recipe, resume=resume, overwrite=overwrite)
     study = _Study(recipe, checked, folder, display, trackers)
-    study.score_start_model()
-    for segments in plan_segments(checked.arms, checked.plans, folder.path):
-        study.train_arm(segments)
-    return study.compare()
+    try:
+        with FileLock(folder.path / ".lock", timeout=0):
+            study.score_start_model()
+            for segments in plan_segments(checked.arms, checked.plans, folder.path):
+                study.train_arm(segments)
+            return study.compare()
+    except Timeout:
+        raise InputError(Problem(f"another process is running the study in {folder.path}", "name")) from None
 
 
 class _Study:
@@ -127,7 +135,8 @@ class _Study:
             self.display.note(f"{arm.name}: done already")
             return
         if segments.trunk is not None and not (segments.trunk.folder / "result.json").is_file():
-            _, outcome = self._train(segments.trunk)
+            outcome = self._train(segments.trunk)[1]
+            gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
             write_json(segments.trunk.folder / "result.json", vars(outcome))
         model, outcome = self._train(segments.own)
         tokenizer = load_tokenizer(arm.model)

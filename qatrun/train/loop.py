@@ -1,18 +1,15 @@
 """The training loop: one for trunk and arms, on Accelerate.
 
-A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there
-to the end. What differs between them is data; the loop is the same. Optimizer steps are counted from 0 while they run, and
-by how many are done everywhere a user sees them.
+What differs between the two is data (see `Segment`). Optimizer steps are counted from 0 while they run, and by how many
+are done everywhere a user sees them.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +21,7 @@ from transformers import PreTrainedModel
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
 from qatrun.model import DTYPES
-from qatrun.quant import Mode, QuantPlan, ScaleState, attach
+from qatrun.quant import Mode, ScaleState, attach
 from qatrun.recipe import Arm
 from qatrun.train.checkpoint import (
     Checkpoint,
@@ -36,64 +33,17 @@ from qatrun.train.checkpoint import (
     write_checkpoint,
 )
 from qatrun.train.memory import peak_memory_bytes, reset_peak_memory
-from qatrun.train.metrics import MetricsFile
+from qatrun.train.metrics import MetricsFile, PendingRows
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.schedule import learning_rate_at, mode_at
+from qatrun.train.segment import Listener, Outcome, Segment
 from qatrun.train.signals import stop_on_signals
 
 # A loss this close to that of a uniform guess means labels or weights are wrong, not that the text is hard.
 UNIFORM_GUESS_SHARE = 0.9
 
-
-class Listener(Protocol):
-    """Who is told how training goes."""
-
-    def on_step(self, row: Mapping[str, Any]) -> None:
-        """After each optimizer step: the row that went to metrics.jsonl."""
-
-    def on_warning(self, text: str) -> None:
-        """Something a person should know."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of training.
-
-    Attributes:
-        arm: the settings; for a trunk those that its arms share.
-        folder: where checkpoints and metrics.jsonl go.
-        plan: what quantizers watch (trunk) or quantize (arm); None leaves the model as it is.
-        quantizes: False for a trunk.
-        last_step: how many optimizer steps are done when it ends.
-        switch_step: first step with fake quantization, or a trunk's branch point.
-        trunk: folder of the segment it starts from, or None for the pretrained model.
-        identity: hash of everything that decides the outcome; a checkpoint of another identity is refused.
-    """
-
-    name: str
-    arm: Arm
-    folder: Path
-    plan: QuantPlan | None
-    quantizes: bool
-    last_step: int
-    switch_step: int
-    trunk: Path | None
-    identity: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is known when a segment is done.
-
-    Attributes:
-        data_hash: of all token ids consumed since step 0.
-        seconds: time spent in optimizer steps since step 0, the trunk's included.
-    """
-
-    steps: int
-    data_hash: str
-    seconds: float
-    peak_memory_bytes: int
+# Device -> steps after which losses and norms are read from it, and checked; elsewhere after each, since reading is free.
+FLUSH_EVERY = {"cuda": 10}
 
 
 def train(
@@ -116,7 +66,7 @@ def train(
                 at_end = session.step == segment.last_step
                 if at_end or request.name or session.step % segment.arm.train.save_every == 0:
                     session.save()
-                if request.name and not at_end:
+                if request.name:
                     raise Interrupted(f"{request.name} at step {session.step} of {segment.name}; saved")
         finally:
             session.close()
@@ -149,6 +99,8 @@ class _Session:
             self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(segment.arm))
         self.step, self.seconds, self.earlier_peak = 0, 0.0, 0
         self.metrics: MetricsFile | None = None
+        self.pending, self.pending_batches = PendingRows(), list[Batch]()
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.observed_steps = _observed_steps(self.quant, config.global_batch_size // config.micro_batch_size)
 
     def start_or_resume(self) -> None:
@@ -168,8 +120,8 @@ class _Session:
         self.metrics = MetricsFile(self.segment.folder / "metrics.jsonl", from_step=self.step, inherited=inherited)
 
     def run_step(self) -> None:
-        """One optimizer step: micro-batches, clipping, update, scales, metrics."""
-        began = time.perf_counter()
+        """One optimizer step: micro-batches, clipping, update, scales. Nothing in it waits for the device."""
+        self.pending.begin_step()
         config = self.segment.arm.train
         mode = self._enter_phase()
         batch = self.stream.take(config.global_batch_size)
@@ -179,38 +131,53 @@ class _Session:
         loss = self._accumulate_gradients(batch, config.micro_batch_size)
         parameters = [p for p in self.plain_model.parameters() if p.grad is not None]
         grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not (math.isfinite(loss) and grad_norm.isfinite()):
-            self._stop_on_nonfinite(loss, float(grad_norm), batch)
         if config.max_grad_norm is not None:
             clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+        # From the first loss or gradient that is not finite on, the fused optimizer holds every update back.
+        self.nonfinite |= ~(loss.isfinite() & grad_norm.isfinite())
+        self.optimizer.found_inf = self.nonfinite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        num_saturated = 0
+        num_saturated: int | Tensor = 0
         if self.quant is not None and mode is not Mode.OFF:
             if self.quant.unit == "optimizer_step":
                 self.quant.push()
-            num_saturated = int(self.quant.take_num_saturated())
-        if self.step == 0:
-            self._warn_if_guessing(loss)
+            num_saturated = self.quant.take_num_saturated()
         self.step += 1
-        elapsed = time.perf_counter() - began
-        self.seconds += elapsed
-        self._report(
+        self.pending_batches.append(batch)
+        self.pending.add(
             {
                 "step": self.step,
                 "phase": "qat" if mode is Mode.QUANTIZE else "bf16",
                 "loss": loss,
                 "learning_rate": learning_rate,
-                "grad_norm": float(grad_norm),
+                "grad_norm": grad_norm,
                 "num_saturated": num_saturated,
                 "tokens": self.step * batch.input_ids.numel(),
-                "seconds": self.seconds,
-                "tokens_per_second": batch.input_ids.numel() / elapsed,
             }
         )
+        if len(self.pending) >= FLUSH_EVERY.get(self.accelerator.device.type, 1):
+            self.flush()
+
+    def flush(self) -> None:
+        """Read, check and report what the steps since the last flush gave."""
+        if not self.pending:
+            return
+        rows, seconds = self.pending.take()
+        batches, self.pending_batches = self.pending_batches, []
+        for row, batch in zip(rows, batches, strict=True):
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                self._stop_on_nonfinite(row, batch)
+            if row["step"] == 1:
+                self._warn_if_guessing(row["loss"])
+            self.seconds += seconds
+            self._report(row | {"seconds": self.seconds, "tokens_per_second": batch.input_ids.numel() / seconds})
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, once the steps that led to it are known to be sound."""
+        self.flush()
+        assert self.metrics is not None
+        self.metrics.sync()  # a checkpoint must never be ahead of the metrics that led to it
         state = rng_tensors()
         progress: dict[str, Any] = {
             "step": self.step,
@@ -272,8 +239,8 @@ class _Session:
         self.quant.mode = mode
         return mode
 
-    def _accumulate_gradients(self, batch: Batch, micro_batch_size: int) -> float:
-        """Backward over all micro-batches; returns the mean loss over the targets of the whole batch."""
+    def _accumulate_gradients(self, batch: Batch, micro_batch_size: int) -> Tensor:
+        """Backward over all micro-batches; returns the mean loss, [], over the targets of the whole batch."""
         num_targets = max(1, batch.num_targets)
         total = torch.zeros((), device=self.accelerator.device)
         for micro in batch.split(micro_batch_size):
@@ -285,7 +252,7 @@ class _Session:
             total += loss.detach()
             if self.quant is not None and self.quant.unit == "microbatch" and self.quant.mode is not Mode.OFF:
                 self.quant.push()
-        return float(total)
+        return total
 
     def _autocast(self) -> torch.autocast:
         """The compute dtype of the arm. Not Accelerate's own, which is one a process: arms may differ."""
@@ -293,12 +260,13 @@ class _Session:
         enabled = wanted != DTYPES[self.segment.arm.model.param_dtype]
         return torch.autocast(self.accelerator.device.type, dtype=wanted, enabled=enabled)
 
-    def _stop_on_nonfinite(self, loss: float, grad_norm: float, batch: Batch) -> NoReturn:
-        micro_batches = batch.input_ids.to(self.accelerator.device).split(self.segment.arm.train.micro_batch_size)
-        bad = first_bad_tensors(self.plain_model, micro_batches)
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+    def _stop_on_nonfinite(self, row: Mapping[str, Any], batch: Batch) -> NoReturn:
+        micro_batch_size = self.segment.arm.train.micro_batch_size
+        self._accumulate_gradients(batch, micro_batch_size)  # as they were: no update has been made since
+        bad = first_bad_tensors(self.plain_model, batch.input_ids.to(self.accelerator.device).split(micro_batch_size))
+        what = f"loss {row['loss']}" if not math.isfinite(row["loss"]) else f"gradient norm {row['grad_norm']}"
         raise NonFiniteError(
-            f"{what} at step {self.step + 1} of {self.segment.name}; first bad: {', '.join(bad) or 'unknown'}"
+            f"{what} at step {row['step']} of {self.segment.name}; first bad: {', '.join(bad) or 'unknown'}"
         )
 
     def _warn_if_guessing(self, loss: float) -> None:

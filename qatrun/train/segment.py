@@ -1,0 +1,66 @@
+"""What the training loop is given, and what it gives back.
+
+A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there
+to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qatrun.quant import QuantPlan
+from qatrun.recipe import Arm
+
+
+class Listener(Protocol):
+    """Who is told how training goes."""
+
+    def on_step(self, row: Mapping[str, Any]) -> None:
+        """After each optimizer step: the row that went to metrics.jsonl."""
+
+    def on_warning(self, text: str) -> None:
+        """Something a person should know."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training.
+
+    Attributes:
+        arm: the settings; for a trunk those that its arms share.
+        folder: where checkpoints and metrics.jsonl go.
+        plan: what quantizers watch (trunk) or quantize (arm); None leaves the model as it is.
+        quantizes: False for a trunk.
+        last_step: how many optimizer steps are done when it ends.
+        switch_step: first step with fake quantization, or a trunk's branch point.
+        trunk: folder of the segment it starts from, or None for the pretrained model.
+        identity: hash of everything that decides the outcome; a checkpoint of another identity is refused.
+    """
+
+    name: str
+    arm: Arm
+    folder: Path
+    plan: QuantPlan | None
+    quantizes: bool
+    last_step: int
+    switch_step: int
+    trunk: Path | None
+    identity: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known when a segment is done.
+
+    Attributes:
+        data_hash: of all token ids consumed since step 0.
+        seconds: time spent in optimizer steps since step 0, the trunk's included.
+    """
+
+    steps: int
+    data_hash: str
+    seconds: float
+    peak_memory_bytes: int

@@ -1,0 +1,270 @@
+"""What makes quantized training fast changes none of its results: kernels, caches, saved codes, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from builders import tiny_gpt2, tiny_llama, token_ids
+from torch import Tensor, nn
+
+from qatrun.numerics import passes
+from qatrun.quant import FakeQuantLinear, ScaleState, attach, freeze, make_plan
+from qatrun.quant import quantizer as quantizer_module
+from qatrun.recipe import QatConfig
+
+NUM_STEPS, MICRO_BATCHES = 3, 2
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "hif8": {},
+    "gradients too": {"grad_output": {}},
+    "int8 clipped at the target": {"format": "int8", "clip": "target", "grad_output": {}},
+    "a push a micro-batch": {"scaling": {"unit": "microbatch", "window": 2}},
+    "per channel and token": {
+        "format": "fp8_e4m3",
+        "weight": {"granularity": "per_channel"},
+        "input": {"granularity": "per_token"},
+    },
+    "dynamic": {"scaling": {"type": "dynamic"}},
+    "no mask": {"format": "fp8_e5m2", "ste": "identity"},
+}
+
+
+def attached(make_model: Any = tiny_llama, **qat: Any) -> tuple[Any, ScaleState]:
+    """A model in training mode that quantizes from its first step."""
+    model = make_model().train()
+    state = attach(model, make_plan(model, QatConfig(**qat)))
+    state.begin_quantizing()
+    return model, state
+
+
+def trained(model: Any, state: ScaleState) -> dict[str, Tensor]:
+    """Losses, weights and scale state after a few optimizer steps of two micro-batches each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    losses = []
+    for step in range(NUM_STEPS):
+        for micro in range(MICRO_BATCHES):
+            tokens = token_ids(seed=MICRO_BATCHES * step + micro)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            losses.append(loss.detach())
+            if state.unit == "microbatch":
+                state.push()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if state.unit == "optimizer_step":
+            state.push()
+    return {"losses": torch.stack(losses)} | dict(model.named_parameters()) | state.tensors()
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert one["losses"].isfinite().all()
+
+
+@pytest.fixture
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C++ compiler."""
+    monkeypatch.setattr(passes.native, "library", lambda: None)
+
+
+@pytest.fixture
+def passes_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
+    """How often a tensor of each shape was quantized."""
+    made: Counter[tuple[int, ...]] = Counter()
+    original = quantizer_module.quantize
+
+    def counting(x: Tensor, *args: Any, **settings: Any) -> passes.Quantized:
+        made[tuple(x.shape)] += 1
+        return original(x, *args, **settings)
+
+    monkeypatch.setattr(quantizer_module, "quantize", counting)
+    return made
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("qat", SETTINGS.values(), ids=SETTINGS.keys())
+def test_training_is_the_same_on_kernels_and_reference(
+    qat: dict[str, Any], make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = trained(*attached(make_model, **qat))
+    monkeypatch.setattr(passes.native, "library", lambda: None)
+    assert_equal(fast, trained(*attached(make_model, **qat)))
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("qat", SETTINGS.values(), ids=SETTINGS.keys())
+def test_training_is_the_same_with_codes_saved(qat: dict[str, Any], make_model: Any) -> None:
+    values = trained(*attached(make_model, **qat))
+    assert_equal(values, trained(*attached(make_model, saved_activations="codes", **qat)))
+
+
+@pytest.mark.usefixtures("reference_only")
+def test_training_is_the_same_with_codes_saved_where_no_kernels_are() -> None:
+    assert_equal(trained(*attached()), trained(*attached(saved_activations="codes")))
+
+
+@pytest.mark.parametrize("saved_activations", ["values", "codes"])
+def test_recomputing_activations_changes_nothing(saved_activations: str) -> None:
+    expected = trained(*attached())
+    model, state = attached(saved_activations=saved_activations)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_equal(expected, trained(model, state))
+
+
+def test_saturated_values_of_a_conv1d_get_no_gradient() -> None:
+    """Its weight is stored the other way round than it is quantized."""
+    model, state = attached(tiny_gpt2, clip="target", format="int8")
+    tokens = token_ids()
+    model(input_ids=tokens)
+    state.push()
+    state.scale, state.inv_scale = state.scale / 2, state.inv_scale * 2  # the upper half of each range saturates
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear):
+            edge = 127.5 * state.scale[state.index[f"{name}:weight"]]
+            saturated = module.weight.abs() >= edge
+            assert saturated.any()
+            assert torch.equal(module.weight.grad == 0, saturated)
+
+
+@pytest.mark.parametrize("saved_activations", ["values", "codes"])
+def test_a_weight_is_quantized_once_a_step_and_a_shared_input_once(
+    saved_activations: str, passes_made: Counter[tuple[int, ...]]
+) -> None:
+    """q [32, 32], k and v [16, 32], o [32, 32]; gate and up [64, 32], down [32, 64]; 2 blocks."""
+    model, state = attached(saved_activations=saved_activations)
+    state.push()  # the first push gives weights their scales, and so a second rounding
+    for step in range(2):
+        passes_made.clear()
+        for micro in range(4):
+            tokens = token_ids(seed=10 * step + micro)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        assert passes_made == {
+            (32, 32): 4,
+            (16, 32): 4,
+            (64, 32): 4,
+            (32, 64): 2,
+            (2, 16, 32): 4 * 2 * 3,  # q/k/v, o, gate/up
+            (2, 16, 64): 4 * 2,
+        }
+        state.push()
+
+
+def test_a_frozen_model_rounds_a_shared_input_once(passes_made: Counter[tuple[int, ...]]) -> None:
+    model, state = attached()
+    trained(model, state)
+    freeze(model, torch.float32)
+    passes_made.clear()
+    with torch.no_grad():
+        model(input_ids=token_ids())
+    assert passes_made == {(2, 16, 32): 6, (2, 16, 64): 2}
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    model, _ = attached()
+    model.eval()
+    other = {name: 1.5 * p.detach().clone() for name, p in model.named_parameters()}
+    fresh, _ = attached()
+    fresh.load_state_dict(other, strict=False)
+    fresh.eval()
+    with torch.no_grad():
+        expected = fresh(input_ids=token_ids()).logits
+        assert not torch.equal(model(input_ids=token_ids()).logits, expected)
+        model.load_state_dict(other, strict=False)
+        assert torch.equal(model(input_ids=token_ids()).logits, expected)
+        for p in model.parameters():
+            p.data = p.data / 1.5
+        assert not torch.equal(model(input_ids=token_ids()).logits, expected)
+
+
+def test_an_input_changed_in_place_is_noticed() -> None:
+    model, _ = attached()
+    linear = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        before = linear(x)
+        x.mul_(2)
+        assert torch.equal(linear(x), linear(x.clone()))
+        assert not torch.equal(linear(x), before)
+    with torch.inference_mode():
+        x = torch.randn(3, 32)
+        before = linear(x)
+        x.mul_(2)
+        assert not torch.equal(linear(x), before)
+
+
+def test_copies_compute_the_same_and_share_nothing() -> None:
+    model, state = attached()
+    tokens = token_ids()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    state.push()
+    model.zero_grad(set_to_none=True)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    expected = trained(model, state)
+    for other in copies:
+        assert_equal(expected, trained(other, other.quant_state))
+
+
+@pytest.mark.parametrize("saved_activations", ["values", "codes"])
+def test_no_activation_outlives_its_step(saved_activations: str) -> None:
+    model, _ = attached(saved_activations=saved_activations)
+    tokens = torch.randint(101, (3, 16))  # 3: a size that no parameter has
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert [tuple(t.shape) for t in gc.get_objects() if isinstance(t, Tensor) and t.shape[:2] == (3, 16)] == [(3, 16)]
+
+
+def test_nothing_is_held_while_activations_are_recomputed() -> None:
+    """A forward under checkpointing keeps one tensor a block, not one an input of a linear."""
+    model, _ = attached()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = torch.randint(101, (3, 16))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    held = [module.shared_input._result for module in model.modules() if isinstance(module, FakeQuantLinear)]
+    assert held == [None] * len(held)
+    loss.backward()
+
+
+@pytest.mark.parametrize(("saved_activations", "most"), [("values", 1.05), ("codes", 0.92)])
+def test_bytes_saved_for_the_backward(saved_activations: str, most: float) -> None:
+    """Against the same model unquantized, in bf16 autocast."""
+
+    def saved_bytes(model: nn.Module) -> int:
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            tokens = torch.randint(101, (4, 64))
+            model(input_ids=tokens, labels=tokens)
+        return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+
+    sizes = {"hidden_size": 128, "intermediate_size": 384}
+    plain = saved_bytes(tiny_llama(**sizes).train())
+    model, _ = attached(lambda: tiny_llama(**sizes), saved_activations=saved_activations)
+    assert saved_bytes(model) / plain <= most
+
+
+def test_a_compiled_model_trains_the_same() -> None:
+    """Traced, cut at the linears and run by the very same kernels; how AOTAutograd and inductor rearrange what lies
+    between the linears is theirs to test."""
+
+    def one_block() -> tuple[Any, ScaleState]:
+        return attached(lambda: tiny_llama(num_hidden_layers=1), saved_activations="codes", grad_output={})
+
+    expected = trained(*one_block())
+    model, state = one_block()
+    compiled = trained(torch.compile(model, backend="eager"), state)
+    assert_equal(expected, {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()})
