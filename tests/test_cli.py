@@ -343,6 +343,13 @@ def test_arms_that_do_not_match_are_refused_reason_by_reason(world: Path) -> Non
     assert anyway.out.splitlines()[-1] == f"compared anyway, although: {'; '.join(reasons)}"
 
 
+def test_the_start_model_has_no_training_to_match(world: Path) -> None:
+    refused = run_qatrun("compare", "start", "bf16", cwd=world)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1].startswith("no training record of both")
+    assert run_qatrun("compare", "start", "bf16", "--anyway", cwd=world).code == 0
+
+
 def test_scores_that_eval_wrote_can_be_compared_anyway(world: Path) -> None:
     for path, output in (("runs/tiny/bf16", "a"), ("runs/tiny/hif8", "b")):
         assert run_qatrun("eval", path, "--tasks", LIKES, "--output", f"scores/{output}", cwd=world).code == 0

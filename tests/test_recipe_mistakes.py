@@ -171,6 +171,11 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
     "which of two twins": ("  hif8: {}", "  hif8: {}\n  bf16-b: {qat: null, train: {learning_rate: 1e-4}}", [
         "r.yaml:10: arms.hif8.twin -- required: which BF16 arm to compare with (one of bf16, bf16-b)",
     ]),
+    "computing finer than the parameters": (
+        "model: {path: m}", "model: {path: m, param_dtype: bfloat16, compute_dtype: float32}", [
+        "r.yaml:2: model.compute_dtype -- float32 makes no sense over bfloat16 parameters "
+        "(did you mean param_dtype: float32?)",
+    ]),
     "per_channel inputs": ("  format: hif8", "  input: {granularity: per_channel}", [
         "r.yaml:7: qat.input.granularity -- per_channel makes no sense for input (did you mean 'per_token'?)",
     ]),

@@ -210,6 +210,20 @@ def test_an_arm_that_its_twin_does_not_match_is_refused_before_training(world: P
     assert not (world / "runs/odd").exists()
 
 
+def test_arms_start_from_one_model(world: Path) -> None:
+    arms = "arms={bf16: {qat: null}, other: {qat: null, model: {revision: v2}}}"
+    ran = run_qatrun("check", "tiny.yaml", "--set", arms, cwd=world)
+    message = "all arms start from one model, here model; give another model a recipe of its own"
+    assert (ran.code, ran.err) == (2, f"--set {arms}: arms.other.model.path -- {message}\n")
+
+
+def test_several_processes_are_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = run_qatrun("train", "tiny.yaml", "--set", "name=two", cwd=world)
+    assert ran.code == 2
+    assert "several processes are not supported yet" in ran.err
+
+
 def test_a_study_of_bf16_alone_has_nothing_to_compare(world: Path) -> None:
     options = ("--set", "name=plain", "--set", "qat=null", "--set", "arms={bf16: {}}", *SHORT)
     ran = run_qatrun("train", "tiny.yaml", *options, "--fail-on-verdict", "--strict", cwd=world)
