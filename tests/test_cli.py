@@ -141,7 +141,7 @@ def test_check_prints_what_would_happen_and_writes_nothing(trained_world: Path) 
     ]
     assert lines[13].startswith("  memory, about: bf16 training ")
     assert "qat training" in lines[13]
-    assert lines[14].startswith("disk: about ")
+    assert lines[14].startswith("disk, about: ")
     assert lines[16].split() == ["task", "shots", "metric", "items", "budget", "pp", "detects", "pp", "source"]
     assert lines[18].split()[:5] == ["demo_facts", "0", "acc", "60", "1"]
     assert lines[18].split()[-1] == "builtin"

@@ -151,6 +151,9 @@ def test_result_of_an_arm(trained_world: Path) -> None:
 
 def test_environment_and_recipe_are_kept(trained_world: Path) -> None:
     environment = read(trained_world / "runs/tiny/environment.json")
+    matches = {arm: read(trained_world / f"runs/tiny/{arm}/result.json")["match"] for arm in ("bf16", "hif8")}
+    expected = {arm: {"seed": 0, "data_hash": match["data_hash"]} for arm, match in matches.items()}
+    assert environment["arms"] == expected
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["command"] == ["qatrun", "train", "tiny.yaml"]
     kept = qatrun.load_recipe(trained_world / "runs/tiny/recipe.yaml")

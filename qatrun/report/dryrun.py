@@ -20,7 +20,8 @@ def dry_run(plan: Mapping[str, Any]) -> RenderableType:
     ]
     parts += [_arm(arm) for arm in plan["arms"]]
     if plan["disk_bytes"] is not None:
-        parts.append(Text(f"disk: about {readable_size(plan['disk_bytes'])} for checkpoints and models (estimate)"))
+        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in plan["disk_bytes"].items())
+        parts.append(Text(f"disk, about: {sizes} (estimate)"))
     parts += [
         Text(),
         _tasks(plan),

@@ -32,8 +32,8 @@ def memory_bytes(arm: Arm, num_parameters: int, quantized_weights: int, config: 
     return {"bf16 training": bf16, "qat training": qat, "scoring": num_parameters * compute}
 
 
-def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> int:
-    """Checkpoints kept by trunk and arms, and the model folders they end in."""
+def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> dict[str, int]:
+    """Disk by phase: the checkpoints that trunk and arms keep while training, and the model folders they end in."""
     first = next(iter(arms.values()))
     checkpoint = num_parameters * BYTES[first.model.param_dtype] * (1 + ADAMW_MOMENTS)
     kept = checkpoint * first.train.keep_last * (len(arms) + (1 if first.warmup.steps else 0))
@@ -42,4 +42,4 @@ def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: 
         num_parameters * BYTES[arms[name].model.compute_dtype] - count * (BYTES[arms[name].model.compute_dtype] - 1)
         for name, count in quantized_weights.items()
     )
-    return kept + plain + codes
+    return {"training": kept, "results": plain + codes}

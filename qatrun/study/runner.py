@@ -28,7 +28,7 @@ from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.report import TerminalDisplay, comparison_text, readable_size
 from qatrun.study.environment import describe_environment
-from qatrun.study.layout import ArmFolder, StudyFolder, write_json
+from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
 from qatrun.study.pairs import Pair, compare_arms, matched_settings
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.segments import ArmSegments, plan_segments
@@ -155,6 +155,9 @@ class _Study:
         )
         result = StudyResult(self.folder.path, pairs)
         write_comparison(self.folder, result)
+        matches = {name: read_json(self.folder.arm(name).result)["match"] for name in self.checked.arms}
+        arms = {name: {key: match[key] for key in ("seed", "data_hash")} for name, match in matches.items()}
+        write_json(self.folder.environment, read_json(self.folder.environment) | {"arms": arms})
         return result
 
     def _train(self, segment: Segment) -> tuple[Any, Outcome]:
