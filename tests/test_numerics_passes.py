@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ from qatrun.numerics import codes_to_grid, decode, passes, quantize, rescale_, r
 EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 DTYPES = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.skipif(passes.native.library() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(params=["this CPU's", "without AVX-512"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways the source can be built; the same on a CPU that has no AVX-512."""
+    if request.param == "without AVX-512" and platform.machine() == "x86_64":
+        monkeypatch.setattr(passes.native, "FLAGS", (*passes.native.FLAGS, "-mno-avx512f"))
+    passes.native.library.cache_clear()
+    yield
+    passes.native.library.cache_clear()
 
 
 @pytest.fixture(params=[1, 2])

@@ -8,6 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define QATRUN_AVX512
+#include <immintrin.h>
+#endif
+
 namespace {
 
 struct bfloat16 {
@@ -121,29 +126,54 @@ void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {  // to 0 or not 0;
 
 // What all of it is about.
 
+struct Seen {
+  int32_t largest = 0;      // magnitude, as bits
+  int64_t saturated = 0;    // values at or beyond the edge
+  int64_t underflowed = 0;  // values that are not zero and become zero
+};
+
+#ifdef QATRUN_AVX512
+#include "native_avx512.hpp"
+#else
+namespace wide {  // nothing is: all values are left to the loop below
 template <class Format, class In, class Out>
-int32_t quantize_row(const In* x, int64_t n, float inv_scale, float edge, float saturated, Out* q, uint8_t* blocked) {
-  int32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; i++) {
+int64_t quantize_row(const In*, int64_t, float, float, float, Out*, uint8_t*, Seen&) {
+  return 0;
+}
+}  // namespace wide
+#endif
+
+template <class Format, class In, class Out>
+Seen quantize_row(const In* x, int64_t n, float inv_scale, float edge, float saturated, Out* q, uint8_t* blocked) {
+  Seen seen;
+  const int64_t done = wide::quantize_row<Format>(x, n, inv_scale, edge, saturated, q, blocked, seen);
+  int32_t largest = seen.largest, num_saturated = 0, num_underflowed = 0;  // a row is no longer than a piece
+#pragma omp simd reduction(max : largest) reduction(+ : num_saturated, num_underflowed)
+  for (int64_t i = done; i < n; i++) {
     const float value = load(x + i);
     const int32_t magnitude = bits_of(value) & MAGNITUDE;  // as integers, NaN > Inf > every number
     largest = magnitude > largest ? magnitude : largest;
     const float scaled = value * inv_scale;
     float clipped = scaled > edge ? edge : scaled;
     clipped = clipped < -edge ? -edge : clipped;
-    blocked[i] = std::fabs(scaled) >= saturated;
-    store(q + i, Format::round(clipped));
+    const int32_t beyond = std::fabs(scaled) >= saturated ? 1 : 0;
+    num_saturated += beyond;
+    blocked[i] = static_cast<uint8_t>(beyond);
+    const float rounded = Format::round(clipped);
+    num_underflowed += (bits_of(rounded) & MAGNITUDE) == 0 && magnitude != 0 ? 1 : 0;
+    store(q + i, rounded);
   }
-  return largest;
+  return {largest, seen.saturated + num_saturated, seen.underflowed + num_underflowed};
 }
 
 // A row of `columns` values has one scale; a stride of 0 gives all rows the same. q, codes and blocked: null if not wanted.
 template <class Format, class In, class Out>
-float quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
-               float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
+Seen quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
+              float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
   int32_t largest = 0;
-#pragma omp parallel for reduction(max : largest) schedule(static) if (n > SERIAL_BELOW)
+  int64_t num_saturated = 0, num_underflowed = 0;
+#pragma omp parallel for reduction(max : largest) reduction(+ : num_saturated, num_underflowed) schedule(static) \
+    if (n > SERIAL_BELOW)
   for (int64_t start = 0; start < n; start += PIECE) {
     const int64_t end = start + PIECE < n ? start + PIECE : n;
     Out scratch[PIECE];
@@ -152,9 +182,11 @@ float quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, 
     for (int64_t from = start, to; from < end; from = to) {
       const int64_t row = from / columns, row_end = (row + 1) * columns;
       to = row_end < end ? row_end : end;
-      const int32_t seen = quantize_row<Format>(x + from, to - from, inv_scale[row * stride], edge, saturated,
-                                                grid + (from - start), mask + (from - start));
-      largest = seen > largest ? seen : largest;
+      const Seen seen = quantize_row<Format>(x + from, to - from, inv_scale[row * stride], edge, saturated,
+                                             grid + (from - start), mask + (from - start));
+      largest = seen.largest > largest ? seen.largest : largest;
+      num_saturated += seen.saturated;
+      num_underflowed += seen.underflowed;
     }
     if (codes) {
 #pragma omp simd
@@ -165,12 +197,12 @@ float quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, 
       pack(mask, end - start, blocked + start / 8);
     }
   }
-  return float_of(largest);
+  return {largest, num_saturated, num_underflowed};
 }
 
 template <class In, class Out>
-float quantize_to(int format, const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
-                  float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
+Seen quantize_to(int format, const In* x, int64_t n, int64_t columns, const float* inv_scale, int64_t stride, float edge,
+                 float saturated, Out* q, uint8_t* codes, uint8_t* blocked) {
   switch (format) {
     case 0: return quantize<HiF8>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
     case 1: return quantize<Minifloat<3, -6>>(x, n, columns, inv_scale, stride, edge, saturated, q, codes, blocked);
@@ -230,19 +262,21 @@ void scale_gradient(const In* grad, int64_t n, float scale, const uint8_t* block
 
 extern "C" void qatrun_quantize(int format, const void* x, int x_dtype, int64_t n, int64_t columns,
                                 const float* inv_scale, int64_t stride, float edge, float saturated, void* q,
-                                int q_dtype, uint8_t* codes, uint8_t* blocked, float* amax) {
+                                int q_dtype, uint8_t* codes, uint8_t* blocked, float* amax, int64_t* counts) {
   const auto* x32 = static_cast<const float*>(x);
   const auto* x16 = static_cast<const bfloat16*>(x);
   auto* q32 = static_cast<float*>(q);
   auto* q16 = static_cast<bfloat16*>(q);
+  Seen seen;
   if (x_dtype == 0)
-    *amax = q_dtype == 0
-                ? quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
-                : quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
+    seen = q_dtype == 0 ? quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
+                        : quantize_to(format, x32, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
   else
-    *amax = q_dtype == 0
-                ? quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
-                : quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
+    seen = q_dtype == 0 ? quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q32, codes, blocked)
+                        : quantize_to(format, x16, n, columns, inv_scale, stride, edge, saturated, q16, codes, blocked);
+  *amax = float_of(seen.largest);
+  counts[0] = seen.saturated;
+  counts[1] = seen.underflowed;
 }
 
 extern "C" void qatrun_decode(const uint8_t* codes, int64_t n, const float* values, void* out, int out_dtype) {

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+INCLUDED = SOURCE.with_name("native_avx512.hpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
-    "qatrun_quantize": (_I, _P, _I, _N, _N, _P, _N, _F, _F, _P, _I, _P, _P, _P),
+    "qatrun_quantize": (_I, _P, _I, _N, _N, _P, _N, _F, _F, _P, _I, _P, _P, _P, _P),
     "qatrun_decode": (_P, _N, _P, _P, _I),
     "qatrun_rescale": (_P, _I, _N, _N, _P, _N, _P, _N, _P),
     "qatrun_scale_gradient": (_P, _I, _N, _P, _P, _P, _I),
@@ -51,8 +52,9 @@ def address(tensor: Tensor | None) -> int | None:
 
 def _warn(reason: str) -> None:
     lines = reason.strip().splitlines() or ["unknown"]
+    said = next((line for line in lines if "error:" in line), lines[-1])
     warnings.warn(
-        f"the CPU kernels cannot be built ({lines[-1]}); quantized training gives the same numbers several times slower",
+        f"the CPU kernels cannot be built ({said}); quantized training gives the same numbers several times slower",
         stacklevel=4,
     )
 
@@ -61,7 +63,8 @@ def _built(compiler: str) -> Path:
     """The shared library for this source, compiler and machine; built if it is not in the cache."""
     target = subprocess.run([compiler, *FLAGS, "-Q", "--help=target"], capture_output=True, check=False).stdout
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + version.encode() + target + " ".join(FLAGS).encode()).hexdigest()[:16]
+    source = SOURCE.read_bytes() + INCLUDED.read_bytes()
+    key = hashlib.sha256(source + version.encode() + target + " ".join(FLAGS).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qatrun"
     built = folder / f"native-{key}.so"
     if not built.is_file():

@@ -1,6 +1,6 @@
 """The passes over memory that a quantized linear is made of, each in one kernel.
 
-    quantize            x -> grid values, their codes, amax, and what the clipped STE holds back
+    quantize            x -> grid values, their codes, amax and counts, and what the clipped STE holds back
     codes_to_grid       codes -> grid values
     rescale_            y * (row scale * column scale) + bias, in place
     scale_gradient      gradient * scale, zero where held back
@@ -36,6 +36,7 @@ class Quantized(NamedTuple):
         values: [..., d] grid values in float32 or bfloat16, where they are exact; None: not asked for.
         codes: [..., d] 8-bit codes of the same; None: not asked for.
         amax: [] float32, of x.
+        counts: [2] int64: values that saturate, and values other than zero that become zero.
         blocked: [ceil(num_values / 8)] uint8, a bit a value, least significant first: where x saturates; None: not
             asked for.
     """
@@ -43,6 +44,7 @@ class Quantized(NamedTuple):
     values: Tensor | None
     codes: Tensor | None
     amax: Tensor
+    counts: Tensor
     blocked: Tensor | None
 
 
@@ -56,7 +58,7 @@ def quantize(
     codes: bool = False,
     blocked: bool = False,
 ) -> Quantized:
-    """Round x to its grid, and take its amax on the way.
+    """Round x to its grid, and take its amax and counts on the way.
 
     Args:
         x: [..., d] float32 or bfloat16.
@@ -72,6 +74,7 @@ def quantize(
         values=None if values is None else torch.empty(x.shape, dtype=values),
         codes=torch.empty(x.shape, dtype=_code_dtype(spec.name)) if codes else None,
         amax=torch.empty(()),
+        counts=torch.empty(2, dtype=torch.int64),
         blocked=torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if blocked else None,
     )
     per_row = inv_scale.numel() > 1
@@ -90,6 +93,7 @@ def quantize(
         native.address(result.codes),
         native.address(result.blocked),
         result.amax.data_ptr(),
+        result.counts.data_ptr(),
     )
     return result
 
@@ -214,11 +218,13 @@ def _quantize_reference(
     blocked: bool,
 ) -> Quantized:
     grid = quantize_to_grid(x, inv_scale, format, limit)
+    saturated, underflowed = saturates(x.float() * inv_scale, format, limit), (grid == 0) & (x != 0)
     return Quantized(
         values=None if values is None else grid.to(values),
         codes=encode(grid, format) if codes else None,
         amax=amax(x, "per_tensor"),
-        blocked=pack_bits(saturates(x.float() * inv_scale, format, limit)) if blocked else None,
+        counts=torch.stack([saturated.sum(), underflowed.sum()]),
+        blocked=pack_bits(saturated) if blocked else None,
     )
 
 
