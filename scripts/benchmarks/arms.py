@@ -140,13 +140,26 @@ def untrained(arm: str, model: nn.Module, shape: Shape, device: str, *, bf16: bo
 
 
 def trainee(
-    arm: str, shape: Shape, device: str, *, bf16: bool, checkpointing: bool = False, micro_batches: int = 1
+    arm: str,
+    shape: Shape,
+    device: str,
+    *,
+    bf16: bool,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    micro_batches: int = 1,
 ) -> Trainee:
-    """An arm past its first two steps: compiled, its scales from a history, its optimizer state allocated."""
+    """An arm past its first two steps: compiled, its scales from a history, its optimizer state allocated.
+
+    Args:
+        compiled: the whole model under torch.compile.
+    """
     model = build_model(shape, device)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made = untrained(arm, model, shape, device, bf16=bf16, micro_batches=micro_batches)
+    if compiled:
+        model.compile(dynamic=False)
     for _ in range(2):
         made.step()
     return made

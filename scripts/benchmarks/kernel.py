@@ -45,7 +45,7 @@ def _case(values: int, dtype: torch.dtype, settings: Settings, progress: Progres
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(values // COLUMNS, COLUMNS, generator=generator).to(settings.device, dtype)
     name = f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} {_size_name(x)}"
-    contestants = _contestants(x)
+    contestants = _contestants(x, with_torchao=not settings.quick and "torchao_fp8" in arm_names())
     for run in contestants.values():
         run()
     rounds = 10 if settings.quick else 30
@@ -56,7 +56,7 @@ def _case(values: int, dtype: torch.dtype, settings: Settings, progress: Progres
     return rows_against(floor, seconds, "kernel", name)
 
 
-def _contestants(x: Tensor) -> dict[str, Callable[[], object]]:
+def _contestants(x: Tensor, *, with_torchao: bool) -> dict[str, Callable[[], object]]:
     one, warm = torch.ones((), device=x.device), torch.empty_like(x)
     compiled = torch.compile(lambda x, scale: (x * scale).to(x.dtype), dynamic=True)
     runs: dict[str, Callable[[], object]] = {
@@ -70,8 +70,8 @@ def _contestants(x: Tensor) -> dict[str, Callable[[], object]]:
         runs[spec.name] = run
         runs[f"{spec.name}+mask"] = partial(run, blocked=True)
         runs[f"{spec.name}+mask+codes"] = partial(run, blocked=True, codes=True)
-    if "torchao_fp8" in arm_names():
-        runs["torchao_fp8"] = partial(torchao_fp8_quantizer(), x)
+    if with_torchao:
+        runs["torchao_fp8_compiled"] = partial(torch.compile(torchao_fp8_quantizer(), dynamic=True), x)
     return runs
 
 

@@ -43,9 +43,15 @@ def _goals() -> Iterator[Goal]:
         hif8 = f"step/{dtype}/hif8"
         for arm, name in (("int8", "INT8"), ("fp8_e4m3", "E4M3")):
             yield Goal(f"{name} step / HiF8 step, {dtype}", f"step/{dtype}/{arm}", equal, to=hif8)
-        for arm, name in (("torchao_fp8", "FP8"), ("torchao_int8", "INT8")):
-            yield Goal(f"torchao {name} QAT step / unquantized step, {dtype}", f"step/{dtype}/{arm}", {})
-            yield Goal(f"HiF8 step / torchao {name} QAT step, {dtype}", hif8, equal, to=f"step/{dtype}/{arm}")
+    for dtype in ("fp32", "bf16"):
+        for case in (dtype, f"{dtype} compiled"):
+            if case != dtype:
+                yield Goal(f"HiF8 step / unquantized step, {case}", f"step/{case}/hif8", {})
+            for arm, name in (("torchao_fp8", "FP8"), ("torchao_int8", "INT8")):
+                yield Goal(f"torchao {name} QAT step / unquantized step, {case}", f"step/{case}/{arm}", {})
+                yield Goal(
+                    f"HiF8 step / torchao {name} QAT step, {case}", f"step/{case}/hif8", equal, to=f"step/{case}/{arm}"
+                )
     for what, name, codes_limit in (("saved", "bytes saved for the backward", 0.92), ("peak", "peak memory", 0.99)):
         yield Goal(f"{name} / unquantized, bf16", f"memory/{what} bf16/hif8", {"cpu": 1.05, "cuda": 1.05})
         limits = {"cpu": codes_limit, "cuda": codes_limit}

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from benchmarks.arms import SHAPES, UNQUANTIZED, arm_names, trainee
 from benchmarks.timing import Progress, Row, Settings, interleave, rows_against
 
+COMPILED_ARMS = ("hif8", "torchao_fp8", "torchao_int8")
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    bf16: bool
+    checkpointing: bool = False
+    compiled: bool = False
+
 
 def benchmark(settings: Settings, progress: Progress) -> list[Row]:
-    """fp32, and bf16 autocast over fp32 master weights; on a GPU bf16 with and without gradient checkpointing."""
+    """bf16 autocast over fp32 master weights, and fp32 (on a GPU: bf16 with gradient checkpointing), as it is and with
+    the whole model under torch.compile, which torchao counts on. Quick: without torchao and torch.compile."""
+    cases = [_Case("fp32", bf16=False), _Case("bf16", bf16=True)]
     if settings.device == "cuda":
-        return _case("bf16", True, False, settings, progress) + _case("bf16 ckpt", True, True, settings, progress)
-    return _case("fp32", False, False, settings, progress) + _case("bf16", True, False, settings, progress)
+        cases = [_Case("bf16", bf16=True), _Case("bf16 ckpt", bf16=True, checkpointing=True)]
+    rows = [row for case in cases for row in _run(case, settings, progress)]
+    if not settings.quick:
+        for case in cases:
+            if not case.checkpointing:
+                rows += _run(_Case(f"{case.name} compiled", case.bf16, compiled=True), settings, progress)
+    return rows
 
 
-def _case(name: str, bf16: bool, checkpointing: bool, settings: Settings, progress: Progress) -> list[Row]:
-    rounds = 4 if settings.quick else 15
-    others = [arm for arm in arm_names() if arm != UNQUANTIZED and not (settings.quick and arm.startswith("torchao"))]
-    # All in one round where memory permits; a GPU holds the reference and one more.
-    groups = [others] if settings.device == "cpu" else [[arm] for arm in others]
+def _run(case: _Case, settings: Settings, progress: Progress) -> list[Row]:
+    torch.compiler.reset()
+    arms = [arm for arm in arm_names() if arm in COMPILED_ARMS or not case.compiled]
+    ours = [arm for arm in arms if not arm.startswith("torchao") and arm != UNQUANTIZED]
+    groups = [(ours, 4)] if settings.quick else [(ours, 20), ([arm for arm in arms if arm.startswith("torchao")], 5)]
+    if settings.device == "cuda":  # room for two at a time
+        groups = [([arm], rounds) for group, rounds in groups for arm in group]
     rows: dict[str, Row] = {}
-    for group in groups:
-        progress.begin(f"step {name}", rounds)
-        arms = {
-            arm: trainee(arm, SHAPES[settings.model], settings.device, bf16=bf16, checkpointing=checkpointing)
-            for arm in (UNQUANTIZED, *group)
-        }
-        seconds = interleave({arm: made.step for arm, made in arms.items()}, rounds, settings.device, progress)
-        rows |= {row.key: row for row in rows_against(UNQUANTIZED, seconds, "step", name)}
-    return list(rows.values())
+    for group, rounds in groups:
+        if group:
+            rows = {row.key: row for row in _against_unquantized(group, rounds, case, settings, progress)} | rows
+    return sorted(rows.values(), key=lambda row: arm_names().index(row.arm))
+
+
+def _against_unquantized(
+    group: list[str], rounds: int, case: _Case, settings: Settings, progress: Progress
+) -> list[Row]:
+    progress.begin(f"step {case.name}", rounds)
+    shape = SHAPES[settings.model]
+    arms = {
+        arm: trainee(
+            arm,
+            shape,
+            settings.device,
+            bf16=case.bf16,
+            checkpointing=case.checkpointing,
+            compiled=case.compiled,
+        )
+        for arm in (UNQUANTIZED, *group)
+    }
+    seconds = interleave({arm: made.step for arm, made in arms.items()}, rounds, settings.device, progress)
+    return rows_against(UNQUANTIZED, seconds, "step", case.name)
