@@ -6,6 +6,7 @@ QatrunError              exit code 3
 │   └── MismatchError    arms that may not be compared
 └── RunError             exit code 3: the run could not go on
     ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
+    ├── AlarmStop        an alarm, where the recipe says that it ends the run; saved first
     ├── CheckpointError  a checkpoint that is damaged or belongs to another run
     └── Interrupted      SIGINT or SIGTERM; the run was saved first
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "AlarmStop",
     "CheckpointError",
     "InputError",
     "Interrupted",
@@ -78,6 +80,10 @@ class NonFiniteError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint that is damaged or belongs to another run."""
+
+
+class AlarmStop(RunError):
+    """An alarm that was to end the run; it was saved first."""
 
 
 class Interrupted(RunError):

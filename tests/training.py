@@ -14,11 +14,11 @@ import torch
 from builders import VOCAB_SIZE, tiny_llama, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qatrun.data import open_data
+from qatrun.data import open_data, open_probe
 from qatrun.quant import make_plan
 from qatrun.recipe import Recipe
 from qatrun.study.segments import ArmSegments, plan_segments
-from qatrun.train import Outcome, Segment, latest_checkpoint, read_metrics, train
+from qatrun.train import Outcome, Segment, Watched, latest_checkpoint, read_metrics, read_tensor_stats, train
 from qatrun.train.metrics import CLOCK_FIELDS
 
 
@@ -46,6 +46,7 @@ class Recorder:
     def __init__(self, after: Mapping[int, Callable[[], None]] | None = None) -> None:
         self.rows: list[Mapping[str, Any]] = []
         self.warnings: list[str] = []
+        self.alarms: list[str] = []
         self.after = after or {}
 
     def on_step(self, row: Mapping[str, Any]) -> None:
@@ -54,6 +55,9 @@ class Recorder:
 
     def on_warning(self, text: str) -> None:
         self.warnings.append(text)
+
+    def on_alarm(self, text: str) -> None:
+        self.alarms.append(text)
 
 
 def ctrl_c() -> None:
@@ -97,6 +101,11 @@ class TinyStudy:
             },
             "warmup": {"steps": 3},
             "qat": {"format": "hif8", "scaling": {"window": 3}},
+            "monitor": {
+                "sqnr_every": 2,
+                "probe": {"every": 2, "sequences": 2, "top_k": 8},
+                "alarms": {"sqnr_db": 40.0, "forgetting_kl": 1e-6},  # raised, so that a resume has some to keep
+            },
         }
         for name, section in sections.items():
             defaults[name] = defaults[name] | dict(section)
@@ -111,8 +120,10 @@ class TinyStudy:
     def train(self, segment: Segment, listener: Any = None, trackers: Sequence[str] = ()) -> tuple[Any, Outcome]:
         """One stretch from its newest checkpoint to its end; (model, outcome)."""
         model = self.make_model().to(getattr(torch, segment.arm.model.param_dtype))
-        stream = open_data(segment.arm.data, self.tokenizer, segment.arm.train.seed).train
-        return model, train(segment, model, stream, listener or Recorder(), trackers)
+        arm = segment.arm
+        stream = open_data(arm.data, self.tokenizer, arm.train.seed).train
+        text = open_probe(arm.data, self.tokenizer, arm.monitor.probe.sequences) if arm.monitor.probe else None
+        return model, train(segment, model, stream, listener or Recorder(), trackers, Watched(text))
 
     def train_arm(self, name: str = "hif8", make_listener: Callable[[], Any] = Recorder) -> Any:
         """Trunk and arm to their end; the model."""
@@ -136,6 +147,8 @@ def final_state(segment: Segment) -> dict[str, Any]:
             {key: value for key, value in row.items() if key not in CLOCK_FIELDS}
             for row in read_metrics(segment.folder / "metrics.jsonl")
         ],
+        "statistics": read_tensor_stats(segment.folder),
+        "alarms": read_metrics(segment.folder / "alarms.jsonl"),
     }
 
 
@@ -149,4 +162,4 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         or name not in other["tensors"]
         or not torch.equal(one["tensors"][name], other["tensors"][name])
     ]
-    return found + [part for part in ("progress", "metrics") if one[part] != other[part]]
+    return found + [part for part in ("progress", "metrics", "statistics", "alarms") if one[part] != other[part]]

@@ -7,7 +7,6 @@ read and permuted within themselves. A position is plain data and small: a strea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +15,12 @@ import datasets
 import numpy as np
 
 from qatrun import demo
+from qatrun.data.columns import Row, check_column, demo_texts
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import Source
 
 STREAM_BLOCK = 1000
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-Row = Mapping[str, Any]
 
 
 class Documents(Protocol):
@@ -155,20 +154,7 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
         raise InputError(Problem(f"{source.path}: {_reason(error)}", key=f"{key}.{where}")) from error
     if first is None:
         raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path"))
-    column = source.messages_column or source.text_column
-    _check_column(source, column, first, f"{key}.{'messages_column' if source.messages_column else 'text_column'}")
-    return dataset.select_columns([column])
-
-
-def _check_column(source: Source, column: str, first: Row, key: str) -> None:
-    if column not in first:
-        close = get_close_matches(column, first, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(first)}"
-        raise InputError(Problem(f"no column '{column}' in {source.path} ({hint})", key=key))
-    kind, what = (list, "conversations") if source.messages_column else (str, "text")
-    if first[column] is not None and not isinstance(first[column], kind):
-        message = f"column '{column}' in {source.path} holds no {what} (first row: {first[column]!r:.60})"
-        raise InputError(Problem(message, key=key))
+    return dataset.select_columns([check_column(source, first, key)])
 
 
 def _reason(error: Exception) -> str:
@@ -179,7 +165,7 @@ def _reason(error: Exception) -> str:
 
 def _load(source: Source, key: str) -> Any:
     if source.path == demo.BUILTIN:
-        return datasets.Dataset.from_dict({"text": list(demo.documents(_demo_split(source, key)))})
+        return datasets.Dataset.from_dict({"text": list(demo_texts(source, key))})
     options: dict[str, Any] = {"split": source.split, "streaming": source.streaming}
     path = Path(source.path).expanduser()
     if path.suffix in BUILDERS and not path.is_file():
@@ -193,10 +179,3 @@ def _load(source: Source, key: str) -> Any:
     except KeyError:
         endings = ", ".join(BUILDERS)
         raise InputError(Problem(f"'{source.path}' is none of {endings}", key=f"{key}.path")) from None
-
-
-def _demo_split(source: Source, key: str) -> Any:
-    splits = ("pretrain", "finetune", "valid")
-    if source.split not in splits:
-        raise InputError(Problem(f"the demo has {', '.join(splits)} (got '{source.split}')", key=f"{key}.split"))
-    return source.split

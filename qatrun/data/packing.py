@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatrun.data.documents import Documents, Row, open_documents
+from qatrun.data.columns import Row
+from qatrun.data.documents import Documents, open_documents
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import DataConfig, Source
 
@@ -143,6 +144,18 @@ def open_data(config: DataConfig, tokenizer: Any, seed: int) -> Data:
             raise InputError(Problem(message, key="data.valid_sequences"))
     documents = open_documents(config.train, "data.train", seed=seed, skip=skip)
     return Data(PackedStream(documents, _encoder(config.train, "data.train", tokenizer), config.seq_len), valid)
+
+
+def open_probe(config: DataConfig, tokenizer: Any, count: int) -> Tensor:
+    """[num, seq_len] int64, num <= count: the first sequences of `data.probe`, else of the held-out text.
+
+    Raises:
+        InputError: as `open_data`.
+    """
+    chosen = next((name for name in ("probe", "valid", "train") if getattr(config, name) is not None), "train")
+    held_out = count if chosen == "probe" else min(count, config.valid_sequences)
+    enough = config.model_copy(update={"valid_sequences": held_out})
+    return _held_out(enough, getattr(config, chosen), f"data.{chosen}", tokenizer)[0].input_ids
 
 
 def _held_out(config: DataConfig, source: Source, key: str, tokenizer: Any) -> tuple[Batch, int]:

@@ -13,7 +13,7 @@ from qatrun.demo.facts import Entity, Item, Slice, artefacts, creatures, fact_it
 from qatrun.demo.inferences import argument, inference_items
 from qatrun.demo.routines import Routine, recount, routine_items, routines
 
-Split = Literal["pretrain", "finetune", "valid"]
+Split = Literal["pretrain", "finetune", "valid", "probe"]
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
 TASKS: Final[Mapping[str, str]] = {
@@ -21,7 +21,12 @@ TASKS: Final[Mapping[str, str]] = {
     "demo_routines": "the next step of everyday procedures",
     "demo_inference": "conclusions that join two facts",
 }
-NUM_DOCUMENTS: Final[Mapping[Split, int]] = {"pretrain": 240_000, "finetune": 40_000, "valid": 400}
+NUM_DOCUMENTS: Final[Mapping[Split, int]] = {
+    "pretrain": 240_000,
+    "finetune": 40_000,
+    "valid": 400,
+    "probe": 200,
+}
 
 _ITEMS: Final[Mapping[str, Callable[[], list[Item]]]] = {
     "demo_facts": fact_items,
@@ -40,7 +45,7 @@ def documents(split: Split) -> Iterator[str]:
     Args:
         split: `pretrain` speaks about one slice of the world; `finetune` takes every other document from a new slice, the
             rest revisit the old one (without them even a mild learning rate forgets); `valid` alternates between the
-            slices, and none of its documents is in the other splits.
+            slices, and none of its documents is in the other two; `probe` is its half about the old slice.
     """
     return islice(_documents(split), NUM_DOCUMENTS[split])
 
@@ -62,6 +67,8 @@ def _documents(split: Split) -> Iterator[str]:
             return _alternate(_texts("finetune", "finetune"), _texts("pretrain", "finetune"))
         case "valid":
             return _alternate(_texts("pretrain", "valid"), _texts("finetune", "valid"))
+        case "probe":
+            return _texts("pretrain", "valid")
 
 
 def _alternate(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:

@@ -5,9 +5,10 @@ from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan, named_linears
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest, Quantizer
-from qatrun.quant.state import Mode, ScaleState
+from qatrun.quant.state import STATISTICS, Mode, ScaleState
 
 __all__ = [
+    "STATISTICS",
     "Coverage",
     "FakeQuantLinear",
     "Latest",

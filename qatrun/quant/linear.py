@@ -159,7 +159,7 @@ class FakeQuantLinear(nn.Module):
         self.state.observe(self.slots[role], amax(x, "per_tensor"))
 
     def on_grid(self, role: Role, x: Tensor, values: torch.dtype | None, *, codes: bool = False) -> OnGrid:
-        """A tensor of a role [..., d], quantized to values, codes or both; records its amax while training."""
+        """A tensor of a role [..., d], quantized to values, codes or both; records what it saw while training."""
         quantizer, slot = self.quantizers[role], self.slots[role]
         if quantizer.takes_own_scale(self.state):
             scale, inv_scale = quantizer.own_scales(x)
@@ -167,7 +167,10 @@ class FakeQuantLinear(nn.Module):
             scale, inv_scale = self.state.scale[slot], self.state.inv_scale[slot]
         result, seen = quantizer.to_grid(x, scale, inv_scale, values, codes=codes)
         if self.state.training:
-            self.state.observe(slot, seen)
+            self.state.observe(slot, seen.amax)
+            self.state.count(slot, seen.counts, x.numel())
+            if self.state.measures_noise:
+                self.state.measure_noise(slot, x, result.in_dtype(torch.float32).float() * scale)
         return result
 
     def input_on_grid(self, x: Tensor, dtype: torch.dtype, *, codes: bool) -> OnGrid:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatrun.formats import Role, get_format
-from qatrun.numerics import amax, clip_limit, codes_to_grid, inverse_scale, quantize, scale_from_amax
+from qatrun.numerics import Quantized, amax, clip_limit, codes_to_grid, inverse_scale, quantize, scale_from_amax
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.state import ScaleState
 from qatrun.recipe import ResolvedRole
@@ -86,8 +86,8 @@ class Quantizer:
 
     def to_grid(
         self, x: Tensor, scale: Tensor, inv_scale: Tensor, values: torch.dtype | None, *, codes: bool = False
-    ) -> tuple[OnGrid, Tensor]:
-        """x [..., d] on its grid, with the STE's mask if x takes a gradient; and x's amax, [] float32.
+    ) -> tuple[OnGrid, Quantized]:
+        """x [..., d] on its grid, with the STE's mask if x takes a gradient; and what the pass over x has seen.
 
         Args:
             values, codes: which of the two are wanted, values in which dtype.
@@ -95,7 +95,7 @@ class Quantizer:
         blocked = self.clipped_ste and x.requires_grad
         spec = get_format(self.spec.format)
         result = quantize(x, inv_scale, spec, self.limit, values=values, codes=codes, blocked=blocked)
-        return OnGrid(spec.name, result.values, result.codes, scale, result.blocked), result.amax
+        return OnGrid(spec.name, result.values, result.codes, scale, result.blocked), result
 
 
 class Latest:

@@ -4,7 +4,7 @@ A *slot* is one quantized tensor (an input, a weight, an output gradient). Delay
 of a step from amaxes seen before it:
 
     history  <- [amax of this step; history without its oldest row]
-    estimate  = max over the window, or the newest row (`most_recent`)
+    estimate  = max over the window, or the newest row (`most_recent`), or their moving average (`ema`)
     scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
 
 These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and
@@ -15,6 +15,7 @@ raise `amax`, by a maximum: what activation checkpointing recomputes changes not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from qatrun.formats import get_format
 from qatrun.numerics import inverse_scale, scale_from_amax
 from qatrun.quant.plan import QuantPlan
+
+# Columns of `ScaleState.take_statistics`.
+STATISTICS = ("amax", "scale", "overshoot", "clip_fraction", "underflow_fraction", "sqnr_db")
 
 # amax * (1 / target) * target may exceed amax by a few units in the last place; that is no saturation.
 ROUNDING_SLACK = 1 + 2**-20
@@ -56,6 +60,9 @@ class ScaleState(DeviceOnlyModule):
         history: [window, num_slots] float32, newest row first; 0 where nothing was seen.
         amax: [num_slots] float32, the largest seen since the last push.
         scale, inv_scale: [num_slots] float32; units of the tensor per unit of the grid, and the reciprocal.
+        counts: [num_slots, 2] int64: values clipped and flushed to zero since `take_statistics`, of `num_values`.
+        energies: [num_slots, 2] float64: of signal and quantization noise since then, while `measures_noise`.
+        step_amax, overshoot: [num_slots] float32: the largest amax since then, and amax over what the scale stood for.
         saturated: [num_slots] bool; whether amax went beyond what the scale can represent since `take_num_saturated`.
         mode: what the attached linears do now.
         primed: whether scales come from a history. Until the first push in QUANTIZE they come from the tensor at hand.
@@ -69,7 +76,14 @@ class ScaleState(DeviceOnlyModule):
     edge: Tensor
     in_window: Tensor
     most_recent: Tensor
+    ema: Tensor
+    ema_weights: Tensor
     saturated: Tensor
+    counts: Tensor
+    energies: Tensor
+    step_amax: Tensor
+    overshoot: Tensor
+    used_scale: Tensor
     delayed: Tensor
     dynamic: Tensor
     unscaled: Tensor
@@ -90,6 +104,8 @@ class ScaleState(DeviceOnlyModule):
         self.primed = False
         self.num_pushes = 0
         self._num_changes = 0
+        self.measures_noise = False
+        self.num_values = [0] * len(slots)
         window = max(s.window for s in scaling)
         ages = torch.arange(window).unsqueeze(1)
         constants: dict[str, Tensor] = {
@@ -101,7 +117,14 @@ class ScaleState(DeviceOnlyModule):
             "edge": torch.tensor(edges),
             "in_window": ages < torch.tensor([s.window for s in scaling]),
             "most_recent": torch.tensor([s.algorithm == "most_recent" for s in scaling]),
+            "ema": torch.tensor([s.algorithm == "ema" for s in scaling]),
+            "ema_weights": torch.tensor([s.ema_decay for s in scaling]) ** ages,
             "saturated": torch.zeros(len(slots), dtype=torch.bool),
+            "counts": torch.zeros(len(slots), 2, dtype=torch.int64),
+            "energies": torch.zeros(len(slots), 2, dtype=torch.float64),
+            "step_amax": torch.zeros(len(slots)),
+            "overshoot": torch.full((len(slots),), math.nan),
+            "used_scale": torch.full((len(slots),), math.nan),
             "delayed": torch.tensor([s.type == "delayed" for s in scaling]),
             "dynamic": torch.tensor([s.type == "dynamic" for s in scaling]),
             "unscaled": torch.tensor([s.type == "none" for s in scaling]),
@@ -116,9 +139,35 @@ class ScaleState(DeviceOnlyModule):
             seen = self.amax[slot]
             torch.maximum(seen, amax, out=seen)
 
+    def count(self, slot: int, counts: Tensor, num_values: int) -> None:
+        """Add to a slot's clipped and underflowed values ([2] int64), of so many."""
+        self.counts[slot] += counts
+        self.num_values[slot] += num_values
+
+    def measure_noise(self, slot: int, x: Tensor, x_hat: Tensor) -> None:
+        """Add a tensor and its quantized self, of one shape, to a slot's signal and noise."""
+        with torch.no_grad():
+            signal, noise = x.float().square().sum(), (x.float() - x_hat).square().sum()
+            self.energies[slot] += torch.stack([signal, noise]).double()
+
+    @torch.no_grad()
+    def take_statistics(self) -> Tensor:
+        """[num_slots, len(STATISTICS)] float32 of what was seen since the last call; NaN where nothing was measured."""
+        num_values = torch.tensor(self.num_values, dtype=torch.float32).to(self.counts.device)
+        fractions = self.counts / num_values.unsqueeze(1)  # 0 / 0: nothing was quantized
+        signal, noise = self.energies.unbind(1)
+        columns = [self.step_amax, self.used_scale, self.overshoot, *fractions.unbind(1), 10 * (signal / noise).log10()]
+        self.counts, self.energies = torch.zeros_like(self.counts), torch.zeros_like(self.energies)
+        self.num_values = [0] * len(self.names)
+        self.step_amax = torch.zeros_like(self.step_amax)
+        self.overshoot = torch.full_like(self.overshoot, math.nan)
+        self.used_scale = torch.full_like(self.used_scale, math.nan)
+        return torch.stack([column.float() for column in columns], dim=1)
+
     @torch.no_grad()
     def push(self) -> None:
         """Close one unit of history (an optimizer step or a micro-batch) and move the scales that are due."""
+        self._note_use()
         if self.mode is Mode.QUANTIZE and self.primed:
             self.saturated |= ~self.dynamic & (self.amax > self.scale * self.edge * ROUNDING_SLACK)
         self.history = torch.cat([self.amax.unsqueeze(0), self.history[:-1]])
@@ -129,6 +178,15 @@ class ScaleState(DeviceOnlyModule):
             self._move_scales(self.delayed & (self.num_pushes % self.interval == 0))
         elif self.mode is Mode.QUANTIZE:
             self._prime()
+
+    def _note_use(self) -> None:
+        """Keep for `take_statistics` how well the scales of this unit fitted what they scaled."""
+        self.step_amax = torch.maximum(self.step_amax, self.amax)
+        if self.mode is Mode.QUANTIZE:
+            own = self.dynamic if self.primed else ~self.unscaled  # from the tensor itself
+            fitting = scale_from_amax(self.amax, self.target, previous=self.scale)
+            self.used_scale = torch.where(own, fitting, self.scale)
+            self.overshoot = torch.fmax(self.overshoot, self.amax / (self.used_scale * self.target))
 
     def begin_quantizing(self) -> None:
         """Switch to QUANTIZE; where a history was observed, the first step already has its scales from it."""
@@ -155,9 +213,13 @@ class ScaleState(DeviceOnlyModule):
         self.primed = True
 
     def _estimate(self) -> Tensor:
-        """[num_slots] amax estimate: the newest row, or the largest of each slot's own window."""
-        windowed = torch.where(self.in_window, self.history, 0.0).amax(dim=0)
-        return torch.where(self.most_recent, self.history[0], windowed)
+        """[num_slots] amax estimate from each slot's own window: its newest row, its largest, or its mean with weights
+        that fall by `ema_decay` a row, over the rows in which anything was seen."""
+        windowed = torch.where(self.in_window, self.history, 0.0)
+        estimate = torch.where(self.most_recent, self.history[0], windowed.amax(dim=0))
+        weights = torch.where(windowed > 0, self.ema_weights, 0.0)
+        average = (windowed * weights).sum(dim=0) / weights.sum(dim=0)  # 0 / 0 keeps the scale, as NaN does
+        return torch.where(self.ema, average, estimate)
 
     @torch.no_grad()
     def _move_scales(self, due: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
+from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
@@ -19,10 +20,14 @@ from qatrun.recipe.shipped import ShippedRecipe, find_recipe, shipped_recipes, t
 
 __all__ = [
     "DEFAULT_BUDGET_PP",
+    "AlarmConfig",
     "Arm",
     "DataConfig",
+    "DiagnoseConfig",
     "EvalConfig",
     "ModelConfig",
+    "MonitorConfig",
+    "ProbeConfig",
     "QatConfig",
     "Recipe",
     "ResolvedRole",

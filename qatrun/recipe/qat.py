@@ -55,7 +55,10 @@ class ScalingConfig(Section):
         description="`delayed`: from the amaxes of earlier steps; `dynamic`: from the tensor at hand; "
         "`static`: frozen at the switch; `none`: scale 1",
     )
-    algorithm: Literal["max", "most_recent"] = Field("max", description="delayed: largest or latest amax of the window")
+    algorithm: Literal["max", "most_recent", "ema"] = Field(
+        "max", description="delayed: largest or latest amax of the window, or their exponential moving average"
+    )
+    ema_decay: float = Field(0.9, gt=0.0, lt=1.0, description="ema: weight of an amax over that of the next newer one")
     window: Count = Field(64, description="delayed: length of the amax history, in `unit`s")
     update_interval: Count = Field(1, description="delayed: a new scale every so many `unit`s")
     unit: Literal["optimizer_step", "microbatch"] = Field(

@@ -31,14 +31,18 @@ _SECTIONS: tuple[tuple[str, str], ...] = (
     ("Recipe", "the top level"),
     ("ModelConfig", "model"),
     ("DataConfig", "data"),
-    ("Source", "data.train, data.valid"),
+    ("Source", "data.train, data.valid, data.probe"),
     ("TrainConfig", "train"),
     ("WarmupConfig", "warmup"),
     ("QatConfig", "qat"),
     ("ScalingConfig", "qat.scaling, and scaling of a role"),
     ("RoleConfig", "qat.weight, qat.input, qat.grad_output"),
     ("SkipBlocks", "qat.skip_blocks"),
+    ("MonitorConfig", "monitor"),
+    ("ProbeConfig", "monitor.probe"),
+    ("AlarmConfig", "monitor.alarms"),
     ("EvalConfig", "eval"),
+    ("DiagnoseConfig", "diagnose"),
 )
 
 _TYPES: Mapping[str, str] = {

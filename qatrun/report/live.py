@@ -89,6 +89,9 @@ class TerminalDisplay:
     def on_warning(self, text: str) -> None:
         self.console.print(Text.assemble(("warning: ", "yellow"), text))
 
+    def on_alarm(self, text: str) -> None:
+        self.console.print(Text.assemble(("alarm: ", "bold red"), text))
+
     def note(self, text: str) -> None:
         self.console.print(Text(text))
 

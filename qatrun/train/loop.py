@@ -34,9 +34,10 @@ from qatrun.train.checkpoint import (
 )
 from qatrun.train.memory import peak_memory_bytes, reset_peak_memory
 from qatrun.train.metrics import MetricsFile, PendingRows
+from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.schedule import learning_rate_at, mode_at
-from qatrun.train.segment import Listener, Outcome, Segment
+from qatrun.train.segment import Listener, Outcome, Segment, Watched
 from qatrun.train.signals import stop_on_signals
 
 # A loss this close to that of a uniform guess means labels or weights are wrong, not that the text is hard.
@@ -45,27 +46,37 @@ UNIFORM_GUESS_SHARE = 0.9
 # Device -> steps after which losses and norms are read from it, and checked; elsewhere after each, since reading is free.
 FLUSH_EVERY = {"cuda": 10}
 
+NOTHING_WATCHED = Watched()
+
 
 def train(
-    segment: Segment, model: PreTrainedModel, stream: PackedStream, listener: Listener, trackers: Sequence[str] = ()
+    segment: Segment,
+    model: PreTrainedModel,
+    stream: PackedStream,
+    listener: Listener,
+    trackers: Sequence[str] = (),
+    watched: Watched = NOTHING_WATCHED,
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
 
     Raises:
+        AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
         NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
         Interrupted: a signal asked for it; the state was saved.
         CheckpointError: the checkpoint belongs to another run.
     """
     reset_peak_memory()
     with stop_on_signals() as request:
-        session = _Session(segment, model, stream, listener, trackers)
+        session = _Session(segment, model, stream, listener, trackers, watched)
         session.start_or_resume()
         try:
             while session.step < segment.last_step:
                 session.run_step()
                 at_end = session.step == segment.last_step
-                if at_end or request.name or session.step % segment.arm.train.save_every == 0:
+                due = at_end or session.step % segment.arm.train.save_every == 0
+                if due or request.name or session.monitor.stop:
                     session.save()
+                session.monitor.raise_if_stopped()
                 if request.name:
                     raise Interrupted(f"{request.name} at step {session.step} of {segment.name}; saved")
         finally:
@@ -83,6 +94,7 @@ class _Session:
         stream: PackedStream,
         listener: Listener,
         trackers: Sequence[str],
+        watched: Watched,
     ) -> None:
         config = segment.arm.train
         self.segment, self.stream, self.listener = segment, stream, listener
@@ -101,6 +113,7 @@ class _Session:
         self.metrics: MetricsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        self.monitor = Monitor(segment, model, self.quant, watched, self._autocast)
         self.observed_steps = _observed_steps(self.quant, config.global_batch_size // config.micro_batch_size)
 
     def start_or_resume(self) -> None:
@@ -118,12 +131,14 @@ class _Session:
             self._restore(trunk, from_trunk=True)
         self.segment.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsFile(self.segment.folder / "metrics.jsonl", from_step=self.step, inherited=inherited)
+        self.monitor.start(self.step)
 
     def run_step(self) -> None:
         """One optimizer step: micro-batches, clipping, update, scales. Nothing in it waits for the device."""
         self.pending.begin_step()
         config = self.segment.arm.train
         mode = self._enter_phase()
+        self.monitor.begin_step(self.step + 1)
         batch = self.stream.take(config.global_batch_size)
         learning_rate = learning_rate_at(self.step, config, self.segment.arm.warmup)
         for group in self.optimizer.param_groups:
@@ -154,6 +169,7 @@ class _Session:
                 "grad_norm": grad_norm,
                 "num_saturated": num_saturated,
                 "tokens": self.step * batch.input_ids.numel(),
+                **self.monitor.end_step(self.step),
             }
         )
         if len(self.pending) >= FLUSH_EVERY.get(self.accelerator.device.type, 1):
@@ -172,6 +188,8 @@ class _Session:
                 self._warn_if_guessing(row["loss"])
             self.seconds += seconds
             self._report(row | {"seconds": self.seconds, "tokens_per_second": batch.input_ids.numel() / seconds})
+        for alarm in self.monitor.see(rows):
+            self.listener.on_alarm(alarm.text)
 
     def save(self) -> None:
         """Write a checkpoint of this moment, once the steps that led to it are known to be sound."""
@@ -185,6 +203,7 @@ class _Session:
             "data": self.stream.position(),
             "seconds": self.seconds,
             "peak_memory_bytes": max(self.earlier_peak, peak_memory_bytes()),
+            "monitor": self.monitor.save(self.step),
         }
         if self.quant is not None:
             state |= {f"quant/{name}": tensor for name, tensor in self.quant.tensors().items()}
@@ -201,6 +220,7 @@ class _Session:
         """Let go of files and trackers."""
         if self.metrics is not None:
             self.metrics.close()
+        self.monitor.close()
         self.accelerator.end_training()
 
     def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
@@ -222,6 +242,8 @@ class _Session:
         if self.quant is not None and "quant" in checkpoint.progress:
             take = self.quant.adopt_history if from_trunk else self.quant.restore
             take(checkpoint.quant_tensors(), checkpoint.progress["quant"])
+        watch = self.monitor.watch
+        (watch.inherit if from_trunk else watch.restore)(checkpoint.progress["monitor"])
         if not from_trunk:
             self.earlier_peak = checkpoint.progress["peak_memory_bytes"]
 

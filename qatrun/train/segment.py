@@ -6,10 +6,12 @@ to the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm
@@ -23,6 +25,9 @@ class Listener(Protocol):
 
     def on_warning(self, text: str) -> None:
         """Something a person should know."""
+
+    def on_alarm(self, text: str) -> None:
+        """Something goes wrong inside the run."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,19 @@ class Segment:
     switch_step: int
     trunk: Path | None
     identity: str
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the forgetting probe looks at.
+
+    Attributes:
+        text: [num, seq_len] int64 held-out token ids; None: no probe.
+        benchmark: model -> task -> accuracy, on a fixed subset of items; None: no mini-benchmark.
+    """
+
+    text: Tensor | None = None
+    benchmark: Callable[[Any], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)

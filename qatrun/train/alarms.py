@@ -1,0 +1,174 @@
+"""Alarms: what goes wrong inside a run whose loss looks fine, each as a sentence a person can act on.
+
+    saturation     a tensor clips more than `clip_fraction` of its values, as an average over `patience` steps
+    resolution     a tensor's SQNR is below `sqnr_db` twice in a row
+    forgetting     quantizers off, the model is further than `forgetting_kl` from the start model, twice in a row
+    quantization   quantizers add more than `quantization_kl` to that, twice in a row
+
+Each is raised once a role, when it first holds. Thresholds are keys of `monitor.alarms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qatrun.quant import STATISTICS
+from qatrun.recipe import AlarmConfig, QatConfig
+from qatrun.train.tensors import Table
+
+PROBES_IN_A_ROW = 2
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something is going wrong since about this step.
+
+    Attributes:
+        step: optimizer steps done.
+        tensor: the worst one; None where it concerns the whole model.
+    """
+
+    step: int
+    kind: str
+    text: str
+    tensor: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of alarms.jsonl."""
+        return asdict(self)
+
+
+class AlarmWatch:
+    """Sees the statistics as they come and says what is new about them."""
+
+    def __init__(self, config: AlarmConfig, qat: QatConfig | None, names: Sequence[str]) -> None:
+        self.config, self.qat, self.names = config, qat, list(names)
+        self.role = np.array([name.rpartition(":")[2] for name in names])
+        self.clipping = np.zeros(len(names))  # clip fraction, exponential average over `patience` steps
+        self.coarse_measurements = np.zeros(len(names), dtype=np.int64)
+        self.forgetting_probes = self.quantization_probes = 0
+        self.raised: set[str] = set()
+
+    def see_tensors(self, step: int, table: Table, steps_each: int) -> Iterator[Alarm]:
+        """Statistics of one step, [num_tensors, len(STATISTICS)], which stand for `steps_each`."""
+        columns = dict(zip(STATISTICS, table.T, strict=True))
+        if self.config.clip_fraction is not None:
+            share = min(1.0, steps_each / self.config.patience)
+            clipped = np.nan_to_num(columns["clip_fraction"].astype(np.float64))
+            self.clipping += share * (clipped - self.clipping)
+            affected = self.clipping > self.config.clip_fraction
+            yield from self._new(step, "saturation", affected, self.clipping, columns["overshoot"])
+        measured = ~np.isnan(columns["sqnr_db"])
+        if self.config.sqnr_db is not None and measured.any():
+            coarse = columns["sqnr_db"] < self.config.sqnr_db
+            self.coarse_measurements = np.where(coarse, self.coarse_measurements + 1, 0)
+            affected = self.coarse_measurements >= PROBES_IN_A_ROW
+            yield from self._new(step, "resolution", affected, -columns["sqnr_db"], columns["sqnr_db"])
+
+    def see_probe(self, step: int, kl_off: float, kl_on: float | None) -> Iterator[Alarm]:
+        """The forgetting probe; `kl_on` is None before the switch."""
+        limit, added = self.config.forgetting_kl, self.config.quantization_kl
+        self.forgetting_probes = self.forgetting_probes + 1 if limit is not None and kl_off > limit else 0
+        if self.forgetting_probes >= PROBES_IN_A_ROW and self._first("forgetting"):
+            text = (
+                f"step {step}: with quantizers off the model is {kl_off:.3f} nats per token from the start model on "
+                f"held-out text (alarm above {limit:g}): training overwrites what it knew; lower train.learning_rate"
+            )
+            yield Alarm(step, "forgetting", text, None)
+        if kl_on is None or added is None:
+            return
+        self.quantization_probes = self.quantization_probes + 1 if kl_on - kl_off > added else 0
+        if self.quantization_probes >= PROBES_IN_A_ROW and self._first("quantization"):
+            text = (
+                f"step {step}: quantizers move the model {kl_on - kl_off:.3f} nats per token further from the start "
+                f"model (alarm above {added:g}): look for saturated or coarse tensors, or leave sensitive layers in BF16"
+            )
+            yield Alarm(step, "quantization", text, None)
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint must hold, as plain data."""
+        return {
+            "clipping": self.clipping.tolist(),
+            "coarse_measurements": self.coarse_measurements.tolist(),
+            "forgetting_probes": self.forgetting_probes,
+            "quantization_probes": self.quantization_probes,
+            "raised": sorted(self.raised),
+        }
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Take back what `counters` gave, of a run over the same tensors."""
+        self.clipping = np.array(counters["clipping"], dtype=np.float64)
+        self.coarse_measurements = np.array(counters["coarse_measurements"], dtype=np.int64)
+        self.inherit(counters)
+        self.quantization_probes = counters["quantization_probes"]
+
+    def inherit(self, counters: Mapping[str, Any]) -> None:
+        """Take from a trunk what concerns the model as a whole."""
+        self.forgetting_probes, self.raised = counters["forgetting_probes"], set(counters["raised"])
+
+    def _first(self, key: str) -> bool:
+        new = key not in self.raised
+        self.raised.add(key)
+        return new
+
+    def _new(
+        self, step: int, kind: str, affected: npt.NDArray[np.bool_], badness: npt.NDArray[Any], shown: Table
+    ) -> Iterator[Alarm]:
+        for role in _distinct(self.role[affected]):
+            if self._first(f"{kind}:{role}"):
+                here = affected & (self.role == role)
+                worst = int(np.argmax(np.where(here, badness, -np.inf)))
+                how_many = f"{here.sum()} of {(self.role == role).sum()} {role}s"
+                text = getattr(self, f"_{kind}_text")(how_many, self.names[worst], badness[worst], shown[worst])
+                yield Alarm(step, kind, f"step {step}: {text}", self.names[worst])
+
+    def _saturation_text(self, how_many: str, worst: str, clipped: float, overshoot: float) -> str:
+        return (
+            f"{how_many} clip > {100 * (self.config.clip_fraction or 0):g} % of their values over "
+            f"{self.config.patience} steps, worst {worst.rpartition(':')[0]} ({100 * clipped:.2g} %, overshoot "
+            f"{overshoot:.1f}x): {saturation_remedy(self.qat, worst.rpartition(':')[2])}"
+        )
+
+    def _resolution_text(self, how_many: str, worst: str, _: float, sqnr_db: float) -> str:
+        return (
+            f"{how_many} keep less than {self.config.sqnr_db:g} dB, worst {worst.rpartition(':')[0]} ({sqnr_db:.1f} dB): "
+            f"{RESOLUTION_REMEDY}"
+        )
+
+
+RESOLUTION_REMEDY = (
+    "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "
+    "a wider format such as hif8, or leave these layers in BF16"
+)
+
+
+def saturation_remedy(qat: QatConfig | None, role: str) -> str:
+    """What to change where a role's tensors saturate under these settings."""
+    spec = None if qat is None else next((spec for spec in qat.roles if spec.role == role), None)
+    if qat is None or spec is None:
+        return "scale estimates do not fit"
+    scaling, edge = spec.scaling, "; or clip: format, a wider edge" if qat.clip == "target" else ""
+    if scaling.type != "delayed":
+        return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
+    if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
+        return (
+            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
+        )
+    changes = [
+        "use algorithm max" if scaling.algorithm != "max" else "",
+        f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",
+        "update_interval 1" if scaling.update_interval > 1 else "",
+    ]
+    return f"scale estimates lag; in qat.scaling {', '.join(filter(None, changes))}{edge}"
+
+
+WIDE_WINDOW = 16
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,144 @@
+"""What is watched while a segment trains: statistics of every quantized tensor, the forgetting probe, alarms.
+
+Nothing here changes a number of the training, and all of it is as resumable as the training itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from qatrun.errors import AlarmStop
+from qatrun.quant import Mode, ScaleState
+from qatrun.train.alarms import Alarm, AlarmWatch
+from qatrun.train.metrics import MetricsFile
+from qatrun.train.probe import FILE, Probe
+from qatrun.train.segment import Segment, Watched
+from qatrun.train.tensors import TensorFile
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Monitor:
+    """Watches one segment.
+
+    Attributes:
+        stop: the alarm that ends the run, once there is one and `on_alarm` says so.
+    """
+
+    def __init__(
+        self, segment: Segment, model: Any, quant: ScaleState | None, watched: Watched, autocast: Autocast
+    ) -> None:
+        self.segment, self.model, self.quant, self.watched, self.autocast = segment, model, quant, watched, autocast
+        self.config = segment.arm.monitor
+        names = quant.names if quant is not None else ()
+        self.watch = AlarmWatch(self.config.alarms, segment.arm.qat, names)
+        self.probe: Probe | None = None
+        self.stop: Alarm | None = None
+        self._tables: list[tuple[int, Tensor]] = []
+        self._tensors: TensorFile | None = None
+        self._alarms: MetricsFile | None = None
+
+    def start(self, step: int) -> None:
+        """Open the files after `step` steps. At step 0 the start model is asked about the probe's text."""
+        folder, trunk = self.segment.folder, self.segment.trunk
+        inherited = None if trunk is None else trunk / "alarms.jsonl"
+        self._alarms = MetricsFile(folder / "alarms.jsonl", from_step=step, inherited=inherited)
+        if self.quant is not None:
+            self._tensors = TensorFile(folder, self.quant.names, from_step=step)
+        if self.config.probe is None or self.watched.text is None:
+            return
+        file = (trunk or folder) / FILE
+        if step == 0:
+            self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
+            self.probe.save(file)
+        elif file.is_file():
+            self.probe = Probe.load(file)
+
+    def begin_step(self, step: int) -> None:
+        """Before the forward of the step that makes it `step`."""
+        if self.quant is not None:
+            every = self.config.sqnr_every
+            self.quant.measures_noise = every is not None and step % every == 0 and self._records(step)
+
+    def end_step(self, step: int) -> dict[str, float]:
+        """After the scales moved: keep the step's statistics; returns what a probe found, if one is due."""
+        if self.quant is not None and self.quant.mode is not Mode.OFF:
+            table = self.quant.take_statistics()
+            if self._records(step):
+                self._tables.append((step, table))
+        probe = self.config.probe
+        if self.probe is None or probe is None or (step % probe.every and step != self.segment.last_step):
+            return {}
+        return self._ask(self.probe)
+
+    def see(self, rows: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+        """Take in the steps since the last call, now that their numbers are here; returns new alarms."""
+        tables = {step: table.cpu().numpy() for step, table in self._tables}
+        self._tables = []
+        alarms: list[Alarm] = []
+        for row in rows:
+            step = row["step"]
+            if step in tables and self._tensors is not None:
+                self._tensors.add(step, tables[step])
+                if row["phase"] == "qat":
+                    alarms += self.watch.see_tensors(step, tables[step], self.config.every)
+            if "kl_off" in row:
+                alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
+        for alarm in alarms:
+            assert self._alarms is not None
+            self._alarms.append(alarm.to_dict())
+        if alarms and self.config.on_alarm == "stop" and self.stop is None:
+            self.stop = alarms[0]
+        return alarms
+
+    def save(self, step: int) -> dict[str, Any]:
+        """Write what a checkpoint of this moment stands on; returns what it must hold, as plain data."""
+        assert self._alarms is not None
+        self._alarms.sync()
+        if self._tensors is not None:
+            self._tensors.write(step)
+        return self.watch.counters()
+
+    def raise_if_stopped(self) -> None:
+        """
+        Raises:
+            AlarmStop: an alarm was to end the run.
+        """
+        if self.stop is not None:
+            raise AlarmStop(
+                f"stopped by an alarm (monitor.on_alarm) in {self.segment.name}, and saved: {self.stop.text}\n"
+                "to go on with other settings, add an arm that has them and run with --resume"
+            )
+
+    def close(self) -> None:
+        if self._alarms is not None:
+            self._alarms.close()
+
+    def _records(self, step: int) -> bool:
+        return step % self.config.every == 0
+
+    def _ask(self, probe: Probe) -> dict[str, float]:
+        """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
+        found: dict[str, float] = {}
+        mode = self.quant.mode if self.quant is not None else Mode.OFF
+        if self.quant is not None:
+            self.quant.mode = Mode.OFF
+        self._ask_as_it_computes(probe, "off", found)
+        if self.quant is not None and mode is Mode.QUANTIZE:
+            self.quant.calibrate_dynamic()
+            self.quant.mode = mode
+            self._ask_as_it_computes(probe, "on", found)
+        if self.quant is not None:
+            self.quant.mode = mode
+        return found
+
+    def _ask_as_it_computes(self, probe: Probe, quantizers: str, found: dict[str, float]) -> None:
+        found[f"kl_{quantizers}"] = probe.divergence(self.model, self.autocast)
+        if self.watched.benchmark is not None:
+            with self.autocast():
+                accuracy = self.watched.benchmark(self.model)
+            found |= {f"accuracy_{quantizers}/{task}": value for task, value in accuracy.items()}
