@@ -15,6 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from qatrun.lazy import lazy_names
+
 if TYPE_CHECKING:
     from qatrun.artifact import load
     from qatrun.numerics import fake_quantize
@@ -50,11 +52,10 @@ _HOMES = {
     "run": "qatrun.study",
 }
 _SUBMODULES = {"formats", "numerics"}
+_resolve = lazy_names(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return import_module(f"qatrun.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qatrun' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return _resolve(name)

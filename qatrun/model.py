@@ -125,6 +125,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise InputError(Problem(f"{model.path}: no tokenizer: {_first_line(error)}", key="model.path")) from error
 
 
+def on_device(model: Any) -> Any:
+    """The model where it runs fastest here: the GPU if there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder (config, safetensors, tokenizer) that plain `from_pretrained` opens in `dtype`."""
     config_dtype, use_cache = model.config.dtype, model.config.use_cache

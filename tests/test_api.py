@@ -27,7 +27,10 @@ def test_every_public_name_resolves() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["qatrun.artifact", "qatrun.errors", "qatrun.evaluate", "qatrun.numerics", "qatrun.quant", "qatrun.recipe"],
+    [
+        *("qatrun.artifact", "qatrun.data", "qatrun.errors", "qatrun.evaluate", "qatrun.numerics", "qatrun.quant"),
+        *("qatrun.recipe", "qatrun.study", "qatrun.train"),
+    ],
 )
 def test_what_a_module_exports_it_has(module: str) -> None:
     home = import_module(module)

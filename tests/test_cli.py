@@ -108,6 +108,17 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert min(seconds) < 0.5
 
 
+def test_check_imports_neither_training_nor_scoring() -> None:
+    """Seconds without a clock. Transformers' models themselves import accelerate and torch.distributed.tensor."""
+    unneeded = ["lm_eval", "qatrun.artifact", "qatrun.data.documents", "qatrun.evaluate.harness"]
+    unneeded += ["qatrun.evaluate.tasks", "qatrun.study.runner", "qatrun.study.scoring", "qatrun.train.loop"]
+    program = "import sys; from qatrun import cli; sys.argv = ['qatrun', 'check', 'demo']\ntry: cli.main()\n"
+    program += f"finally: print(sorted(set({unneeded}) & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("demo: builtin:demo, ")
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("verb", ["train", "check", "eval", "compare", "recipes", "init"])
 def test_every_verb_has_help(tmp_path: Path, verb: str) -> None:
     ran = run_qatrun(verb, "--help", cwd=tmp_path)

@@ -15,7 +15,8 @@ from builders import word_tokenizer
 from training import write_texts
 
 import qatrun.data.documents
-from qatrun.data import IGNORE_INDEX, Batch, PackedStream, open_data
+from qatrun import demo
+from qatrun.data import IGNORE_INDEX, Batch, PackedStream, check_source, open_data, open_dataset
 from qatrun.data.packing import encode_conversation
 from qatrun.errors import InputError
 from qatrun.recipe import DataConfig, Source
@@ -118,6 +119,33 @@ def message_of(path: Path | str, **settings: Any) -> str:
     with pytest.raises(InputError) as raised:
         opened(path, **settings)
     return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"split": "finetune"}, {"split": "train"}, {"split": "valid", "text_column": "txet"}]
+    + [{"split": "valid", "messages_column": name} for name in ("text", "turns")],
+)
+def test_a_check_of_the_demo_says_what_opening_it_says(settings: dict[str, Any]) -> None:
+    source = Source(path=demo.BUILTIN, **settings)
+
+    def said(look: Callable[[Source, str], object]) -> str | None:
+        try:
+            look(source, "data.train")
+        except InputError as error:
+            return str(error)
+        return None
+
+    assert said(check_source) == said(open_dataset)
+    assert (said(check_source) is None) == (settings == {"split": "finetune"})
+
+
+def test_a_check_of_the_demo_writes_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    texts = demo.documents("valid")
+    monkeypatch.setattr(demo, "documents", lambda _: (written.append(text) or text for text in texts))
+    check_source(Source(path=demo.BUILTIN, split="valid"), "data.train")
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qatrun import demo
+from qatrun.data import IGNORE_INDEX
 from qatrun.errors import InputError, NonFiniteError
 from qatrun.evaluate.harness import RESULTS_FILE, SAMPLES_FOLDER, score
-from qatrun.evaluate.perplexity import IGNORED_LABEL, perplexity
+from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import ItemScores, Scores
 from qatrun.evaluate.tasks import write_task_files
 from qatrun.recipe import EvalConfig
@@ -165,13 +166,13 @@ def test_a_task_that_cannot_be_scored_stops_before_the_first(
 def test_perplexity_counts_each_predicted_token_once(model: LlamaForCausalLM) -> None:
     sequences = torch.randint(0, model.config.vocab_size, (5, 12))
     labels = sequences.clone()
-    labels[0, :6] = IGNORED_LABEL
-    labels[3] = IGNORED_LABEL
+    labels[0, :6] = IGNORE_INDEX
+    labels[3] = IGNORE_INDEX
     ours = perplexity(model, sequences, batch_size=2, labels=labels)
     with torch.no_grad():
         logits = model(sequences).logits.double()
     nll = -F.log_softmax(logits[:, :-1], dim=-1).gather(2, sequences[:, 1:, None])[..., 0]
-    counted = labels[:, 1:] != IGNORED_LABEL
+    counted = labels[:, 1:] != IGNORE_INDEX
     assert ours.num_tokens == int(counted.sum()) == 3 * 11 + 6
     assert ours.nll_mean == pytest.approx(float(nll[counted].mean()), rel=1e-5)
     assert ours.perplexity == pytest.approx(float(nll[counted].mean().exp()), rel=1e-4)

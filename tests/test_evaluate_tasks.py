@@ -13,7 +13,10 @@ from huggingface_hub import DatasetCard
 from qatrun import demo
 from qatrun.errors import InputError
 from qatrun.evaluate import sources
-from qatrun.evaluate.tasks import build_task, check_available, plan_tasks
+from qatrun.evaluate.leaves import demo_leaf
+from qatrun.evaluate.plan import plan_tasks
+from qatrun.evaluate.registry import find_task
+from qatrun.evaluate.tasks import build_task, check_available
 
 TASK_FILE = """
 task: colours
@@ -57,6 +60,11 @@ def test_demo_tasks_need_nothing() -> None:
         (name, "acc", "builtin", None) for name in demo.TASKS
     ]
     assert [plan.num_items for plan in plans] == [len(demo.items(name)) for name in demo.TASKS]
+
+
+@pytest.mark.parametrize("name", demo.TASKS)
+def test_demo_task_is_planned_as_lm_eval_sees_it(name: str) -> None:
+    assert find_task(name).leaves == (demo_leaf(name),)
 
 
 def test_demo_task_is_built_from_the_demo_s_items() -> None:

@@ -1,6 +1,9 @@
 """Scores of a model, and what two of them, item by item, say about each other.
 
-tasks.py       names in a recipe -> lm-eval tasks, and the plan of what they would score
+plan.py        what the tasks of a recipe would score, and what is missing
+leaves.py      one task: its splits, its metrics
+registry.py    names of tasks -> lm-eval's configurations
+tasks.py       names in a recipe -> lm-eval tasks
 sources.py     where their questions come from: built in, a local folder, the hub
 harness.py     lm-eval around a model in memory -> Scores
 scores.py      per-item results, saved and loaded

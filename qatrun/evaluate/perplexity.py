@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qatrun.data import IGNORE_INDEX
 from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ def perplexity(
     Args:
         model: put in eval mode meanwhile; runs in its own dtype, on its own device.
         sequences: [num_sequences, seq_len] int64 token ids, without padding.
-        labels: same shape, not shifted; IGNORED_LABEL where a token does not count. None: every token counts.
+        labels: same shape, not shifted; IGNORE_INDEX where a token does not count. None: every token counts.
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
@@ -57,7 +56,7 @@ def perplexity(
         nll = torch.cat([_token_nll(model, *batch) for batch in batches])
     if not torch.isfinite(nll).all():
         raise NonFiniteError("the model's logits are NaN or infinite on the held-out text")
-    counts = (labels[:, 1:] != IGNORED_LABEL).sum(dim=1)
+    counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
     totals = nll.sum(dim=1)
     num_tokens = int(counts.sum())
     return Perplexity(float(totals.sum() / num_tokens), num_tokens, (totals / counts).numpy())
@@ -67,5 +66,5 @@ def _token_nll(model: PreTrainedModel, sequences: Tensor, labels: Tensor) -> Ten
     """[batch, seq_len] token ids and labels -> [batch, seq_len - 1] float64 nats, 0 where ignored."""
     logits = model(input_ids=sequences.to(model.device), use_cache=False).logits[:, :-1].float()
     targets = labels[:, 1:].to(model.device)
-    nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none")
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
     return nll.double().cpu()

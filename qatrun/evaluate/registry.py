@@ -21,53 +21,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
 from qatrun import demo
+from qatrun.evaluate.leaves import LeafTask, demo_leaf, metric_of
 from qatrun.evaluate.sources import TaskError
 
 STOCK_FOLDER = Path(lm_eval.tasks.__file__).parent
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata"})
 _WRAPPER = "qatrun"
-_COMPARABLE = frozenset({"multiple_choice", "loglikelihood"})
-
-
-@dataclass(frozen=True)
-class LeafTask:
-    """One task that lm-eval scores by itself; a group such as mmlu has many.
-
-    Attributes:
-        config: lm-eval's keys for it, includes and overrides resolved.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-
-    @property
-    def scored_split(self) -> str:
-        return str(self.config.get("test_split") or self.config["validation_split"])
-
-    @property
-    def fewshot_split(self) -> str | None:
-        """Split that few-shot examples are drawn from; None where the task brings its own examples."""
-        fewshot = self.config.get("fewshot_config") or {}
-        if split := fewshot.get("split") or self.config.get("fewshot_split"):
-            return str(split)
-        if fewshot.get("samples"):
-            return None
-        return str(self.config.get("training_split") or self.config.get("validation_split") or self.scored_split)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        listed = self.config.get("metric_list")
-        return tuple(entry["metric"] for entry in listed) if listed else ("acc", "acc_norm")
-
-    def check_comparable(self) -> None:
-        """Raises TaskError where right and wrong cannot be compared item by item."""
-        if "class" in self.config:
-            raise TaskError(f"'{self.name}' is defined by a Python class; only tasks defined in YAML can be scored")
-        kind = self.config.get("output_type", "generate_until")
-        if kind not in _COMPARABLE:
-            raise TaskError(
-                f"'{self.name}' has output_type {kind}; only {' and '.join(sorted(_COMPARABLE))} can be compared"
-            )
 
 
 @dataclass(frozen=True)
@@ -84,11 +43,7 @@ class RegisteredTask:
 
     @property
     def metric(self) -> str:
-        """`acc_norm` where all leaves have it, else `acc`."""
-        for metric in ("acc_norm", "acc"):
-            if all(metric in leaf.metrics for leaf in self.leaves):
-                return metric
-        raise TaskError(f"it has neither acc_norm nor acc (it has {', '.join(self.leaves[0].metrics)})")
+        return metric_of(self.leaves)
 
     def load(self, overrides: Mapping[str, Any]) -> TaskDict:
         """lm-eval's tasks and groups for it, the overrides applied to every leaf."""
@@ -120,7 +75,7 @@ def find_task(name: str) -> RegisteredTask:
 
 def _places(name: str) -> Iterator[tuple[TaskManager, str]]:
     if name in demo.TASKS:
-        yield _index_with(_demo_config(name)), name
+        yield _index_with(dict(demo_leaf(name).config)), name
     elif Path(name).suffix in {".yaml", ".yml"}:
         path = Path(name).expanduser().resolve()
         if not path.is_file():
@@ -155,21 +110,6 @@ def _index_with(config: dict[str, Any], path: Path | None = None, *, include_def
     manager = TaskManager(include_defaults=include_defaults)
     TaskIndex.process_cfg(config, path, manager.task_index)
     return manager
-
-
-def _demo_config(name: str) -> dict[str, Any]:
-    return {
-        "task": name,
-        "dataset_path": demo.BUILTIN,
-        "dataset_name": name,
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
 
 
 def _register(manager: TaskManager, key: str) -> RegisteredTask:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_dataset_builder
 from huggingface_hub import DatasetCard, constants, get_session
 
 from qatrun import demo
@@ -163,6 +162,8 @@ def _hub_sizes(dataset_path: str, config_name: str | None, options: Mapping[str,
 
 
 def _stated_sizes(path: str, config_name: str | None, options: Mapping[str, Any]) -> Mapping[str, int]:
+    from datasets import load_dataset_builder  # takes half a second, and neither the demo nor parquet files need it
+
     splits = load_dataset_builder(path, config_name, **options).info.splits or {}
     return {name: split.num_examples for name, split in splits.items()}
 

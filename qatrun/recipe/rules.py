@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qatrun.formats import Role, get_format
 from qatrun.recipe.qat import QatConfig, ResolvedRole
-from qatrun.recipe.schema import Arm, Recipe, Source
+from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.recipe.wording import suggestion
 
 KeyPath = tuple[str, ...]
@@ -39,6 +39,8 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
     yield from _source_findings("data.train", arm.data.train)
     if arm.data.valid is not None:
         yield from _source_findings("data.valid", arm.data.valid)
+    if arm.data.probe is not None:
+        yield from _source_findings("data.probe", arm.data.probe)
     if arm.qat is not None:
         yield from _qat_findings(arm.qat)
 
@@ -127,6 +129,32 @@ def study_findings(recipe: Recipe) -> Iterator[Finding]:
         if task not in recipe.eval.tasks:
             message = f"no such task in eval.tasks{suggestion(task, recipe.eval.tasks)}"
             yield Finding((("budget", task), ("eval", "tasks", task)), message)
+    yield from _seed_findings(recipe)
+    for name, (first, second) in recipe.contrasts.items():
+        mistake = _contrast_mistake(first, second, recipe.arm_names)
+        if mistake:
+            yield Finding((("contrasts", name), ("arms",)), mistake)
+
+
+def _seed_findings(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.train.seeds is not None and recipe.train.seed:
+        yield _finding("seed and seeds exclude each other: give one", "train.seed", "train.seeds")
+    for name, overrides in recipe.arms.items():
+        train = overrides.get("train")
+        given = train if isinstance(train, Mapping) else {}
+        if "seeds" in given:
+            message = "is shared by all arms; no arm may change it"
+            yield Finding((("arms", name, "train", "seeds"),), message)
+        if "seed" in given and recipe.train.seeds is not None:
+            message = "an arm has no seed of its own where train.seeds gives them"
+            yield Finding((("arms", name, "train", "seed"),), message)
+
+
+def _contrast_mistake(first: str, second: str, arms: tuple[str, ...]) -> str | None:
+    unknown = [name for name in (first, second) if name not in (*arms, START)]
+    if unknown:
+        return f"no such arm '{unknown[0]}'{suggestion(unknown[0], (*arms, START))}"
+    return f"'{first}' against itself: name two arms" if first == second else None
 
 
 def twin_findings(arms: Mapping[str, Arm]) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 
 from qatrun.recipe.merge import deep_merge
+from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section
 
 DEFAULT_BUDGET_PP = 1.0
@@ -45,6 +46,25 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds:
+        raise ValueError("must not be empty")
+    repeated = [seed for position, seed in enumerate(seeds) if seed in seeds[:position]]
+    if repeated:
+        raise ValueError(f"duplicate seed {repeated[0]}")
+    return seeds
+
+
+def _is_pair(names: Any) -> Any:
+    if isinstance(names, list | tuple) and len(names) != 2:
+        raise ValueError(f"must be two arms, [a, b] (got {len(names)})")
+    return names
+
+
+def _without_null(tasks: Any) -> Any:
+    return {name: value for name, value in tasks.items() if value is not None} if isinstance(tasks, dict) else tasks
+
+
 def _null_is_empty(overrides: Any) -> Any:
     return {} if overrides is None else overrides
 
@@ -54,6 +74,9 @@ ArmName = Annotated[FolderName, AfterValidator(_not_reserved)]
 Overrides = Annotated[dict[str, Any], BeforeValidator(_null_is_empty)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
+TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pair)]
 
 
 class ModelConfig(Section):
@@ -105,6 +128,9 @@ class DataConfig(Section):
     valid: Source | None = Field(
         None, description="held-out text; null: the first `valid_sequences` packed sequences of the training text"
     )
+    probe: Source | None = Field(
+        None, description="held-out text of the kind the model was pretrained on, for the forgetting probe; null: `valid`"
+    )
     valid_sequences: Count = Field(64, description="packed sequences held out for perplexity")
     seq_len: int = Field(1024, ge=2, description="tokens per packed sequence")
 
@@ -123,7 +149,12 @@ class TrainConfig(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="gradient norm clipped to this; null: not clipped")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="fixes the order of the data and every random number")
+    seed: Seed = Field(0, description="fixes the order of the data and every random number")
+    seeds: Seeds | None = Field(
+        None,
+        description="run every arm once for each of these instead of `seed`, each time in a folder `seed-<n>` that is a "
+        "study of its own; null: once",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     save_every: Count = Field(500, description="steps between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept")
@@ -141,8 +172,10 @@ class WarmupConfig(Section):
 class EvalConfig(Section):
     """How start model and arms are scored."""
 
-    tasks: dict[NonEmpty, NonNegativeInt] = Field(
-        min_length=1, description="lm-eval task or group -> few-shot examples", examples=[{"hellaswag": 10}]
+    tasks: Annotated[dict[NonEmpty, NonNegativeInt], BeforeValidator(_without_null)] = Field(
+        min_length=1,
+        description="lm-eval task or group -> few-shot examples; null: not this one of the recipe that is extended",
+        examples=[{"hellaswag": 10}],
     )
     data_dir: NonEmpty | None = Field(
         None, description="folder laid out like the hub (`org/name`) to take benchmark data from; null: the hub"
@@ -166,6 +199,7 @@ class Arm(Section):
     train: TrainConfig
     warmup: WarmupConfig = WarmupConfig()
     qat: QatConfig | None = QatConfig()
+    monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig
 
     @property
@@ -176,6 +210,7 @@ class Arm(Section):
         return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
 
 
+START = "start"
 ARM_SECTIONS = ("model", "data", "train", "warmup", "qat")
 
 
@@ -199,11 +234,19 @@ class Recipe(Section):
         "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
         "default: `bf16`, without qat, and one named after `qat.format`",
     )
+    monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")
+    diagnose: DiagnoseConfig = Field(DiagnoseConfig(), description="what is asked when a drop is to be explained")
     budget: dict[NonEmpty, PositiveFloat] = Field(
         default_factory=dict,
         validate_default=True,
         description=f"task -> largest acceptable drop, in percentage points; {DEFAULT_BUDGET_PP} for a task not named",
+    )
+    contrasts: dict[NonEmpty, TwoArms] = Field(
+        default_factory=dict,
+        description="question -> `[a, b]`, two arms (or `start`, the model before training): accuracy of `a` minus that "
+        "of `b` over the items of all tasks, paired by item and seed; default: none",
+        examples=[{"does the window help": ["max-64", "latest"]}],
     )
     output_dir: NonEmpty = Field("runs", description="folder that studies are written under")
 
@@ -224,7 +267,7 @@ class Recipe(Section):
         Raises:
             KeyError: the recipe has no such arm.
         """
-        shared = self.model_dump(include={*ARM_SECTIONS, "eval"})
+        shared = self.model_dump(include={*ARM_SECTIONS, "monitor", "eval"})
         merged = deep_merge(shared, self.arms[name])
         return Arm.model_validate(merged | {"name": name, "twin": self._twin(name)})
 

@@ -1,10 +1,37 @@
-"""A recipe -> its arms -> trunk, branches, scores, comparison."""
+"""A recipe -> its arms -> trunk, branches, scores, comparison.
 
-from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
-from qatrun.study.pairs import Pair, compare_arms, compare_named
+All but the preflight is loaded when first used: `qatrun check` trains and scores nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from qatrun.lazy import lazy_names
 from qatrun.study.preflight import Preflight, detectable_drop_pp, preflight
-from qatrun.study.runner import Display, StudyResult, comparison_csv, run, run_study
-from qatrun.study.scoring import eval_config, score_path
+
+if TYPE_CHECKING:
+    from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
+    from qatrun.study.pairs import Pair, compare_arms, compare_named
+    from qatrun.study.runner import Display, StudyResult, comparison_csv, run, run_study
+    from qatrun.study.scoring import eval_config, score_path
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "ArmFolder": "qatrun.study.layout",
+            "Display": "qatrun.study.runner",
+            "Pair": "qatrun.study.pairs",
+            "StudyFolder": "qatrun.study.layout",
+            "StudyResult": "qatrun.study.runner",
+            "compare_arms": "qatrun.study.pairs",
+            "compare_named": "qatrun.study.pairs",
+            "comparison_csv": "qatrun.study.runner",
+            "eval_config": "qatrun.study.scoring",
+            "newest_study": "qatrun.study.layout",
+            "run": "qatrun.study.runner",
+            "run_study": "qatrun.study.runner",
+            "score_path": "qatrun.study.scoring",
+        },
+    )
 
 __all__ = [
     "ArmFolder",

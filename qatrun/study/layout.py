@@ -8,6 +8,10 @@ runs/<study>/
     quantized/         the quantized model that is scored (arms with qat)
     eval/              its scores; eval-quantizers-off/ those of the plain folder
     checkpoints/  metrics.jsonl  result.json
+
+A study with `train.seeds` holds one such folder for each seed, and what they say together:
+  recipe.yaml  environment.json  seeds.json  seeds.csv  comparison.txt  seed-<n>/
+A study that asks contrasts of one seed has seeds.json and seeds.csv beside the rest.
 """
 
 from __future__ import annotations
@@ -72,6 +76,26 @@ class StudyFolder:
     @property
     def comparison(self) -> Path:
         return self.path / "comparison.json"
+
+    @property
+    def seeds(self) -> Path:
+        """What the seeds say together, and the contrasts."""
+        return self.path / "seeds.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.comparison.is_file() or self.seeds.is_file()
+
+    @property
+    def replicas(self) -> tuple[StudyFolder, ...]:
+        """The studies of its seeds, by seed; none where it is run with one."""
+        found = {
+            int(file.parent.name.removeprefix("seed-")): file.parent for file in self.path.glob("seed-*/recipe.yaml")
+        }
+        return tuple(StudyFolder(found[seed]) for seed in sorted(found))
+
+    def replica(self, seed: int) -> StudyFolder:
+        return StudyFolder(self.path / f"seed-{seed}")
 
     @property
     def start(self) -> ArmFolder:

@@ -12,9 +12,9 @@ from typing import Any
 from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
-from qatrun.recipe import DEFAULT_BUDGET_PP, Arm, load_recipe
+from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
-from qatrun.study.segments import BOOKKEEPING
+from qatrun.study.matching import matched_settings as matched_settings  # the runner takes it from here
 from qatrun.train import read_metrics
 
 
@@ -87,16 +87,6 @@ def compare_arms(
     )
 
 
-def matched_settings(arm: Arm) -> dict[str, Any]:
-    """What an arm's training must have in common with its twin's, besides the data consumed: all that decides where
-    training without quantization would end."""
-    return {
-        "model": arm.model.model_dump(mode="json"),
-        **arm.train.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", *BOOKKEEPING}),
-        "warmup": arm.warmup.model_dump(mode="json"),
-    }
-
-
 def _record(folder: ArmFolder) -> dict[str, Any] | None:
     """What training wrote about an arm; None for a folder that only holds scores, and for the start model."""
     record = read_json(folder.result) if folder.result.is_file() else {}
@@ -148,6 +138,9 @@ def compare_named(
     found = StudyFolder(output_dir / study) if study else newest_study(output_dir)
     if found is None or not found.recipe.is_file():
         raise InputError(f"no study {study!r} in {output_dir}" if study else f"no study in {output_dir} yet")
+    if found.replicas:
+        choices = " or ".join(f"--study {replica.path.relative_to(output_dir)}" for replica in found.replicas)
+        raise InputError(f"{found.path} holds a study for each of its seeds: compare in one of them, {choices}")
     of_twin, of_arm = found.arm(twin), found.arm(arm)
     scored = sorted(file.parent.name for file in found.path.glob("*/result.json") if (file.parent / EVAL).is_dir())
     missing = [folder.path.name for folder in (of_twin, of_arm) if not folder.eval.is_dir()]

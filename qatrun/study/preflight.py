@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from qatrun.data import open_dataset
+from qatrun.data import check_source
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
-from qatrun.evaluate.tasks import TaskPlan, plan_tasks
+from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.model import architecture, load_tokenizer
 from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
 from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
 from qatrun.study.estimate import disk_bytes, memory_bytes
-from qatrun.study.pairs import matched_settings
+from qatrun.study.matching import matched_settings
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def preflight(recipe: Recipe) -> Preflight:
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
     for source, key, name in _sources(arms):
-        _collect(partial(open_dataset, source, key), problems, name, recipe)
+        _collect(partial(check_source, source, key), problems, name, recipe)
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -194,7 +194,11 @@ def _sources(arms: Mapping[str, Arm]) -> list[tuple[Source, str, str]]:
     """Every distinct data source, its key, and the first arm that reads it."""
     found: dict[tuple[str, str], tuple[Source, str, str]] = {}
     for name, arm in arms.items():
-        for key, source in (("data.train", arm.data.train), ("data.valid", arm.data.valid)):
+        for key, source in (
+            ("data.train", arm.data.train),
+            ("data.valid", arm.data.valid),
+            ("data.probe", arm.data.probe),
+        ):
             if source is not None:
                 found.setdefault((key, source.model_dump_json()), (source, key, name))
     return list(found.values())

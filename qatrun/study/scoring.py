@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from qatrun import artifact
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
-from qatrun.model import load_config, load_model, load_tokenizer
+from qatrun.model import load_config, load_model, load_tokenizer, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.study.layout import StudyFolder
 
@@ -62,8 +60,7 @@ def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: P
         raise InputError(problems)
     model, tokenizer, what = _open(path)
     display.begin_scoring(Path(path).name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = score(model.to(device), tokenizer, config, output_dir=output, on_progress=display.on_scored)
+    scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
     tasks = [
         {
             "name": name,
@@ -83,7 +80,8 @@ def _path_problems(path: str) -> list[Problem]:
     """Why there is no model at the path, found without loading weights."""
     study = StudyFolder(Path(path))
     if study.recipe.is_file():
-        arms = ", ".join(str(study.arm(name).path) for name in load_recipe(study.recipe).arm_names)
+        of_one_seed = study.replicas[0] if study.replicas else study
+        arms = ", ".join(str(of_one_seed.arm(name).path) for name in load_recipe(study.recipe).arm_names)
         return [Problem(f"{path} is a study; score one of its arms: {arms}")]
     try:
         if artifact.find(Path(path)) is None:

@@ -1,0 +1,206 @@
+"""What the seeds of a study say together: arms, their drops, and the contrasts that the recipe asks.
+
+A study of one seed is summarized in the same way, with intervals over items alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qatrun.evaluate import paired
+from qatrun.evaluate.replication import (
+    Correct,
+    Difference,
+    LossGap,
+    correct_of_seeds,
+    difference,
+    loss_gap,
+    standard_deviation,
+    worst_verdict,
+)
+from qatrun.evaluate.scores import Scores
+from qatrun.recipe import Arm, Recipe
+from qatrun.recipe.schema import START
+from qatrun.study.layout import ArmFolder, StudyFolder, read_json
+from qatrun.train import read_metrics
+
+DIAGNOSIS_FILE = "diagnosis.json"
+
+
+def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> dict[str, Any]:
+    """What finished studies of one recipe say together; plain data, as in seeds.json.
+
+    Args:
+        recipe: whose arms, budgets and contrasts they are.
+        studies: seed -> its folder, one or more.
+    """
+    evidence = _Evidence.read(recipe, studies)
+    arms = {arm: evidence.of_arm(arm) for arm in recipe.arm_names}
+    return {
+        "study": name,
+        "seeds": list(studies),
+        "verdict": worst_verdict(arm["verdict"] for arm in arms.values()),
+        "start": evidence.of_start(),
+        "arms": arms,
+        "contrasts": [evidence.of_contrast(question, *pair) for question, pair in recipe.contrasts.items()],
+    }
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Everything that is compared, read once. Lists hold one entry for each seed.
+
+    Attributes:
+        scores: arm, or START, -> scores with quantizers on.
+        losses: arm -> training losses.
+    """
+
+    recipe: Recipe
+    arms: Mapping[str, Arm]
+    studies: Sequence[StudyFolder]
+    scores: Mapping[str, Sequence[Scores]]
+    losses: Mapping[str, Sequence[_Losses]]
+
+    @classmethod
+    def read(cls, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> _Evidence:
+        folders = tuple(studies.values())
+        names = recipe.arm_names
+        return cls(
+            recipe,
+            {name: recipe.resolve_arm(name) for name in names},
+            folders,
+            {name: [Scores.load(folder.arm(name).eval) for folder in folders] for name in (*names, START)},
+            {name: [_Losses.read(folder.arm(name)) for folder in folders] for name in names},
+        )
+
+    def of_start(self) -> dict[str, Any]:
+        """The model before training, the same for every seed."""
+        tasks = self.scores[START][0].tasks
+        return {
+            "tasks": {task: {"accuracy": score.accuracy} for task, score in tasks.items()},
+            "all_tasks": {"accuracy": float(self._correct(START, self._tasks).mean())},
+            "perplexity": read_json(self.studies[0].start.result)["perplexity"]["on"],
+        }
+
+    def of_arm(self, name: str) -> dict[str, Any]:
+        """One arm: its scores, and what it lost against its twin of the same seed."""
+        twin = self.arms[name].twin
+        tasks = {task: self._of_tasks(name, twin, [task], self.recipe.budget[task]) for task in self._tasks}
+        gaps = [] if twin is None else self._loss_gaps(name, twin)
+        return {
+            "twin": twin,
+            "label": None,
+            "verdict": worst_verdict(task["verdict"] for task in tasks.values()),
+            "tasks": tasks,
+            "all_tasks": self._of_tasks(name, twin, self._tasks, None),
+            "perplexity": [read_json(study.arm(name).result)["perplexity"]["on"] for study in self.studies],
+            "loss_ape_percent": {"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
+            "findings": self._findings(name),
+        }
+
+    def of_contrast(self, question: str, first: str, second: str) -> dict[str, Any]:
+        """Accuracy of one arm minus that of another over all tasks, and what their training losses said."""
+        found = difference(self._correct(first, self._tasks), self._correct(second, self._tasks))
+        gaps = [] if START in (first, second) else self._loss_gaps(first, second)
+        return {
+            "name": question,
+            "a": first,
+            "b": second,
+            "num_items": self._correct(first, self._tasks).shape[1],
+            "difference_pp": 100 * found.mean,
+            "sd_pp": _percent(found.sd),
+            "ci95_pp": _percents(found.interval),
+            "ci95_items_pp": _percents(found.items),
+            "ci95_seeds_pp": _percents(found.seeds),
+            "per_seed_pp": _percents(found.per_seed),
+            "effect": found.answer,
+            "answer": _answer(found, first, second),
+            "loss_ape_percent": [gap.ape_percent for gap in gaps] or None,
+            "loss_difference_percent": [gap.difference_percent for gap in gaps] or None,
+        }
+
+    @property
+    def _tasks(self) -> list[str]:
+        return list(self.recipe.eval.tasks)
+
+    def _correct(self, name: str, tasks: Sequence[str]) -> Correct:
+        return correct_of_seeds(self.scores[name], tasks)
+
+    def _of_tasks(self, name: str, twin: str | None, tasks: Sequence[str], budget_pp: float | None) -> dict[str, Any]:
+        """Scores over the items of these tasks together; drops are null for an arm without a twin."""
+        correct = self._correct(name, tasks)
+        accuracy = correct.mean(axis=1)
+        lost = None if twin is None else difference(self._correct(twin, tasks), correct)
+        verdict = None
+        if lost is not None and budget_pp is not None:
+            verdict = paired.judge(lost.interval, budget_pp / 100)
+        return {
+            "num_items": correct.shape[1],
+            "accuracy": accuracy.tolist(),
+            "mean": float(accuracy.mean()),
+            "sd": standard_deviation(accuracy),
+            "drop_pp": None if lost is None else _percents(lost.per_seed),
+            "drop_mean_pp": None if lost is None else 100 * lost.mean,
+            "drop_sd_pp": None if lost is None else _percent(lost.sd),
+            "drop_ci95_pp": None if lost is None else _percents(lost.interval),
+            "drop_ci95_items_pp": None if lost is None else _percents(lost.items),
+            "drop_ci95_seeds_pp": None if lost is None else _percents(lost.seeds),
+            "budget_pp": budget_pp,
+            "verdict": verdict,
+        }
+
+    def _loss_gaps(self, first: str, second: str) -> list[LossGap]:
+        """Over the steps in which either arm quantizes; over all of them where neither does, or records are missing."""
+        gaps = [
+            loss_gap(of_first.of_steps(steps), of_second.of_steps(steps))
+            for of_first, of_second in zip(self.losses[first], self.losses[second], strict=True)
+            for steps in [of_first.quantized | of_second.quantized or of_first.by_step.keys()]
+        ]
+        return [gap for gap in gaps if gap is not None]
+
+    def _findings(self, name: str) -> list[list[str]] | None:
+        """What the diagnosis of each seed found; None unless all are diagnosed."""
+        files = [study.path / DIAGNOSIS_FILE for study in self.studies]
+        arms = [read_json(file)["arms"] for file in files if file.is_file()]
+        found = [list(of_seed[name]["findings"]) for of_seed in arms if name in of_seed]
+        return found if len(found) == len(files) else None
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Training losses of an arm by optimizer step, and the steps that ran with fake quantization."""
+
+    by_step: Mapping[int, float]
+    quantized: frozenset[int]
+
+    @classmethod
+    def read(cls, folder: ArmFolder) -> _Losses:
+        rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        return cls(
+            {row["step"]: row["loss"] for row in rows}, frozenset(row["step"] for row in rows if row["phase"] == "qat")
+        )
+
+    def of_steps(self, steps: Collection[int]) -> dict[int, float]:
+        return {step: loss for step, loss in self.by_step.items() if step in steps}
+
+
+def _answer(found: Difference, first: str, second: str) -> str:
+    mean, (low, high) = 100 * found.mean, (100 * edge for edge in found.interval)
+    if found.answer == "no effect shown":
+        return (
+            f"no effect shown: {first} is {mean:+.2f} pp against {second} (could be up to {100 * found.largest:.2f} pp)"
+        )
+    than = "better" if found.answer == "helps" else "worse"
+    return (
+        f"{found.answer}: {first} is {abs(mean):.2f} pp {than} than {second} (95% interval {low:+.2f} .. {high:+.2f})"
+    )
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _percents(fractions: Sequence[float] | None) -> list[float] | None:
+    return None if fractions is None else [100 * fraction for fraction in fractions]

@@ -1,0 +1,33 @@
+"""The studies of a study's seeds: each is a whole one in `seed-<n>/`, made from the recipe with that seed, so that whatever
+works on a study works on it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from qatrun.recipe import Recipe
+from qatrun.study.layout import StudyFolder, read_json, write_json
+from qatrun.study.preflight import Preflight
+
+
+def replica_recipe(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe of one seed's study; it can be run by itself."""
+    train = recipe.train.model_copy(update={"seed": seed, "seeds": None})
+    folder = str(Path(recipe.output_dir) / recipe.name)
+    return recipe.model_copy(update={"name": f"seed-{seed}", "output_dir": folder, "train": train})
+
+
+def replica_preflight(checked: Preflight, recipe: Recipe) -> Preflight:
+    """The preflight of one seed's study: nothing that it looked at depends on the seed."""
+    return replace(checked, recipe=recipe, arms={name: recipe.resolve_arm(name) for name in recipe.arm_names})
+
+
+def share_start(source: StudyFolder, target: StudyFolder) -> None:
+    """Give another seed the scores of the start model, which has seen no seed. Its perplexity goes with them: the
+    held-out text is the same whatever the seed (`open_data`)."""
+    if source.path == target.path or target.start.result.is_file() or not source.start.result.is_file():
+        return
+    shutil.copytree(source.start.eval, target.start.eval, dirs_exist_ok=True)
+    write_json(target.start.result, read_json(source.start.result))

@@ -1,0 +1,181 @@
+"""The study of one seed: start model, trunks, arms, scores, comparison. Each part is done once and kept, so that a resume
+goes on with the first part that is missing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qatrun import artifact
+from qatrun.data import Batch, open_data, open_probe
+from qatrun.evaluate.harness import score
+from qatrun.evaluate.perplexity import perplexity
+from qatrun.model import DTYPES, load_model, load_tokenizer, on_device, save_model
+from qatrun.quant import freeze
+from qatrun.recipe import Arm, Recipe
+from qatrun.report import readable_size
+from qatrun.study.display import Display
+from qatrun.study.evidence import summarize
+from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
+from qatrun.study.matching import matched_settings
+from qatrun.study.pairs import compare_arms
+from qatrun.study.preflight import Preflight
+from qatrun.study.results import StudyResult, write_comparison, write_summary
+from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.train import Outcome, Segment, Watched, train
+
+
+def run_single(
+    recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
+) -> StudyResult:
+    """Run a recipe without seeds in a folder that is claimed and locked.
+
+    Args:
+        checked: its preflight, without problems.
+    """
+    study = _Study(recipe, checked, folder, display, trackers)
+    study.score_start_model()
+    for segments in plan_segments(checked.arms, checked.plans, folder.path):
+        study.train_arm(_in_trunk_of_its_plan(segments))
+    return study.compare()
+
+
+class _Study:
+    def __init__(
+        self, recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
+    ) -> None:
+        self.recipe, self.checked, self.folder, self.display, self.trackers = recipe, checked, folder, display, trackers
+
+    def score_start_model(self) -> None:
+        """Score the model before training, so that what all arms lost shows."""
+        arm = self.checked.arms[self.recipe.arm_names[0]]
+        record = self.folder.start
+        if record.result.is_file():
+            return
+        tokenizer = load_tokenizer(arm.model)
+        valid = open_data(arm.data, tokenizer, arm.train.seed).valid
+        model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
+        value = self._score(model, tokenizer, valid, record.eval, "start model")
+        write_json(record.result, {"arm": "start", "perplexity": {"on": value}})
+
+    def train_arm(self, segments: ArmSegments) -> None:
+        """Train an arm, its trunk first, export and score it; what is there already is left as it is."""
+        arm, folder = segments.own.arm, ArmFolder(segments.own.folder)
+        if folder.result.is_file():
+            self.display.note(f"{arm.name}: done already")
+            return
+        if segments.trunk is not None and not (segments.trunk.folder / "result.json").is_file():
+            outcome = self._train(segments.trunk)[1]
+            gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
+            write_json(segments.trunk.folder / "result.json", vars(outcome))
+        model, outcome = self._train(segments.own)
+        tokenizer = load_tokenizer(arm.model)
+        sizes = self._export(model, tokenizer, segments.own, folder)
+        del model
+        gc.collect()
+        valid = open_data(arm.data, tokenizer, arm.train.seed).valid
+        write_json(folder.result, self._record(segments.own, outcome, sizes, self._score_arm(arm, folder, valid)))
+
+    def compare(self) -> StudyResult:
+        """Compare every quantized arm with its twin, and keep what comes out."""
+        pairs = tuple(
+            compare_arms(self.folder.arm(arm.twin), self.folder.arm(name), self.folder.start, self.recipe.budget)
+            for name, arm in self.checked.arms.items()
+            if arm.twin is not None
+        )
+        summary = None
+        if self.recipe.contrasts:
+            summary = summarize(self.folder.name, self.recipe, {self.recipe.train.seed: self.folder})
+            write_summary(self.folder, summary)
+        result = StudyResult(self.folder.path, pairs, summary)
+        write_comparison(self.folder, result)
+        matches = {name: read_json(self.folder.arm(name).result)["match"] for name in self.checked.arms}
+        arms = {name: {key: match[key] for key in ("seed", "data_hash")} for name, match in matches.items()}
+        write_json(self.folder.environment, read_json(self.folder.environment) | {"arms": arms})
+        return result
+
+    def _train(self, segment: Segment) -> tuple[Any, Outcome]:
+        arm = segment.arm
+        tokenizer = load_tokenizer(arm.model)
+        model = load_model(arm.model, DTYPES[arm.model.param_dtype])
+        data = open_data(arm.data, tokenizer, arm.train.seed)
+        first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
+        self.display.begin_training(segment.name, first_step, segment.last_step)
+        outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
+        return model, outcome
+
+    def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
+        """The probe's text, and its mini-benchmark if the recipe wants one."""
+        probe = arm.monitor.probe
+        if probe is None:
+            return Watched()
+        text = open_probe(arm.data, tokenizer, probe.sequences)
+        if probe.items is None:
+            return Watched(text)
+        few = self.recipe.eval.model_copy(update={"limit": probe.items})
+
+        def benchmark(model: Any) -> dict[str, float]:
+            return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
+
+        return Watched(text, benchmark)
+
+    def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
+        """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
+        dtype = DTYPES[segment.arm.model.compute_dtype]
+        save_model(model, tokenizer, folder.path, dtype)
+        sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
+        if segment.plan is not None:
+            freeze(model, dtype)
+            artifact.save(model, tokenizer, segment.plan, folder.quantized)
+            sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
+        shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
+        self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
+        return sizes
+
+    def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
+        """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
+        plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
+        values: dict[str, float] = {}
+        if arm.qat is not None:
+            model, tokenizer = artifact.load(folder.path)
+            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
+        model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
+        if arm.qat is None:
+            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, arm.name)
+        else:
+            what = f"{arm.name}, quantizers off"
+            values["off"] = self._score(on_device(model), tokenizer, valid, folder.eval_off, what)
+        return values
+
+    def _score(self, model: Any, tokenizer: Any, valid: Batch, output: Path, what: str) -> float:
+        self.display.begin_scoring(what)
+        score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
+        batch_size = self.recipe.eval.batch_size
+        return perplexity(model, valid.input_ids, batch_size=batch_size, labels=valid.labels).perplexity
+
+    def _record(
+        self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], perplexities: Mapping[str, float]
+    ) -> dict[str, Any]:
+        arm = segment.arm
+        covered = self.checked.coverages.get(arm.name)
+        return {
+            "arm": arm.name,
+            "twin": arm.twin,
+            "match": {**matched_settings(arm), "data_hash": outcome.data_hash},
+            "cost": {"seconds": outcome.seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
+            "coverage": str(covered) if covered is not None else None,
+            "perplexity": dict(perplexities),
+            "sizes": dict(sizes),
+        }
+
+
+def _in_trunk_of_its_plan(segments: ArmSegments) -> ArmSegments:
+    """The same with the trunk in a folder named after all that it observes: an arm that was added later, and needs another
+    linear or a longer window, finds no trunk that has seen too little."""
+    if segments.trunk is None:
+        return segments
+    folder = segments.trunk.folder.with_name(f"trunk-{segments.trunk.identity[:8]}")
+    return ArmSegments(replace(segments.trunk, folder=folder), replace(segments.own, trunk=folder))
