@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML fi
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
 ]
+StudyArgument = Annotated[
+    str | None, typer.Argument(metavar="STUDY", help="A study's name or folder; default: the newest.")
+]
+OutputDirOption = Annotated[Path, typer.Option(help="Where studies lie.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -47,6 +52,7 @@ def train(
     loaded = _load_recipe(recipe, set_)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
+    from qatrun.report.seeds_table import seeds_table
     from qatrun.study import run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
@@ -54,8 +60,14 @@ def train(
     for pair in result.pairs:
         out.print()
         out.print(comparison_table(pair.to_dict()))
-    out.out(f"\nall of it: {result.folder}")
-    if not result.pairs:
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
+    if result.diagnosis is not None:
+        for arm in result.diagnosis["arms"].values():
+            out.print(f"\ndiagnosis: {arm['sentence']}", markup=False)
+    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
+    if not result.pairs and result.summary is None:
         out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
@@ -127,7 +139,7 @@ def compare(
     twin: Annotated[str, typer.Argument(help="The BF16 arm, or a folder with scores.")],
     arm: Annotated[str, typer.Argument(help="The arm to judge, or a folder with scores.")],
     study: Annotated[str | None, typer.Option(help="Study to take arms from; default: the newest.")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where studies lie.")] = Path("runs"),
+    output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
     anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
@@ -149,6 +161,35 @@ def compare(
         out.out(f"comparing {took}")
         out.print(comparison_table(pair.to_dict()))
     _exit_by_verdict(pair.comparison.verdict, strict)
+
+
+@app.command()
+def diagnose(
+    study: StudyArgument = None, output_dir: OutputDirOption = Path("runs"), json_: JsonOption = False
+) -> None:
+    """Say what a drop is made of: forgetting, quantization noise or stale scales; scores two more models for each arm."""
+    _quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.diagnosis import diagnosis_table
+    from qatrun.study import diagnose_study
+
+    with TerminalDisplay(err) as display:
+        found = diagnose_study(study, output_dir, display)
+    if json_:
+        out.print_json(data=found)
+        return
+    for folder, diagnosis in found.items():
+        for name, arm in diagnosis["arms"].items():
+            out.print(f"\n{folder}", markup=False)
+            out.print(diagnosis_table(name, arm))
+
+
+@app.command()
+def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs")) -> None:
+    """Write a study's page: one HTML file that needs no network, and the CSV of every figure."""
+    from qatrun.study import report_study
+
+    out.out(f"wrote {report_study(study, output_dir)}")
 
 
 @app.command()
@@ -210,10 +251,9 @@ def _located(recipe: str, overrides: list[str] | None) -> Iterator[None]:
 
 def _quiet_libraries() -> None:
     """Progress bars and advice of libraries would tear the live view apart; their errors still reach us."""
-    import datasets
     import transformers
 
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` itself would take half a second to import
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

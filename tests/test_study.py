@@ -263,8 +263,8 @@ def test_resume_of_a_finished_study_only_compares_again(world: Path) -> None:
     ("setting", "shown"),
     [
         ("train.learning_rate=0.01", "train.learning_rate (0.05 -> 0.01)"),
-        ("arms.hif8={qat: {format: int8}}", "arms.hif8.qat.format (None -> 'int8')"),
-        ("budget.demo_facts=2", "budget.demo_facts (1.0 -> 2.0)"),
+        ("arms.hif8={qat: {format: int8}}", "arms.hif8.qat.format (not given -> 'int8')"),
+        ("eval.batch_size=20", "eval.batch_size (40 -> 20)"),
     ],
 )
 def test_resume_with_another_recipe_is_refused(world: Path, setting: str, shown: str) -> None:

@@ -1,6 +1,6 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach."""
 
-from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
+from qatrun.quant.attach import attach, calibrate, detach, freeze, quantized_linears, replace_linear
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan, named_linears
 from qatrun.quant.quantized import QuantizedLinear
@@ -18,6 +18,7 @@ __all__ = [
     "Quantizer",
     "ScaleState",
     "attach",
+    "calibrate",
     "coverage",
     "detach",
     "freeze",

@@ -9,17 +9,18 @@ freeze(model, dtype)            # instead: weights on their grid, scales fixed, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatrun.errors import InputError
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest
-from qatrun.quant.state import ScaleState
+from qatrun.quant.state import Mode, ScaleState
 
 STATE_NAME = "quant_state"
 T = TypeVar("T", bound=nn.Module)
@@ -53,6 +54,23 @@ def detach(model: nn.Module) -> None:
         _replace(model, name, module.original)
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give an attached model scales from these batches of token ids ([batch, seq_len] each) alone: the largest amax of
+    each tensor, whatever the plan's algorithm. It is left quantizing, in eval mode."""
+    state: ScaleState = getattr(model, STATE_NAME)
+    model.eval()
+    observing: list[nn.Module] = [state, *(module for _, module in _modules_of(model, FakeQuantLinear))]
+    for module in observing:
+        module.training = True
+    state.mode = Mode.OBSERVE
+    for input_ids in batches:
+        model(input_ids=input_ids, use_cache=False)
+    state.push()
+    model.eval()
+    state.begin_quantizing()
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ class ProbeConfig(Section):
 class AlarmConfig(Section):
     """When to raise an alarm; a threshold of null never does."""
 
-    clip_fraction: PositiveFloat | None = Field(0.001, description="share of a tensor's values that saturate, on average")
+    clip_fraction: PositiveFloat | None = Field(
+        0.001, description="share of a tensor's values that saturate, on average"
+    )
     patience: Count = Field(20, description="optimizer steps that `clip_fraction` is averaged over")
     sqnr_db: float | None = Field(10.0, description="signal to quantization noise of a tensor, in dB, twice in a row")
     forgetting_kl: PositiveFloat | None = Field(

@@ -129,7 +129,8 @@ class DataConfig(Section):
         None, description="held-out text; null: the first `valid_sequences` packed sequences of the training text"
     )
     probe: Source | None = Field(
-        None, description="held-out text of the kind the model was pretrained on, for the forgetting probe; null: `valid`"
+        None,
+        description="held-out text of the kind the model was pretrained on, for the forgetting probe; null: `valid`",
     )
     valid_sequences: Count = Field(64, description="packed sequences held out for perplexity")
     seq_len: int = Field(1024, ge=2, description="tokens per packed sequence")

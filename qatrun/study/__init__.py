@@ -10,6 +10,7 @@ from qatrun.study.preflight import Preflight, detectable_drop_pp, preflight
 
 if TYPE_CHECKING:
     from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
+    from qatrun.study.named import diagnose_study, report_study
     from qatrun.study.pairs import Pair, compare_arms, compare_named
     from qatrun.study.runner import Display, StudyResult, comparison_csv, run, run_study
     from qatrun.study.scoring import eval_config, score_path
@@ -25,8 +26,10 @@ else:
             "compare_arms": "qatrun.study.pairs",
             "compare_named": "qatrun.study.pairs",
             "comparison_csv": "qatrun.study.runner",
+            "diagnose_study": "qatrun.study.named",
             "eval_config": "qatrun.study.scoring",
             "newest_study": "qatrun.study.layout",
+            "report_study": "qatrun.study.named",
             "run": "qatrun.study.runner",
             "run_study": "qatrun.study.runner",
             "score_path": "qatrun.study.scoring",
@@ -44,9 +47,11 @@ __all__ = [
     "compare_named",
     "comparison_csv",
     "detectable_drop_pp",
+    "diagnose_study",
     "eval_config",
     "newest_study",
     "preflight",
+    "report_study",
     "run",
     "run_study",
     "score_path",

@@ -65,8 +65,12 @@ def _take_up(folder: StudyFolder, recipe: Recipe) -> None:
 def _changes(saved: Recipe, now: Recipe) -> list[str]:
     removed = [f"arms.{name} (removed)" for name in saved.arm_names if name not in now.arms]
     before, after = _flat(_settled(saved, saved, now)), _flat(_settled(now, saved, now))
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key, ...) != after.get(key, ...))
-    return removed + [f"{key} ({before.get(key)!r} -> {after.get(key)!r})" for key in keys]
+    both = {key: (_shown(before, key), _shown(after, key)) for key in sorted(before.keys() | after.keys())}
+    return removed + [f"{key} ({old} -> {new})" for key, (old, new) in both.items() if old != new]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not given"
 
 
 def _settled(recipe: Recipe, saved: Recipe, now: Recipe) -> dict[str, Any]:

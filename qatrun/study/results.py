@@ -24,11 +24,15 @@ class StudyResult:
     Attributes:
         pairs: one comparison for each quantized arm that has a twin; none of a study over seeds, whose seeds have them.
         summary: what is in seeds.json; None of a study of one seed that asks no contrasts.
+        diagnosis: what is in diagnosis.json; None where nothing was diagnosed, and of a study over seeds.
+        page: report.html.
     """
 
     folder: Path
     pairs: tuple[Pair, ...]
     summary: Mapping[str, Any] | None = None
+    diagnosis: Mapping[str, Any] | None = None
+    page: Path | None = None
 
     @property
     def verdict(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,6 +20,7 @@ from qatrun.study.claim import claim
 from qatrun.study.display import Display as Display  # the package takes these three from here
 from qatrun.study.evidence import summarize
 from qatrun.study.layout import StudyFolder
+from qatrun.study.page import write_page
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
 from qatrun.study.results import StudyResult as StudyResult
@@ -63,12 +65,19 @@ def run_study(
         raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
     claim(folder, recipe, resume=resume, overwrite=overwrite)
     with _locked(folder):
-        if recipe.train.seeds is None:
-            return run_single(recipe, checked, folder, display, trackers)
-        for seed in recipe.train.seeds:
-            display.note(f"seed {seed} of {', '.join(map(str, recipe.train.seeds))}")
-            _run_replica(folder, seed, replica_recipe(recipe, seed), checked, display, trackers)
-        return _conclude(folder, recipe)
+        result = _run_all(recipe, checked, folder, display, trackers)
+        return replace(result, page=write_page(folder))
+
+
+def _run_all(
+    recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
+) -> StudyResult:
+    if recipe.train.seeds is None:
+        return run_single(recipe, checked, folder, display, trackers)
+    for seed in recipe.train.seeds:
+        display.note(f"seed {seed} of {', '.join(map(str, recipe.train.seeds))}")
+        _run_replica(folder, seed, replica_recipe(recipe, seed), checked, display, trackers)
+    return _conclude(folder, recipe)
 
 
 def _run_replica(
@@ -80,6 +89,7 @@ def _run_replica(
         for other in folder.replicas:
             share_start(other, replica)
         run_single(recipe, replica_preflight(checked, recipe), replica, display, trackers)
+        write_page(replica)
 
 
 def _conclude(folder: StudyFolder, recipe: Recipe) -> StudyResult:

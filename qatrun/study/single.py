@@ -17,6 +17,7 @@ from qatrun.model import DTYPES, load_model, load_tokenizer, on_device, save_mod
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
 from qatrun.report import readable_size
+from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.evidence import summarize
 from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
@@ -40,7 +41,10 @@ def run_single(
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(_in_trunk_of_its_plan(segments))
-    return study.compare()
+    result = study.compare()
+    if recipe.diagnose.at_end and result.pairs:
+        return replace(result, diagnosis=diagnose(folder, display))
+    return result
 
 
 class _Study:

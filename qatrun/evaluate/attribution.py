@@ -1,0 +1,189 @@
+"""What a drop is made of: effects between models that answered the same items, and the rule that names the cause.
+
+The models of an arm, each scored on the same items:
+
+    start   before training                         off     the arm, quantizers off
+    twin    trained in BF16                         on      the arm as deployed
+    ptq     the twin, quantized after training      fresh   the arm, its scales calibrated anew
+            with calibrated scales
+
+The rule, on the items of all tasks together. An effect *matters* when the lower end of its 95 % interval is above a
+threshold, in percentage points of accuracy or in nats of the answer's log-probability among its choices, which shows what
+accuracy is too coarse for:
+
+    forgetting   start -> twin matters (3 pp or 0.10 nats): training without any quantizer lost it
+    saturation   twin -> on matters (1 pp or 0.02 nats), so does ptq -> on, and the run clipped: quantization with fitting
+                 scales does not cost this
+    resolution   twin -> on matters, and so does twin -> ptq: not even fitting scales hold what the tensors carry
+    divergence   twin -> on matters, and nothing above explains it
+
+More than one may be found; none is a healthy run. Pure: arrays in, numbers out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import t
+
+from qatrun.evaluate import paired
+from qatrun.evaluate.paired import Interval
+from qatrun.evaluate.scores import Scores, TaskScore
+
+FORGETTING_MATTERS = (3.0, 0.10)
+QUANTIZATION_MATTERS = (1.0, 0.02)
+
+# name -> (from, to); a positive drop is a loss on the way.
+EFFECTS: Mapping[str, tuple[str, str]] = {
+    "training": ("start", "twin"),
+    "whole": ("twin", "on"),
+    "ptq": ("twin", "ptq"),
+    "beyond ptq": ("ptq", "on"),
+    "forgetting": ("start", "off"),
+    "quantization": ("off", "on"),
+    "stale scale": ("fresh", "on"),
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is lost from one model to another.
+
+    Attributes:
+        drop_pp: accuracy, percentage points; `ci95_pp` as `paired.drop_interval` has it.
+        drop_nats: log-probability of the right answer among the item's choices, mean over items; `ci95_nats` is
+            Student's t over items.
+        log_perplexity: rise of the held-out text's log-perplexity, nats per token; None where it is not known.
+    """
+
+    name: str
+    source: str
+    target: str
+    drop_pp: float
+    ci95_pp: Interval
+    drop_nats: float
+    ci95_nats: Interval
+    log_perplexity: float | None
+
+    def matters(self, thresholds: tuple[float, float]) -> bool:
+        """Whether it is surely above either threshold (percentage points, nats)."""
+        return self.ci95_pp[0] > thresholds[0] or self.ci95_nats[0] > thresholds[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in diagnosis.json."""
+        return {
+            "name": self.name,
+            "from": self.source,
+            "to": self.target,
+            "drop_pp": self.drop_pp,
+            "ci95_pp": list(self.ci95_pp),
+            "loglikelihood": self.drop_nats,
+            "ci95_loglikelihood": list(self.ci95_nats),
+            "log_perplexity": self.log_perplexity,
+        }
+
+
+def effects(
+    models: Mapping[str, Scores], log_perplexity: Mapping[str, float], tasks: tuple[str, ...] | None = None
+) -> dict[str, Effect]:
+    """Every effect between models that are there, by name.
+
+    Args:
+        models: "start", "twin", "ptq", "off", "on", "fresh" -> scores on the same items, as far as there are any.
+        log_perplexity: the same -> nats per token of held-out text.
+        tasks: pooled; None: all.
+    """
+    return {
+        name: _effect(name, source, target, models, log_perplexity, tasks)
+        for name, (source, target) in EFFECTS.items()
+        if source in models and target in models
+    }
+
+
+def findings(found: Mapping[str, Effect], *, clipped: bool) -> tuple[str, ...]:
+    """The causes that the rule names, most basic first; none for a healthy run.
+
+    Args:
+        found: effects over all tasks.
+        clipped: whether training recorded a tensor that clipped (as the saturation alarm has it).
+    """
+    names = []
+    if found["training"].matters(FORGETTING_MATTERS):
+        names.append("forgetting")
+    if found["whole"].matters(QUANTIZATION_MATTERS):
+        explained = [
+            name
+            for name, effect, also in (("saturation", "beyond ptq", clipped), ("resolution", "ptq", True))
+            if also and effect in found and found[effect].matters(QUANTIZATION_MATTERS)
+        ]
+        names += explained or ["divergence"]
+    return tuple(names)
+
+
+def _effect(
+    name: str,
+    source: str,
+    target: str,
+    models: Mapping[str, Scores],
+    log_perplexity: Mapping[str, float],
+    tasks: tuple[str, ...] | None,
+) -> Effect:
+    before, after = models[source], models[target]
+    chosen = tuple(before.tasks) if tasks is None else tasks
+    pairs = [_in_one_order(before.tasks[task], after.tasks[task]) for task in chosen]
+    correct = [np.concatenate([part[i] for part in pairs]) for i in (0, 1)]
+    flips = paired.count_flips(correct[0], correct[1])
+    low, high = paired.drop_interval(flips)
+    nats = np.concatenate([part[2] for part in pairs])
+    known = source in log_perplexity and target in log_perplexity
+    return Effect(
+        name,
+        source,
+        target,
+        drop_pp=100 * flips.drop,
+        ci95_pp=(100 * low, 100 * high),
+        drop_nats=float(nats.mean()),
+        ci95_nats=_mean_interval(nats),
+        log_perplexity=log_perplexity[target] - log_perplexity[source] if known else None,
+    )
+
+
+def _in_one_order(
+    before: TaskScore, after: TaskScore
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """(correct before, correct after, nats lost), each [num_items], items sorted by name."""
+    one, other = np.argsort(before.items.item_id), np.argsort(after.items.item_id)
+    lost = answer_log_probability(before)[one] - answer_log_probability(after)[other]
+    return before.items.correct[one], after.items.correct[other], lost
+
+
+def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:
+    """[num_items] nats: of the right answer among the item's choices; of its text where there are no others."""
+    choices = score.items.choice_loglikelihoods
+    if choices.shape[1] == 1:
+        return score.items.loglikelihood
+    total: npt.NDArray[np.float64] = np.logaddexp.reduce(np.where(np.isnan(choices), -np.inf, choices), axis=1)
+    return score.items.loglikelihood - total
+
+
+def _mean_interval(values: npt.NDArray[np.float64]) -> Interval:
+    """Two-sided 95 % interval of the mean."""
+    if len(values) < 2:
+        return (-np.inf, np.inf)
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def describe(found: Mapping[str, Effect]) -> Iterator[str]:
+    """A line for each effect, for the eye."""
+    for effect in found.values():
+        low, high = effect.ci95_pp
+        yield (
+            f"{effect.name:<13}{effect.source:>6} -> {effect.target:<6}{effect.drop_pp:+7.2f} pp "
+            f"[{low:+.2f}, {high:+.2f}]  {effect.drop_nats:+.3f} nats "
+            f"[{effect.ci95_nats[0]:+.3f}, {effect.ci95_nats[1]:+.3f}]"
+        )

@@ -1,0 +1,47 @@
+"""A diagnosis on the terminal: the sentence, then what it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def diagnosis_table(name: str, arm: Mapping[str, Any]) -> RenderableType:
+    """One arm of diagnosis.json."""
+    style = "bold red" if arm["findings"] else "bold green"
+    parts: list[RenderableType] = [Text(arm["sentence"], style=style), Text()]
+    effects = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
+    for column in ("lost", "from", "to", "pp", "95% interval", "nats", "95% interval"):
+        effects.add_column(column, justify="left" if column in ("lost", "from", "to") else "right", no_wrap=True)
+    for effect in arm["effects"]:
+        effects.add_row(
+            effect["name"],
+            effect["from"],
+            effect["to"],
+            f"{effect['drop_pp']:+.2f}",
+            _interval(effect["ci95_pp"], 2),
+            f"{effect['loglikelihood']:+.3f}",
+            _interval(effect["ci95_loglikelihood"], 3),
+        )
+    parts += [effects, Text()]
+    parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm["perplexity"].items())))
+    parts += [Text(line) for line in _tensor_lines(arm["worst_tensors"])]
+    return Group(*parts)
+
+
+def _interval(edges: list[float], digits: int) -> str:
+    return f"{edges[0]:+.{digits}f} .. {edges[1]:+.{digits}f}"
+
+
+def _tensor_lines(tensors: list[Mapping[str, Any]]) -> Iterator[str]:
+    for tensor in tensors[:3]:
+        sqnr = "" if tensor["sqnr_db"] is None else f", SQNR {tensor['sqnr_db']:.1f} dB"
+        since = "" if tensor["since_step"] is None else f" since step {tensor['since_step']}"
+        yield (
+            f"{tensor['tensor']}: clips {100 * tensor['clip_fraction']:.2g} %{since}, "
+            f"overshoot up to {tensor['overshoot']:.1f}x{sqnr}"
+        )

@@ -1,0 +1,76 @@
+"""Which linears are quantized, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from qatrun.report.page.content import ArmContent, Row
+from qatrun.report.page.document import NamedTable, Section
+from qatrun.report.page.table import Table, printable, table
+from qatrun.report.page.tensors import block
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def coverage_section(arms: Iterable[ArmContent]) -> Section:
+    """Share of the linears and FLOPs that each arm quantizes, the linears by kind, the formats by role."""
+    quantized = [arm for arm in arms if arm.plan is not None or arm.record.get("coverage")]
+    if not quantized:
+        return Section("coverage", "Coverage", notes=("No arm quantizes anything.",))
+    facts = tuple((arm.name, printable(arm.record["coverage"])) for arm in quantized if arm.record.get("coverage"))
+    planned = [(arm, arm.plan) for arm in quantized if arm.plan is not None]
+    tables = (NamedTable(_linears_table(planned), "coverage"), NamedTable(_roles_table(planned))) if planned else ()
+    notes = () if planned else ("Which linears they are was not recorded (plan.json).",)
+    return Section("coverage", "Coverage", tables=tables, notes=notes, facts=facts)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as runs: `0–3, 7`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+
+
+def _linears_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
+    """A row a kind of linear and set of blocks; arms that share it stand in one row."""
+    arms_of: dict[tuple[str, int, str], list[str]] = {}
+    for arm, plan in planned:
+        kinds: dict[str, list[str]] = {}
+        for name in plan["linears"]:
+            kinds.setdefault(_NUMBER.sub("*", name, count=1), []).append(name)
+        for kind, names in kinds.items():
+            blocks = [number for name in names if (number := block(name)) is not None]
+            arms_of.setdefault((kind, len(names), ranges(blocks)), []).append(arm.name)
+    rows = [(kind, number, blocks, ", ".join(arms)) for (kind, number, blocks), arms in arms_of.items()]
+    return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears")
+
+
+def _roles_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
+    rows = [
+        (
+            arm.name,
+            role,
+            spec.get("format"),
+            spec.get("granularity"),
+            spec.get("target_amax"),
+            _scaling(spec),
+            plan["clip"],
+        )
+        for arm, plan in planned
+        for role, spec in plan["roles"].items()
+    ]
+    return table(
+        ("arm", "role", "format", "granularity", "target amax", "scaling", "clipped at"), rows, "Formats by role"
+    )
+
+
+def _scaling(spec: Row) -> str:
+    scaling = spec.get("scaling", {})
+    if scaling.get("type") != "delayed":
+        return str(scaling.get("type", ""))
+    return f"delayed, {scaling.get('algorithm')} of {scaling.get('window')}, every {scaling.get('update_interval')}"

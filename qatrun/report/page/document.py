@@ -1,0 +1,108 @@
+"""The parts of a page, from top to bottom, as the template takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qatrun.report.page.figure import Figure
+from qatrun.report.page.table import Table, csv_text
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A word and the state that colours it: good, warn, bad, alarm or none."""
+
+    word: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A sentence about an arm, or about the study where `arm` is empty."""
+
+    text: str
+    arm: str = ""
+    chips: tuple[Chip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The top of the page: words, one sentence, and a sentence for each arm."""
+
+    chips: tuple[Chip, ...]
+    sentence: str
+    points: tuple[Point, ...] = ()
+    condition: str = ""
+
+
+@dataclass(frozen=True)
+class NamedTable:
+    """A table that stands open on the page.
+
+    Attributes:
+        key: stem of its CSV file; empty for one whose numbers are in a figure's file.
+    """
+
+    table: Table
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Attributes:
+    notes: honest lines, such as why a figure is missing.
+    facts: names and values.
+    text: preformatted.
+    links: label -> address.
+    files: further CSV files, by the stem of their names.
+    """
+
+    key: str
+    title: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[NamedTable, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    points: tuple[Point, ...] = ()
+    text: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Table] = field(default_factory=dict)
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is more than a line on what is missing."""
+        return bool(self.figures or self.tables or self.facts or self.points or self.text or self.links)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole page.
+
+    Attributes:
+        meta: short facts under the name.
+        arms: arm -> its index.
+    """
+
+    name: str
+    kind: str
+    meta: tuple[str, ...]
+    verdict: Verdict
+    sections: tuple[Section, ...]
+    arms: Mapping[str, int]
+
+    @property
+    def csv(self) -> dict[str, str]:
+        """CSV file name -> text, of every figure and every table with a name."""
+        figures = {figure.key: figure.csv for section in self.sections for figure in section.figures}
+        files = {key: csv_text([part]) for section in self.sections for key, part in section.files.items()}
+        tables = {part.key: csv_text([part.table]) for section in self.sections for part in section.tables if part.key}
+        return {f"{key}.csv": text for key, text in {**figures, **tables, **files}.items()}
+
+
+VERDICT_CHIPS: Mapping[str | None, Chip] = {
+    "within": Chip("Within budget", "good"),
+    "inconclusive": Chip("Inconclusive", "warn"),
+    "exceeds": Chip("Exceeds its budget", "bad"),
+    None: Chip("No verdict", "none"),
+}

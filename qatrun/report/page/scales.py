@@ -1,0 +1,105 @@
+"""What the scale of a tensor stands for, against the amax that it meets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qatrun.report.page.content import ArmContent, Row
+from qatrun.report.page.curves import label_steps, logarithmic
+from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
+from qatrun.report.page.forest import elided
+from qatrun.report.page.series import step_bins
+from qatrun.report.page.table import Table, printable, table
+from qatrun.report.page.tensors import TensorStats
+from qatrun.report.page.theme import BAD, INK, NUM_ARM_COLORS, arm_color, arm_glyph
+
+PANEL_PX = 150
+MAX_STEPS = 150  # of a tensor
+COLUMNS = ("step", "amax", "amax that the scale stands for", "overshoot", "clip fraction")
+
+
+def scale_figure(
+    arm: ArmContent, stats: TensorStats, diagnosis: Row | None, key: str, num_tensors: int
+) -> Figure | None:
+    """Amax and the scale's amax of an arm's worst tensors; None where no tensor has both.
+
+    Args:
+        diagnosis: of the arm; its worst tensors are the ones to draw.
+        num_tensors: at most.
+    """
+    names, why = _worst(stats, diagnosis, num_tensors)
+    tables = tuple(part for name in names if (part := _table(stats, name)).rows)
+    if not tables:
+        return None
+    title = f"{printable(arm.name)}: amax against what the scale stands for, {why}"
+    width = step_bins(stats.steps, MAX_STEPS).width
+    return Figure(
+        key=key,
+        title=title,
+        caption="Where the amax of the step (colour) is above the amax that the scale stands for (ink), the tensor is too "
+        "large for its scale, shaded"
+        + (f". Each point is the step with the largest overshoot of every {width:,}." if width > 1 else "."),
+        drawings=draw(key, title, lambda layout: _plot(layout, arm, tables)),
+        tables=tables,
+        legend=(
+            Key("amax of the step", arm_glyph(arm.index), f"arm-{arm.index % NUM_ARM_COLORS}"),
+            Key("amax that the scale stands for", "──", "plain"),
+        ),
+        group="tensor",
+    )
+
+
+def _worst(stats: TensorStats, diagnosis: Row | None, num_tensors: int) -> tuple[Sequence[str], str]:
+    named = [row["tensor"] for row in (diagnosis or {}).get("worst_tensors", ()) if row["tensor"] in stats.names]
+    if named:
+        return named[:num_tensors], "the worst tensors of the diagnosis"
+    clips = np.nanmax(stats.clip_fraction, initial=0.0) > 0
+    peaks = np.full(len(stats.names), -np.inf)
+    np.fmax.at(peaks, stats.tensor, stats.clip_fraction if clips else stats.overshoot)
+    order = [stats.names[place] for place in np.argsort(-peaks, kind="stable")[:num_tensors]]
+    return order, f"the {len(order)} tensors that {'clip most' if clips else 'overshoot most'}"
+
+
+def _table(stats: TensorStats, name: str) -> Table:
+    """A row for each bin: its step with the largest overshoot."""
+    rows = stats.of(name)
+    rows = rows[np.isfinite(stats.overshoot[rows])]
+    bins = step_bins(stats.steps[rows], MAX_STEPS)
+    by_size = rows[np.argsort(stats.overshoot[rows], kind="stable")]
+    picked = np.full(len(bins), -1)
+    picked[bins.index(stats.steps[by_size])] = by_size  # of several in a bin the last one stays
+    picked = picked[picked >= 0]
+    stands_for = stats.amax[picked] / np.where(stats.overshoot[picked] > 0, stats.overshoot[picked], np.nan)
+    columns = (stats.steps, stats.amax, None, stats.overshoot, stats.clip_fraction)
+    values = [stands_for if column is None else column[picked] for column in columns]
+    return table(COLUMNS, zip(*values, strict=True), printable(name))
+
+
+def _plot(layout: Layout, arm: ArmContent, tables: Sequence[Table]) -> Plot:
+    num_columns = 1 if layout.narrow or len(tables) == 1 else 2
+    num_rows = -(-len(tables) // num_columns)
+    figure = canvas(layout, PANEL_PX * num_rows + 20)
+    panels = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel().tolist()
+    for place, (axes, part) in enumerate(zip(panels, tables, strict=False)):
+        _draw_tensor(axes, part, arm)
+        axes.set_title(elided(part.caption, 44))
+        if place % num_columns == 0:
+            axes.set_ylabel("amax")
+        if place >= len(tables) - num_columns:
+            label_steps(axes)
+            axes.tick_params(labelbottom=True)
+    for axes in panels[len(tables) :]:
+        axes.remove()
+    return Plot(figure, [(axes, place) for place, axes in enumerate(figure.axes)])
+
+
+def _draw_tensor(axes: Any, part: Table, arm: ArmContent) -> None:
+    steps, amax, stands_for = (np.array([row[place] for row in part.rows], dtype=np.float64) for place in range(3))
+    axes.fill_between(steps, stands_for, amax, where=amax > stands_for, color=BAD, alpha=0.22, linewidth=0, step="mid")
+    axes.plot(steps, amax, color=arm_color(arm.index), linewidth=1.2, drawstyle="steps-mid")
+    axes.plot(steps, stands_for, color=INK, linewidth=1.2, drawstyle="steps-mid")
+    both = np.concatenate([amax, stands_for])
+    logarithmic(axes, both[np.isfinite(both) & (both > 0)])

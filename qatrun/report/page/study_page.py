@@ -1,0 +1,257 @@
+"""The page of a study with one seed: what each section holds, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qatrun.report.page import scores
+from qatrun.report.page.content import ArmContent, Row, StudyContent
+from qatrun.report.page.coverage import coverage_section
+from qatrun.report.page.curves import forgetting_figure, loss_figure
+from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
+from qatrun.report.page.figure import Figure
+from qatrun.report.page.heatmap import heatmap_figure
+from qatrun.report.page.histograms import histogram_figure
+from qatrun.report.page.scales import scale_figure
+from qatrun.report.page.seeds import contrasts_figure
+from qatrun.report.page.table import printable, sentence_case, table
+from qatrun.report.page.tensors import TensorStats
+
+MAX_ALARMS = 50
+MAX_TENSORS = 18  # drawn one by one, over all arms
+VERDICTS = ("within", "inconclusive", "exceeds")
+
+
+def study_document(content: StudyContent) -> Document:
+    """Everything on the page of a study."""
+    stats = {arm.name: found for arm in content.arms if (found := _stats(arm)) is not None}
+    sections = (
+        _diagnosis_section(content),
+        _scores_section(content),
+        *_contrasts_section(content),
+        _figures("loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."),
+        _saturation_section(content, stats),
+        _scale_section(content, stats),
+        _figures(
+            "forgetting",
+            "Forgetting",
+            [forgetting_figure(content.arms)],
+            "No step was probed in this study, so there is no forgetting curve.",
+        ),
+        _histogram_section(content),
+        coverage_section(content.arms),
+        alarms_section(content.arms),
+        recipe_section(content.recipe),
+        environment_section(content.environment),
+    )
+    indices = {arm.name: arm.index for arm in content.arms}
+    return Document(
+        content.name, "study", page_meta(content.environment, content.model), _verdict(content), sections, indices
+    )
+
+
+def page_meta(environment: Row, model: str) -> tuple[str, ...]:
+    """Date, model and version, as far as they are known."""
+    version = environment.get("packages", {}).get("qatrun")
+    facts = (str(environment.get("date", ""))[:10], model, f"qatrun {version}" if version else "")
+    return tuple(printable(fact) for fact in facts if fact)
+
+
+def figure_key(kind: str, arm: ArmContent, arms: Iterable[ArmContent]) -> str:
+    """`kind-arm`, safe as a file name and in an address; numbered where two arms' names would fall together."""
+    safe = {each.name: re.sub(r"[^A-Za-z0-9._-]", "_", each.name) for each in arms}
+    again = sum(name == safe[arm.name] for name in safe.values()) > 1
+    return f"{kind}-{safe[arm.name]}" + (f"-{arm.index}" if again else "")
+
+
+def tensors_each(num_arms: int) -> int:
+    """How many tensors of each arm are drawn one by one."""
+    return max(2, min(6, MAX_TENSORS // num_arms if num_arms else 6))
+
+
+def recipe_section(recipe: str) -> Section:
+    """The recipe as it ran."""
+    return Section("recipe", "Recipe", text=recipe, notes=() if recipe else ("The recipe is missing (recipe.yaml).",))
+
+
+def environment_section(environment: Row) -> Section:
+    """What it ran on."""
+    facts = tuple((name, printable(value)) for name, value in _flat(environment))
+    missing = () if facts else ("What it ran on was not recorded (environment.json).",)
+    return Section("environment", "Environment", facts=facts, notes=missing)
+
+
+def alarms_section(arms: Iterable[ArmContent]) -> Section:
+    """Every alarm, the first MAX_ALARMS on the page and all in the CSV file."""
+    raised = sorted(((alarm["step"], arm.name, alarm) for arm in arms for alarm in arm.alarms), key=lambda row: row[0])
+    if not raised:
+        return Section("alarms", "Alarms", notes=("No alarm was raised.",))
+    columns = ("step", "arm", "kind", "alarm", "tensor")
+    rows = [(step, arm, alarm["kind"], alarm["text"], alarm.get("tensor")) for step, arm, alarm in raised]
+    points = [
+        Point(printable(alarm["text"]), arm, (Chip(printable(alarm["kind"]).capitalize(), "alarm"),))
+        for _, arm, alarm in raised[:MAX_ALARMS]
+    ]
+    shown = f", the first {MAX_ALARMS} of them here" if len(raised) > MAX_ALARMS else ""
+    count = f"{len(raised):,} alarm{'s were' if len(raised) > 1 else ' was'} raised{shown}."
+    return Section("alarms", "Alarms", notes=(count,), points=tuple(points), files={"alarms": table(columns, rows)})
+
+
+def _stats(arm: ArmContent) -> TensorStats | None:
+    stats = TensorStats.from_table(arm.tensors) if arm.tensors is not None else None
+    return stats if stats is not None and len(stats) else None
+
+
+def _verdict(content: StudyContent) -> Verdict:
+    diagnosed: Mapping[str, Row] = content.diagnosis["arms"] if content.diagnosis else {}
+    verdicts = {pair["arm"]: pair["comparison"]["verdict"] for pair in content.pairs}
+    findings = list(dict.fromkeys(name for arm in diagnosed.values() for name in arm["findings"]))
+    overall = content.comparison["verdict"] if content.comparison else None
+    sentence = content.diagnosis["sentence"] if content.diagnosis else _plain_sentence(verdicts)
+    names = [arm.name for arm in content.arms if arm.name in diagnosed or arm.name in verdicts]
+    points = tuple(
+        Point(
+            _of_arm(diagnosed, name, sentence),
+            name,
+            (
+                VERDICT_CHIPS[verdicts.get(name)],
+                *(_finding_chips(diagnosed[name]["findings"]) if name in diagnosed else ()),
+            ),
+        )
+        for name in names
+    )
+    condition = next((pair["comparison"]["conditional_on"] for pair in content.pairs), "")
+    return Verdict(
+        (
+            VERDICT_CHIPS[overall],
+            *(_finding_chips(findings) if content.diagnosis else (Chip("Not diagnosed", "none"),)),
+        ),
+        printable(sentence),
+        points if len(points) > 1 else (),
+        f"Conditional on {condition}." if condition else "",
+    )
+
+
+def _of_arm(diagnosed: Mapping[str, Row], name: str, said: str) -> str:
+    """The sentence on an arm, unless it was `said` already."""
+    sentence = str(diagnosed[name]["sentence"]) if name in diagnosed else ""
+    return "" if sentence == said else printable(sentence)
+
+
+def _finding_chips(findings: Iterable[str]) -> tuple[Chip, ...]:
+    found = tuple(Chip(printable(name).capitalize(), "bad") for name in findings)
+    return found or (Chip("Nothing broke", "good"),)
+
+
+def _plain_sentence(verdicts: Mapping[str, str]) -> str:
+    """What the comparison alone says."""
+    if not verdicts:
+        return "Nothing was compared yet: the study is not finished, or no arm has a BF16 twin."
+    worst = max(verdicts.values(), key=VERDICTS.index)
+    arms = ", ".join(name for name, verdict in verdicts.items() if verdict == worst)
+    return {
+        "within": f"{arms}: every drop lies within its budget.",
+        "inconclusive": f"{arms}: these items cannot tell whether the drop lies within its budget.",
+        "exceeds": f"{arms}: a drop exceeds its budget.",
+    }[worst]
+
+
+def _diagnosis_section(content: StudyContent) -> Section:
+    if content.diagnosis is None:
+        return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
+    figure = scores.attribution_figure(content)
+    variants = scores.variants_table(content.diagnosis["arms"])
+    worst = [
+        (name, *(row.get(key) for key in ("tensor", "clip_fraction", "overshoot", "sqnr_db", "since_step")))
+        for name, arm in content.diagnosis["arms"].items()
+        for row in arm.get("worst_tensors", ())
+    ]
+    columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
+    worst_tables = (NamedTable(table(columns, worst, "Worst tensors"), "worst-tensors"),) if worst else ()
+    return Section(
+        "diagnosis",
+        "Diagnosis",
+        figures=(figure,) if figure else (),
+        tables=(*((NamedTable(variants, "models"),) if variants else ()), *worst_tables),
+        notes=() if figure else ("The diagnosis holds no effects to draw.",),
+    )
+
+
+def _scores_section(content: StudyContent) -> Section:
+    figure = scores.scores_figure(content)
+    if figure is None:
+        return Section(
+            "scores", "Scores", notes=("No arm was compared with a BF16 twin, so there is no drop to show.",)
+        )
+    tables = (
+        NamedTable(scores.score_table(content)),
+        NamedTable(scores.evidence_table(content), "evidence"),
+        NamedTable(scores.cost_table(content), "arms"),
+    )
+    notes = tuple(
+        f"{printable(pair['arm'])} was compared anyway, although: {printable(text)}"
+        for pair in content.pairs
+        for text in pair["mismatches"]
+    )
+    return Section("scores", "Scores", (figure,), tables, notes)
+
+
+def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
+    """Nothing at all where the recipe asks for no contrasts."""
+    figure = contrasts_figure(content.summary) if content.summary else None
+    if content.summary is None or figure is None:
+        return ()
+    answers = tuple(sentence_case(each["answer"]) for each in content.summary["contrasts"])
+    return (Section("contrasts", "Contrasts", figures=(figure,), notes=answers),)
+
+
+def _saturation_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+    figures = [
+        heatmap_figure(arm, stats[arm.name], figure_key("saturation", arm, content.arms), len(stats))
+        for arm in content.arms
+        if arm.name in stats
+    ]
+    return _figures("saturation", "Saturation", figures, _NO_STATISTICS)
+
+
+def _scale_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+    diagnosed: Mapping[str, Any] = content.diagnosis["arms"] if content.diagnosis else {}
+    figures = [
+        scale_figure(
+            arm,
+            stats[arm.name],
+            diagnosed.get(arm.name),
+            figure_key("scale", arm, content.arms),
+            tensors_each(len(stats)),
+        )
+        for arm in content.arms
+        if arm.name in stats
+    ]
+    return _figures("scale", "Scale against amax", figures, _NO_STATISTICS)
+
+
+def _histogram_section(content: StudyContent) -> Section:
+    shown = [arm for arm in content.arms if arm.histograms]
+    figures = [
+        histogram_figure(arm, figure_key("histograms", arm, content.arms), tensors_each(len(shown))) for arm in shown
+    ]
+    return _figures("histograms", "Values on the grid", figures, "No histograms of values were recorded in this study.")
+
+
+_NO_STATISTICS = "No statistics of quantized tensors were recorded in this study."
+
+
+def _figures(key: str, title: str, figures: Iterable[Figure | None], missing: str) -> Section:
+    """A section of the figures that could be drawn, or the line that says why there are none."""
+    drawn = tuple(figure for figure in figures if figure is not None)
+    return Section(key, title, figures=drawn, notes=() if drawn else (missing,))
+
+
+def _flat(tree: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        return [leaf for key, child in tree.items() for leaf in _flat(child, f"{name}.{key}".strip("."))]
+    if isinstance(tree, list):
+        return [(name, " ".join(map(str, tree)) or "none")]
+    return [(name, "none" if tree is None else tree)]

@@ -1,0 +1,43 @@
+"""Verbs on a study that is there already, by name or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qatrun.errors import InputError
+from qatrun.study.diagnose import ScoringDisplay, diagnose
+from qatrun.study.layout import StudyFolder, newest_study
+from qatrun.study.page import write_page
+
+
+def named_study(study: str | None, output_dir: Path) -> StudyFolder:
+    """A study by its folder, by its name in `output_dir`, or the newest one there.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = newest_study(output_dir) if study is None else None
+    places = [found.path] if found else [Path(study), output_dir / study] if study is not None else []
+    folder = next((StudyFolder(place) for place in places if StudyFolder(place).recipe.is_file()), None)
+    if folder is None:
+        raise InputError(f"no study {study!r} in {output_dir}" if study else f"no study in {output_dir} yet")
+    return folder
+
+
+def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay) -> dict[str, Any]:
+    """Folder -> its diagnosis: of the study, or of each of its seeds. Pages are written anew."""
+    folder = named_study(study, output_dir)
+    studies = folder.replicas or (folder,)
+    found = {str(one.path): diagnose(one, display) for one in studies}
+    for one in {*studies, folder}:
+        write_page(one)
+    return found
+
+
+def report_study(study: str | None, output_dir: Path) -> Path:
+    """Write the page of a study, and of its seeds; returns it."""
+    folder = named_study(study, output_dir)
+    for replica in folder.replicas:
+        write_page(replica)
+    return write_page(folder)

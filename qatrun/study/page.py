@@ -1,0 +1,129 @@
+"""`report.html` of a study, from what lies in its folder, with the CSV of every figure in `report/`.
+
+Files that a study does not have, an older one or one that was not diagnosed, leave out what they would have shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from qatrun.artifact import PLAN_FILE
+from qatrun.errors import InputError, Problem
+from qatrun.evaluate.scores import replace_file
+from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
+from qatrun.study.evidence import DIAGNOSIS_FILE
+from qatrun.study.layout import ArmFolder, StudyFolder, read_json
+from qatrun.train import read_metrics, read_tensor_stats
+
+PAGE_FILE, CSV_FOLDER = "report.html", "report"
+HISTOGRAMS_FILE, ALARMS_FILE = "histograms.json", "alarms.jsonl"
+
+
+def write_page(folder: StudyFolder) -> Path:
+    """Write a study's page and CSV files, those of an earlier page replaced; of a study with seeds the seeds' pages too.
+
+    Returns:
+        The page.
+    Raises:
+        InputError: no study there, or a file in it that cannot be read.
+    """
+    if not folder.recipe.is_file() and not folder.environment.is_file():
+        raise InputError(Problem(f"no study in {folder.path}", "study"))
+    if folder.seeds.is_file() and not folder.comparison.is_file():
+        return _write(folder, seeds_document(_read_seeds(folder)))
+    return _write(folder, study_document(read_study(folder)))
+
+
+def read_study(folder: StudyFolder) -> StudyContent:
+    """What a study's folder holds, as the page takes it."""
+    recipe_text, recipe = _read_recipe(folder)
+    model, parent = recipe.get("model"), StudyFolder(folder.path.resolve().parent)
+    return StudyContent(
+        name=f"{parent.name}/{folder.name}" if parent.recipe.is_file() else folder.name,
+        recipe=recipe_text,
+        environment=_optional(folder.environment) or {},
+        comparison=_optional(folder.comparison),
+        diagnosis=_optional(folder.path / DIAGNOSIS_FILE),
+        arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
+        model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
+        summary=_optional(folder.seeds),
+    )
+
+
+def _write(folder: StudyFolder, document: Document) -> Path:
+    csv_folder = folder.path / CSV_FOLDER
+    csv_folder.mkdir(exist_ok=True)
+    for name, text in document.csv.items():
+        replace_file(csv_folder / name, text.encode())
+    for stale in set(csv_folder.glob("*.csv")) - {csv_folder / name for name in document.csv}:
+        stale.unlink()
+    replace_file(folder.path / PAGE_FILE, render(document).encode())
+    return folder.path / PAGE_FILE
+
+
+def _read_seeds(folder: StudyFolder) -> SeedsContent:
+    recipe_text, recipe = _read_recipe(folder)
+    seeds = read_json(folder.seeds)
+    pages = {seed: write_page(folder.replica(seed)) for seed in seeds["seeds"] if folder.replica(seed).recipe.is_file()}
+    model = recipe.get("model")
+    return SeedsContent(
+        name=folder.name,
+        recipe=recipe_text,
+        environment=_optional(folder.environment) or {},
+        seeds=seeds,
+        pages={seed: page.relative_to(folder.path).as_posix() for seed, page in pages.items()},
+        model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
+    )
+
+
+def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
+    record = _optional(folder.result) or {}
+    histograms = _optional(folder.path / HISTOGRAMS_FILE) or {}
+    description = _optional(folder.quantized / PLAN_FILE)
+    alarms = folder.path / ALARMS_FILE
+    return ArmContent(
+        name=folder.path.name,
+        index=index,
+        twin=record.get("twin"),
+        record=record,
+        metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else (),
+        tensors=read_tensor_stats(folder.path),
+        histograms=histograms.get("tensors", ()),
+        alarms=read_metrics(alarms) if alarms.is_file() else (),
+        plan=description["plan"] if description else None,
+    )
+
+
+def _arm_names(folder: StudyFolder, recipe: Mapping[str, Any]) -> list[str]:
+    """Arms that have begun, in the order of the recipe; by name where the recipe cannot say it."""
+    begun = {file.parent.name for file in folder.path.glob("*/metrics.jsonl")}
+    begun |= {file.parent.name for file in folder.path.glob("*/result.json")}
+    arms = {name for name in begun if name != "start" and not name.startswith("trunk-")}
+    known = [str(name) for name in recipe.get("arms") or {} if str(name) in arms]
+    return [*known, *sorted(arms - set(known))]
+
+
+def _read_recipe(folder: StudyFolder) -> tuple[str, Mapping[str, Any]]:
+    """The recipe's text, and what it says; that is empty where an older or later version wrote what is no YAML."""
+    text = folder.recipe.read_text(encoding="utf-8") if folder.recipe.is_file() else ""
+    try:
+        parsed = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        parsed = None
+    return text, parsed if isinstance(parsed, Mapping) else {}
+
+
+def _optional(file: Path) -> Any:
+    """What a JSON file holds; None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        return read_json(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(Problem(f"{file} cannot be read: {error}")) from error

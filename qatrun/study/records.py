@@ -1,0 +1,92 @@
+"""What training recorded about an arm, for a diagnosis: which tensors were worst, and since when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from qatrun.recipe import AlarmConfig
+from qatrun.train import read_metrics, read_tensor_stats
+
+SHOWN = 5
+CLIPS = 0.001  # the share of a tensor's values that counts as clipping where no alarm has a threshold
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor over the QAT phase.
+
+    Attributes:
+        clip_fraction: mean over the steps.
+        overshoot: the largest of its amax over what the scale stood for.
+        sqnr_db: the last one measured; None if none was.
+        since_step: the first step in which it clipped noticeably; None if it never did.
+        scale: the last one used.
+    """
+
+    tensor: str
+    clip_fraction: float
+    overshoot: float
+    sqnr_db: float | None
+    since_step: int | None
+    scale: float | None
+
+    @property
+    def linear(self) -> str:
+        return self.tensor.rpartition(":")[0]
+
+    @property
+    def role(self) -> str:
+        return self.tensor.rpartition(":")[2]
+
+
+def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
+    """Every quantized tensor of an arm's folder, those that clip most first, then those with least SQNR."""
+    table = read_tensor_stats(folder)
+    table = table.filter(pc.is_valid(table["clip_fraction"]))
+    if not table.num_rows:
+        return []
+    limit = alarms.clip_fraction or CLIPS
+    codes = table["tensor"].combine_chunks()
+    names = codes.dictionary.to_pylist()
+    index = codes.indices.to_numpy()
+    columns = {
+        name: table[name].to_numpy()
+        for name in ("step", "clip_fraction", "overshoot", "sqnr_db", "scale")  # null becomes NaN
+    }
+    records = []
+    for number, name in enumerate(names):
+        rows = {key: column[index == number] for key, column in columns.items()}
+        if not len(rows["step"]):
+            continue
+        measured = rows["sqnr_db"][~np.isnan(rows["sqnr_db"])]
+        clips = rows["step"][rows["clip_fraction"] > limit]
+        records.append(
+            TensorRecord(
+                name,
+                float(rows["clip_fraction"].mean()),
+                float(np.nanmax(rows["overshoot"])) if not np.isnan(rows["overshoot"]).all() else 0.0,
+                float(measured[-1]) if len(measured) else None,
+                int(clips[0]) if len(clips) else None,
+                float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,
+            )
+        )
+    return sorted(records, key=lambda r: (-r.clip_fraction, np.inf if r.sqnr_db is None else r.sqnr_db))
+
+
+def first_alarm(folder: Path, kind: str) -> int | None:
+    """The step of the first alarm of a kind, or None."""
+    file = folder / "alarms.jsonl"
+    rows: list[dict[str, Any]] = read_metrics(file) if file.is_file() else []
+    return next((row["step"] for row in rows if row["kind"] == kind), None)
+
+
+def last_probe(folder: Path) -> dict[str, Any] | None:
+    """The last row of metrics with a forgetting probe, or None."""
+    file = folder / "metrics.jsonl"
+    rows = read_metrics(file) if file.is_file() else []
+    return next((row for row in reversed(rows) if "kl_off" in row), None)
