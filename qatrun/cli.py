@@ -254,6 +254,8 @@ def _quiet_libraries() -> None:
     import transformers
 
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` itself would take half a second to import
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

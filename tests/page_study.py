@@ -360,7 +360,7 @@ def _seeds_arm(name: str, index: int, rng: Any) -> dict[str, Any]:
         "all_tasks": _seeds_task(base, index, rng),
         "perplexity": [2.28, 2.3, 2.27],
         "loss_ape_percent": {
-            "after_switch": None if "bf16" in name else (0.07 * np.array([1, 1.2, 0.8]) * index).tolist()
+            "after_switch": None if "bf16" in name else (0.07 * np.array([1, 1.2, 0.8]) * 3**index).tolist()
         },
         "findings": [[], [], []] if base > 0.8 else [["forgetting"], ["forgetting"], ["forgetting", "saturation"]],
     }

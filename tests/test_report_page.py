@@ -194,6 +194,7 @@ def test_seeds(tmp_path: Path) -> None:
     assert "seed-1" not in page  # has no folder
     assert (folder / "seed-0" / "report.html").is_file()
     text = "".join(Elements(page).words)
+    assert "mathdefault" not in text
     assert "3 of 5 arms broke" in text
     assert "No effect shown: the max window could help by up to 1.15 pp" in text
     summary = json.loads((folder / "seeds.json").read_text(encoding="utf-8"))

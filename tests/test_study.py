@@ -67,17 +67,21 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     study = trained_world / "runs/tiny"
     (trunk,) = study.glob("trunk-*")
     expected = {".lock", "recipe.yaml", "environment.json", "comparison.json", "comparison.csv", "comparison.txt"}
-    expected |= {"start/result.json"} | {f"start/eval/{name}" for name in SCORES}
-    expected |= {f"{trunk.name}/{name}" for name in ("metrics.jsonl", "result.json")}
+    expected |= {"diagnosis.json", "report.html", "start/result.json"} | {f"start/eval/{name}" for name in SCORES}
+    expected |= {f"{trunk.name}/{name}" for name in ("metrics.jsonl", "alarms.jsonl", "probe.safetensors", "result.json")}
+    expected |= {f"{trunk.name}/tensors/step-0000{step}.parquet" for step in ("08", "10")}  # observed over a window
     expected |= {f"{trunk.name}/checkpoints/step-0000{step}/{name}" for step in ("08", "10") for name in CHECKPOINT}
     for arm in ("bf16", "hif8"):
-        own = {"metrics.jsonl", "result.json", *MODEL}
+        own = {"metrics.jsonl", "alarms.jsonl", "result.json", *MODEL}
         own |= {f"eval/{name}" for name in SCORES}
         own |= {f"checkpoints/step-0000{step}/{name}" for step in ("36", "40") for name in CHECKPOINT}
         expected |= {f"{arm}/{name}" for name in own}
     expected |= {f"hif8/quantized/{name}" for name in ("plan.json", *MODEL)}
     expected |= {f"hif8/eval-quantizers-off/{name}" for name in SCORES}
-    assert set(checksums(study)) == expected
+    expected |= {f"hif8/tensors/step-0000{step}.parquet" for step in range(12, 41, 4)} | {"hif8/histograms.json"}
+    for variant in ("ptq", "fresh"):
+        expected |= {f"hif8/diagnosis/{variant}/{name}" for name in ("log_perplexity.json", *SCORES)}
+    assert {file for file in checksums(study) if not file.startswith("report/")} == expected
 
 
 def test_the_comparison_says_the_same_as_json_csv_and_text(trained_world: Path) -> None:
@@ -255,7 +259,8 @@ def test_resume_of_a_finished_study_only_compares_again(world: Path) -> None:
     ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
     assert ran.code == 0, ran.err
     assert "hif8: done already" in ran.out
-    assert "training" not in ran.out.replace("training: ", "").replace("training loss", "").replace("training seed", "")
+    assert "training hif8" not in ran.out
+    assert "scoring" not in ran.out
     assert checksums(world) == before
 
 

@@ -43,8 +43,8 @@ def run_single(
         study.train_arm(_in_trunk_of_its_plan(segments))
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
-        return replace(result, diagnosis=diagnose(folder, display))
-    return result
+        result = replace(result, diagnosis=diagnose(folder, display))
+    return study.answer_contrasts(result) if recipe.contrasts else result
 
 
 class _Study:
@@ -90,16 +90,20 @@ class _Study:
             for name, arm in self.checked.arms.items()
             if arm.twin is not None
         )
-        summary = None
-        if self.recipe.contrasts:
-            summary = summarize(self.folder.name, self.recipe, {self.recipe.train.seed: self.folder})
-            write_summary(self.folder, summary)
-        result = StudyResult(self.folder.path, pairs, summary)
+        result = StudyResult(self.folder.path, pairs)
         write_comparison(self.folder, result)
         matches = {name: read_json(self.folder.arm(name).result)["match"] for name in self.checked.arms}
         arms = {name: {key: match[key] for key in ("seed", "data_hash")} for name, match in matches.items()}
         write_json(self.folder.environment, read_json(self.folder.environment) | {"arms": arms})
         return result
+
+    def answer_contrasts(self, result: StudyResult) -> StudyResult:
+        """Answer them once the diagnosis is there, whose findings stand beside them, and add them to the comparison."""
+        summary = summarize(self.folder.name, self.recipe, {self.recipe.train.seed: self.folder})
+        answered = replace(result, summary=summary)
+        write_summary(self.folder, summary)
+        write_comparison(self.folder, answered)
+        return answered
 
     def _train(self, segment: Segment) -> tuple[Any, Outcome]:
         arm = segment.arm

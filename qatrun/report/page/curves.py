@@ -116,24 +116,23 @@ def scaled(axes: Any, values: Values) -> None:
     """A linear axis from 0, or a logarithmic one where the values span too much; numbers written out on both."""
     positive = values[np.isfinite(values) & (values > 0)]
     if len(positive) and np.percentile(positive, 98) > LOG_FROM * np.percentile(positive, 2):
-        logarithmic(axes, positive)
+        logarithmic(axes.yaxis, positive)
     else:
         axes.set_ylim(bottom=0.0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def logarithmic(axes: Any, positive: Values) -> None:
-    """A logarithmic y axis with enough numbers to be read; linear where the values hardly differ."""
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+def logarithmic(axis: Any, positive: Values) -> None:
+    """Make an x or y axis logarithmic, with enough numbers to be read; leave it linear where the values hardly differ."""
     span = float(positive.max() / positive.min()) if len(positive) else 1.0
     if span < LINEAR_TO:
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        return
-    axes.set_yscale("log", nonpositive="mask")
-    subdivisions = (1.0,) if span > 100 else (1.0, 2.0, 5.0) if span > 4 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subdivisions, numticks=100))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_major_locator(MaxNLocator(4))
+    else:
+        subdivisions = (1.0,) if span > 100 else (1.0, 2.0, 5.0) if span > 4 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log", nonpositive="mask")
+        axis.set_major_locator(LogLocator(subs=subdivisions, numticks=100))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def mark_switch(panels: Sequence[Any], arms: Sequence[ArmContent]) -> None:

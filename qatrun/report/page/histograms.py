@@ -42,8 +42,8 @@ def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | No
         key=key,
         title=title,
         caption="|x| / scale of the trained model on held-out text, as powers of two. Upwards the share of the "
-        "tensor's values in each bin, downwards how many values the grid has in that octave: where the grid thins out, so does "
-        "precision. The line is the target that amax is mapped to, the dashed one the grid's largest value.",
+        "tensor's values in each bin, downwards how many values the grid has in that octave: where the grid thins out, so "
+        "does precision. The line is the target that amax is mapped to, the dashed one the grid's largest value.",
         drawings=draw(key, title, lambda layout: _plot(layout, arm, found, tables)),
         tables=tables,
         legend=(

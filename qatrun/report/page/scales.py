@@ -102,4 +102,4 @@ def _draw_tensor(axes: Any, part: Table, arm: ArmContent) -> None:
     axes.plot(steps, amax, color=arm_color(arm.index), linewidth=1.2, drawstyle="steps-mid")
     axes.plot(steps, stands_for, color=INK, linewidth=1.2, drawstyle="steps-mid")
     both = np.concatenate([amax, stands_for])
-    logarithmic(axes, both[np.isfinite(both) & (both > 0)])
+    logarithmic(axes.yaxis, both[np.isfinite(both) & (both > 0)])

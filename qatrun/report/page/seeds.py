@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qatrun.report.page.content import Row
+from qatrun.report.page.curves import logarithmic
 from qatrun.report.page.figure import Figure, Layout, Plot, arm_keys, canvas, draw
 from qatrun.report.page.forest import Group, Mark, forest
 from qatrun.report.page.table import Table, printable, signed, table
@@ -126,8 +127,7 @@ def damage_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | Non
         axes.axhline(0.0, color=MUTED, linewidth=0.8)
         values = np.array([ape for _, _, ape, _ in points])
         if values.min() > 0 and values.max() > 10 * values.min():
-            axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            logarithmic(axes.xaxis, values)
         axes.set_xlabel("loss APE after the switch, %")
         axes.set_ylabel("drop over all tasks, pp")
         return Plot(figure, titles=titles)

@@ -203,8 +203,8 @@ def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
     figure = contrasts_figure(content.summary) if content.summary else None
     if content.summary is None or figure is None:
         return ()
-    answers = tuple(sentence_case(each["answer"]) for each in content.summary["contrasts"])
-    return (Section("contrasts", "Contrasts", figures=(figure,), notes=answers),)
+    answers = tuple(Point(sentence_case(each["answer"])) for each in content.summary["contrasts"])
+    return (Section("contrasts", "Contrasts", figures=(figure,), points=answers),)
 
 
 def _saturation_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:

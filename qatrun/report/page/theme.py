@@ -37,6 +37,8 @@ SETTINGS: dict[str, Any] = {
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.linewidth": 0.8,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-5, 9),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
