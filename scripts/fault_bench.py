@@ -104,7 +104,9 @@ def burst_recipe(seed: int, output: Path) -> Recipe:
     arms: dict[str, Any] = {"bf16": {"qat": None}}
     arms |= {f"{format}-burst": {"qat": {"format": format, "scaling": scaling, **AT_TARGET}} for format in FORMATS}
     text = write_bursty_text(output / "bursty.jsonl")
-    return recipe_of("burst", seed, output, arms, data={"train": {"path": str(text), "split": "train", "shuffle": False}})
+    return recipe_of(
+        "burst", seed, output, arms, data={"train": {"path": str(text), "split": "train", "shuffle": False}}
+    )
 
 
 def outlier_recipe(seed: int, output: Path) -> Recipe:

@@ -68,7 +68,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     (trunk,) = study.glob("trunk-*")
     expected = {".lock", "recipe.yaml", "environment.json", "comparison.json", "comparison.csv", "comparison.txt"}
     expected |= {"diagnosis.json", "report.html", "start/result.json"} | {f"start/eval/{name}" for name in SCORES}
-    expected |= {f"{trunk.name}/{name}" for name in ("metrics.jsonl", "alarms.jsonl", "probe.safetensors", "result.json")}
+    expected |= {
+        f"{trunk.name}/{name}" for name in ("metrics.jsonl", "alarms.jsonl", "probe.safetensors", "result.json")
+    }
     expected |= {f"{trunk.name}/tensors/step-0000{step}.parquet" for step in ("08", "10")}  # observed over a window
     expected |= {f"{trunk.name}/checkpoints/step-0000{step}/{name}" for step in ("08", "10") for name in CHECKPOINT}
     for arm in ("bf16", "hif8"):
@@ -79,8 +81,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     expected |= {f"hif8/quantized/{name}" for name in ("plan.json", *MODEL)}
     expected |= {f"hif8/eval-quantizers-off/{name}" for name in SCORES}
     expected |= {f"hif8/tensors/step-0000{step}.parquet" for step in range(12, 41, 4)} | {"hif8/histograms.json"}
-    for variant in ("ptq", "fresh"):
-        expected |= {f"hif8/diagnosis/{variant}/{name}" for name in ("log_perplexity.json", *SCORES)}
+    (ptq,) = study.glob("bf16/ptq-*")
+    for variant in (f"bf16/{ptq.name}", "hif8/eval-fresh-scales"):
+        expected |= {f"{variant}/{name}" for name in ("log_perplexity.json", *SCORES)}
     assert {file for file in checksums(study) if not file.startswith("report/")} == expected
 
 

@@ -9,23 +9,25 @@ from qatrun.lazy import lazy_names
 from qatrun.study.preflight import Preflight, detectable_drop_pp, preflight
 
 if TYPE_CHECKING:
+    from qatrun.study.display import Display
     from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
     from qatrun.study.named import diagnose_study, report_study
     from qatrun.study.pairs import Pair, compare_arms, compare_named
-    from qatrun.study.runner import Display, StudyResult, comparison_csv, run, run_study
+    from qatrun.study.results import StudyResult, comparison_csv
+    from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
 else:
     __getattr__ = lazy_names(
         __name__,
         {
             "ArmFolder": "qatrun.study.layout",
-            "Display": "qatrun.study.runner",
+            "Display": "qatrun.study.display",
             "Pair": "qatrun.study.pairs",
             "StudyFolder": "qatrun.study.layout",
-            "StudyResult": "qatrun.study.runner",
+            "StudyResult": "qatrun.study.results",
             "compare_arms": "qatrun.study.pairs",
             "compare_named": "qatrun.study.pairs",
-            "comparison_csv": "qatrun.study.runner",
+            "comparison_csv": "qatrun.study.results",
             "diagnose_study": "qatrun.study.named",
             "eval_config": "qatrun.study.scoring",
             "newest_study": "qatrun.study.layout",

@@ -46,13 +46,15 @@ def _occupied(folder: StudyFolder) -> str:
 
 def _take_up(folder: StudyFolder, recipe: Recipe) -> None:
     """Let the recipe replace the saved one, where no number of an arm or seed that is there would change: arms and seeds
-    may be added, and sections that only watch, ask or judge may say something else."""
+    may be added, an arm that was not finished (an alarm may have stopped it) may be given up, and sections that only watch,
+    ask or judge may say something else."""
     if not folder.recipe.is_file():
         return
     saved = load_recipe(folder.recipe)
     if saved == recipe:
         return
-    changed = _changes(saved, recipe)
+    removed = [name for name in saved.arm_names if name not in recipe.arms and _is_finished(folder, name)]
+    changed = [f"arms.{name} (removed)" for name in removed] + _changes(saved, recipe)
     if changed:
         what = ", ".join(changed[:5])
         message = f"{folder.path} was made with other settings: {what}; --overwrite it or give another name"
@@ -62,11 +64,14 @@ def _take_up(folder: StudyFolder, recipe: Recipe) -> None:
     replace_file(folder.recipe, recipe.to_yaml().encode())
 
 
+def _is_finished(folder: StudyFolder, arm: str) -> bool:
+    return any(study.arm(arm).result.is_file() for study in (folder, *folder.replicas))
+
+
 def _changes(saved: Recipe, now: Recipe) -> list[str]:
-    removed = [f"arms.{name} (removed)" for name in saved.arm_names if name not in now.arms]
     before, after = _flat(_settled(saved, saved, now)), _flat(_settled(now, saved, now))
     both = {key: (_shown(before, key), _shown(after, key)) for key in sorted(before.keys() | after.keys())}
-    return removed + [f"{key} ({old} -> {new})" for key, (old, new) in both.items() if old != new]
+    return [f"{key} ({old} -> {new})" for key, (old, new) in both.items() if old != new]
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

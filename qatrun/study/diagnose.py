@@ -7,10 +7,12 @@ Two more models are scored for each quantized arm, its twin quantized after trai
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from qatrun import artifact
@@ -27,8 +29,10 @@ from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.study.evidence import DIAGNOSIS_FILE
 from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
 from qatrun.study.records import SHOWN, TensorRecord, first_alarm, last_probe, tensor_records
-from qatrun.study.variants import calibrated, calibration_batches, input_histograms
+from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
+
+FRESH = "eval-fresh-scales"
 
 
 class ScoringDisplay(Protocol):
@@ -77,8 +81,8 @@ class _Diagnosis:
             "twin": twin.eval,
             "on": mine.eval,
             "off": mine.eval_off,
-            "ptq": mine.path / "diagnosis" / "ptq",
-            "fresh": mine.path / "diagnosis" / "fresh",
+            "ptq": self._ptq_place(mine, twin),
+            "fresh": mine.path / FRESH,
         }
         models = {name: Scores.load(place) for name, place in places.items()}
         effects = attribution.effects(models, log_perplexity)
@@ -116,11 +120,10 @@ class _Diagnosis:
     def _score_variants(self, mine: ArmFolder, twin: ArmFolder, records: Sequence[TensorRecord]) -> dict[str, float]:
         """Score the two calibrated models where that has not been done; their log-perplexities."""
         values: dict[str, float] = {}
-        for name, weights, what in (
-            ("ptq", twin, f"{self.arm.twin} quantized after training"),
-            ("fresh", mine, f"{self.arm.name} with fresh scales"),
+        for name, weights, place, what in (
+            ("ptq", twin, self._ptq_place(mine, twin), f"{self.arm.twin} quantized after training"),
+            ("fresh", mine, mine.path / FRESH, f"{self.arm.name} with fresh scales"),
         ):
-            place = mine.path / "diagnosis" / name
             file = place / "log_perplexity.json"
             if not (file.is_file() and (place / SUMMARY_FILE).is_file()):
                 self.display.begin_scoring(what)
@@ -129,10 +132,15 @@ class _Diagnosis:
             values[name] = read_json(file)
         return values
 
+    def _ptq_place(self, mine: ArmFolder, twin: ArmFolder) -> Path:
+        """Beside the twin, and the same for all arms that differ in how scales are found while training only."""
+        settings = [calibrated_plan(_plan(mine)).to_dict(), self.recipe.diagnose.calibration_sequences]
+        return twin.path / f"ptq-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+
     def _score_calibrated(
-        self, mine: ArmFolder, weights: ArmFolder, place: Any, records: Sequence[TensorRecord]
+        self, mine: ArmFolder, weights: ArmFolder, place: Path, records: Sequence[TensorRecord]
     ) -> float:
-        plan = QuantPlan.from_dict(read_json(mine.quantized / artifact.PLAN_FILE)["plan"])
+        plan = _plan(mine)
         tokenizer = load_tokenizer(self.arm.model)
         batches = calibration_batches(self.arm, tokenizer, self.recipe.diagnose.calibration_sequences)
         valid = open_data(self.arm.data, tokenizer, self.arm.train.seed).valid
@@ -198,6 +206,10 @@ class _Diagnosis:
         return "; and ".join(say[cause]() for cause in causes) + step
 
 
+def _plan(arm: ArmFolder) -> QuantPlan:
+    return QuantPlan.from_dict(read_json(arm.quantized / artifact.PLAN_FILE)["plan"])
+
+
 def _cost(effect: Effect) -> str:
     low, high = effect.ci95_pp
     return f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] ({effect.drop_nats:.3f} nats an answer)"
@@ -216,9 +228,3 @@ def _worst(records: Sequence[TensorRecord], *, by_clipping: bool) -> str:
         return ""
     coarsest = min(measured, key=lambda record: record.sqnr_db or math.inf)
     return f"worst {coarsest.tensor} keeps {coarsest.sqnr_db:.1f} dB: "
-
-
-def sentence_of(folder: StudyFolder) -> str | None:
-    """The sentence of an earlier diagnosis, or None."""
-    file = folder.path / DIAGNOSIS_FILE
-    return None if not file.is_file() else str(json.loads(file.read_text(encoding="utf-8"))["sentence"])

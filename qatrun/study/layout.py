@@ -1,13 +1,15 @@
 """Where everything of a study lies on disk.
 
 runs/<study>/
-  recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt
+  recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
+  report.html          the page; report/ the CSV of its figures
   start/               scores of the model before training
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
-    eval/              its scores; eval-quantizers-off/ those of the plain folder
-    checkpoints/  metrics.jsonl  result.json
+    eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-fresh-scales/ and, in a twin's
+                       folder, ptq-<hash>/ those of a diagnosis
+    checkpoints/  metrics.jsonl  alarms.jsonl  tensors/  histograms.json  result.json
 
 A study with `train.seeds` holds one such folder for each seed, and what they say together:
   recipe.yaml  environment.json  seeds.json  seeds.csv  comparison.txt  seed-<n>/

@@ -14,7 +14,6 @@ from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
-from qatrun.study.matching import matched_settings as matched_settings  # the runner takes it from here
 from qatrun.train import read_metrics
 
 

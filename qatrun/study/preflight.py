@@ -55,6 +55,7 @@ class Preflight:
             "name": self.recipe.name,
             "folder": str(Path(self.recipe.output_dir) / self.recipe.name),
             "model": self.recipe.model.path,
+            "seeds": self.recipe.train.seeds,
             "num_parameters": self.num_parameters if known else None,
             "arms": arms,
             "disk_bytes": disk_bytes(self.arms, self.num_parameters, quantized) if known else None,

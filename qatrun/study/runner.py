@@ -17,15 +17,13 @@ from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.seeds_table import seeds_text
 from qatrun.study.claim import claim
-from qatrun.study.display import Display as Display  # the package takes these three from here
+from qatrun.study.display import Display
 from qatrun.study.evidence import summarize
 from qatrun.study.layout import StudyFolder
 from qatrun.study.page import write_page
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
-from qatrun.study.results import StudyResult as StudyResult
-from qatrun.study.results import comparison_csv as comparison_csv
-from qatrun.study.results import write_summary
+from qatrun.study.results import StudyResult, write_summary
 from qatrun.study.single import run_single
 
 
@@ -89,7 +87,6 @@ def _run_replica(
         for other in folder.replicas:
             share_start(other, replica)
         run_single(recipe, replica_preflight(checked, recipe), replica, display, trackers)
-        write_page(replica)
 
 
 def _conclude(folder: StudyFolder, recipe: Recipe) -> StudyResult:

@@ -20,7 +20,7 @@ from qatrun.train import Segment
 
 TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
 # Keys of `train` that no number depends on.
-BOOKKEEPING = {"save_every", "keep_last"}
+BOOKKEEPING = {"seeds", "save_every", "keep_last"}
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,19 @@ def _trunk_segment(key: str, arms: list[Arm], plans: Mapping[str, QuantPlan | No
         return None
     wanted = [plan for arm in arms if (plan := plans[arm.name]) is not None]
     plan = observation_plan(wanted)
+    # Of all that it observes, too: an arm that is added later, and needs another linear or a longer window, finds no trunk
+    # that has seen too little.
+    identity = _digest([key, plan.to_dict() if plan else None])
     return Segment(
         name="trunk",
         arm=arms[0],
-        folder=folder / f"trunk-{key[:8]}",
+        folder=folder / f"trunk-{identity[:8]}",
         plan=plan,
         quantizes=False,
         last_step=arms[0].warmup.steps,
         switch_step=arms[0].warmup.steps,
         trunk=None,
-        identity=_digest([key, plan.to_dict() if plan else None]),
+        identity=identity,
     )
 
 

@@ -40,7 +40,7 @@ def run_single(
     study = _Study(recipe, checked, folder, display, trackers)
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
-        study.train_arm(_in_trunk_of_its_plan(segments))
+        study.train_arm(segments)
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
@@ -178,12 +178,3 @@ class _Study:
             "perplexity": dict(perplexities),
             "sizes": dict(sizes),
         }
-
-
-def _in_trunk_of_its_plan(segments: ArmSegments) -> ArmSegments:
-    """The same with the trunk in a folder named after all that it observes: an arm that was added later, and needs another
-    linear or a longer window, finds no trunk that has seen too little."""
-    if segments.trunk is None:
-        return segments
-    folder = segments.trunk.folder.with_name(f"trunk-{segments.trunk.identity[:8]}")
-    return ArmSegments(replace(segments.trunk, folder=folder), replace(segments.own, trunk=folder))

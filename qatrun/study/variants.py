@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
         folder: the arm's, or its twin's; its last checkpoint's master weights, else the exported ones.
     """
     model = on_device(_trained(arm, folder)).eval()
-    attach(model, _calibrated_plan(plan))
+    attach(model, calibrated_plan(plan))
     device = next(model.parameters()).device
     with torch.autocast(device.type, dtype=DTYPES[arm.model.compute_dtype], enabled=_autocasts(arm)):
         calibrate(model, [batch.to(device) for batch in batches])
@@ -90,7 +89,7 @@ def input_histograms(model: Any, input_ids: Tensor, scales: Mapping[str, float],
 def _trained(arm: Arm, folder: ArmFolder) -> Any:
     checkpoint, _ = latest_checkpoint(folder.path / "checkpoints")
     if checkpoint is None:
-        plain = arm.model.model_copy(update={"path": str(Path(folder.path)), "revision": None})
+        plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         return load_model(plain, DTYPES[arm.model.param_dtype])
     model = load_model(arm.model, DTYPES[arm.model.param_dtype])
     with torch.no_grad():
@@ -99,12 +98,13 @@ def _trained(arm: Arm, folder: ArmFolder) -> Any:
     return model
 
 
-def _calibrated_plan(plan: QuantPlan) -> QuantPlan:
+def calibrated_plan(plan: QuantPlan) -> QuantPlan:
+    """The plan with every scale of a whole tensor from calibration, whatever its own scaling."""
     roles = {
         role: replace(spec, scaling=CALIBRATED) if spec.granularity == "per_tensor" else spec
         for role, spec in plan.roles.items()
     }
-    return replace(plan, roles=roles)
+    return replace(plan, roles=roles, saved_activations="values")
 
 
 def _autocasts(arm: Arm) -> bool:

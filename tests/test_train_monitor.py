@@ -1,0 +1,318 @@
+"""What is watched while a run trains: tensor statistics, the forgetting probe, alarms."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_llama, word_tokenizer
+from training import Recorder, TinyStudy
+
+from qatrun.data import open_data, open_probe
+from qatrun.errors import AlarmStop
+from qatrun.numerics import round_to_format
+from qatrun.quant import STATISTICS, Mode, attach, make_plan
+from qatrun.recipe import AlarmConfig, QatConfig
+from qatrun.train import read_metrics, read_tensor_stats
+from qatrun.train.alarms import AlarmWatch, saturation_remedy
+from qatrun.train.probe import Probe
+from qatrun.train.tensors import TensorFile
+
+NO_AUTOCAST = contextlib.nullcontext
+
+
+def table(count: int, **columns: Any) -> np.ndarray[Any, Any]:
+    """Statistics of `count` tensors: NaN where not given."""
+    values = [np.broadcast_to(columns.get(name, np.nan), count) for name in STATISTICS]
+    return np.stack(values, axis=1).astype(np.float32)
+
+
+class TestStatistics:
+    def quantized(self, **qat: Any) -> tuple[Any, Any]:
+        model = tiny_llama()
+        state = attach(model, make_plan(model, QatConfig(**qat)))
+        model.train()
+        state.mode = Mode.QUANTIZE
+        return model, state
+
+    def row(self, state: Any, taken: torch.Tensor, slot: str) -> dict[str, float]:
+        return dict(zip(STATISTICS, taken[state.index[slot]].tolist(), strict=True))
+
+    def test_fractions_amax_and_noise_are_those_of_the_tensor(self) -> None:
+        model, state = self.quantized(format="int8")
+        ids = torch.arange(32).view(2, 16)
+        model(input_ids=ids)
+        state.push()
+        state.take_statistics()
+        state.measures_noise = True
+        weight = model.model.layers[1].mlp.up_proj.weight
+        slot = "model.layers.1.mlp.up_proj:weight"
+        with torch.no_grad():
+            weight[0, 0] = 40 * weight.abs().max()  # far above what the scale was made for
+        model(input_ids=ids)
+        scale = state.scale[state.index[slot]].clone()
+        state.push()
+        row = self.row(state, state.take_statistics(), slot)
+        grid = round_to_format(weight / scale, "int8")
+        noise = (weight - grid * scale).square().sum()
+        assert row["amax"] == weight.abs().max()
+        assert row["scale"] == scale
+        assert row["overshoot"] == pytest.approx(float(weight.abs().max() / (scale * 127)))
+        assert row["clip_fraction"] == pytest.approx(1 / weight.numel())
+        assert row["underflow_fraction"] == pytest.approx(float(((grid == 0) & (weight != 0)).float().mean()))
+        assert row["sqnr_db"] == pytest.approx(float(10 * (weight.square().sum() / noise).log10()), abs=1e-3)
+
+    def test_every_micro_batch_counts_and_a_recomputed_forward_changes_nothing(self) -> None:
+        model, state = self.quantized(scaling={"window": 1})
+        first, second = torch.arange(32).view(2, 16), torch.arange(30, 46).view(1, 16)
+        model(input_ids=first)
+        state.push()
+        state.take_statistics()
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1.5
+        rows = []
+        for batches in ((first, second), (first, first, second, second)):
+            for ids in batches:
+                model(input_ids=ids)
+            amax = state.amax.clone()
+            rows.append(state.take_statistics())
+            assert torch.equal(state.amax, amax)
+        assert torch.equal(rows[0][:, 3:5].nan_to_num(), rows[1][:, 3:5].nan_to_num())
+
+    def test_taking_begins_anew_and_evaluation_is_not_counted(self) -> None:
+        model, state = self.quantized()
+        ids = torch.arange(32).view(2, 16)
+        model(input_ids=ids)
+        state.push()
+        assert not state.take_statistics()[:, 0].eq(0).any()
+        model.eval()(input_ids=ids)
+        assert state.take_statistics()[:, [1, 2, 3, 4, 5]].isnan().all()
+
+    @pytest.mark.parametrize("scaling", [{"type": "dynamic"}, {"type": "delayed"}])
+    def test_a_scale_of_the_tensor_at_hand_fits(self, scaling: dict[str, Any]) -> None:
+        """Dynamic scaling, and the first step of delayed scaling, which has no history."""
+        model, state = self.quantized(scaling=scaling)
+        model(input_ids=torch.arange(32).view(2, 16))
+        state.push()
+        assert torch.allclose(state.take_statistics()[:, 2], torch.ones(len(state.names)))
+
+
+def test_ema_is_the_weighted_mean_of_the_window() -> None:
+    model = tiny_llama()
+    plan = make_plan(model, QatConfig(scaling={"algorithm": "ema", "ema_decay": 0.8, "window": 3}))
+    state = attach(model, plan)
+    state.mode = Mode.QUANTIZE
+    seen: list[float] = []
+    for amax in (0.0, 2.0, 5.0, 1.0, 0.0, 3.0):
+        state.amax.fill_(amax)
+        state.push()
+        seen.insert(0, amax)
+        weights = [0.8**age if value > 0 else 0.0 for age, value in enumerate(seen[:3])]
+        if sum(weights):
+            mean = sum(w * v for w, v in zip(weights, seen[:3], strict=True)) / sum(weights)
+            assert state.scale.tolist() == pytest.approx([mean / 15] * len(state.names), rel=1e-6)
+    before = state.scale.clone()
+    state.amax.fill_(float("inf"))
+    state.push()
+    assert torch.equal(state.scale, before)
+
+
+class TestTensorFile:
+    def test_parts_are_read_back_in_order_with_nothing_where_nothing_was_measured(self, tmp_path: Path) -> None:
+        file = TensorFile(tmp_path, ["a:input", "a:weight"], from_step=0)
+        file.add(1, table(2, amax=[1.0, 2.0]))
+        file.write(1)
+        file.add(2, table(2, amax=3.0, scale=0.5, clip_fraction=0.25))
+        file.write(2)
+        rows = read_tensor_stats(tmp_path).to_pylist()
+        assert [(row["step"], row["tensor"], row["amax"]) for row in rows] == [
+            (1, "a:input", 1.0),
+            (1, "a:weight", 2.0),
+            (2, "a:input", 3.0),
+            (2, "a:weight", 3.0),
+        ]
+        assert [row["clip_fraction"] for row in rows] == [None, None, 0.25, 0.25]
+
+    def test_what_is_later_than_the_checkpoint_is_dropped(self, tmp_path: Path) -> None:
+        file = TensorFile(tmp_path, ["a:input"], from_step=0)
+        for step in (2, 4, 6):
+            file.add(step, table(1, amax=step))
+            file.write(step)
+        TensorFile(tmp_path, ["a:input"], from_step=4)
+        assert read_tensor_stats(tmp_path)["step"].to_pylist() == [2, 4]
+
+    def test_a_long_run_of_a_large_model_is_small(self, tmp_path: Path) -> None:
+        """182 linears for 10,000 steps: here 100 steps of incompressible numbers, times 100."""
+        rng = np.random.default_rng(0)
+        names = [
+            f"model.layers.{i}.mlp.down_proj:{role}" for i in range(182) for role in ("input", "weight", "grad_output")
+        ]
+        file = TensorFile(tmp_path, names, from_step=0)
+        for step in range(100):
+            file.add(step + 1, rng.random((len(names), len(STATISTICS)), dtype=np.float32))
+        file.write(100)
+        assert 100 * (tmp_path / "tensors/step-000100.parquet").stat().st_size < 200 * 2**20 * 6 / 5
+
+
+class TestProbe:
+    def texts(self) -> torch.Tensor:
+        return torch.randint(0, 90, (3, 16), generator=torch.Generator().manual_seed(0))
+
+    def test_the_start_model_has_not_moved(self) -> None:
+        model = tiny_llama()
+        probe = Probe.of_start(model, self.texts(), 8, NO_AUTOCAST)
+        assert probe.divergence(model, NO_AUTOCAST) == pytest.approx(0.0, abs=1e-6)
+
+    def test_with_the_whole_vocabulary_it_is_the_exact_divergence_and_with_less_it_is_smaller(self) -> None:
+        start, now = tiny_llama(), tiny_llama()
+        with torch.no_grad():
+            for p in now.parameters():
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        p, q = (m.eval()(input_ids=self.texts()).logits.double().log_softmax(-1) for m in (start, now))
+        exact = float((p.exp() * (p - q)).sum(-1).mean())
+        assert exact > 0.01
+        whole = Probe.of_start(start, self.texts(), 10**6, NO_AUTOCAST).divergence(now, NO_AUTOCAST)
+        few = Probe.of_start(start, self.texts(), 4, NO_AUTOCAST).divergence(now, NO_AUTOCAST)
+        assert whole == pytest.approx(exact, rel=1e-3)
+        assert 0 < few < exact
+
+    def test_it_is_kept_on_disk_and_leaves_the_model_as_it_was(self, tmp_path: Path) -> None:
+        model = tiny_llama().train()
+        probe = Probe.of_start(model, self.texts(), 8, NO_AUTOCAST)
+        probe.save(tmp_path / "probe.safetensors")
+        read = Probe.load(tmp_path / "probe.safetensors")
+        assert all(torch.equal(value, vars(read)[name]) for name, value in vars(probe).items())
+        before = torch.get_rng_state()
+        read.divergence(model, NO_AUTOCAST)
+        assert model.training
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestAlarms:
+    names = ("a:input", "b:input", "a:weight")
+
+    def watch(self, **config: Any) -> AlarmWatch:
+        return AlarmWatch(
+            AlarmConfig(**config), QatConfig(scaling={"algorithm": "most_recent", "window": 1}), self.names
+        )
+
+    def test_clipping_that_lasts_is_raised_once_with_the_worst_tensor_and_what_to_do(self) -> None:
+        watch = self.watch(patience=4)
+        clipping = table(3, clip_fraction=[0.0, 0.01, 0.0], overshoot=[1.0, 6.2, 1.0])
+        raised = [alarm for step in range(740, 760) for alarm in watch.see_tensors(step, clipping, 1)]
+        assert [alarm.to_dict() for alarm in raised] == [
+            {
+                "step": 740,
+                "kind": "saturation",
+                "text": "step 740: 1 of 2 inputs clip > 0.1 % of their values over 4 steps, worst b (0.25 %, overshoot "
+                "6.2x): scale estimates lag; in qat.scaling use algorithm max, widen window (1)",
+                "tensor": "b:input",
+            }
+        ]
+
+    def test_one_burst_in_a_long_run_is_none(self) -> None:
+        watch = self.watch()
+        quiet, burst = table(3, clip_fraction=0.0), table(3, clip_fraction=0.015)
+        assert not [a for step in range(100) for a in watch.see_tensors(step, burst if step == 50 else quiet, 1)]
+
+    def test_coarse_tensors_need_two_measurements_in_a_row(self) -> None:
+        watch = self.watch()
+        coarse, fine = (table(3, clip_fraction=0.0, sqnr_db=[30.0, 30.0, db]) for db in (4.0, 12.0))
+        not_measured = table(3, clip_fraction=0.0)
+        found = [
+            list(watch.see_tensors(i, t, 1)) for i, t in enumerate((coarse, fine, coarse, not_measured, coarse, coarse))
+        ]
+        assert [[alarm.kind for alarm in alarms] for alarms in found] == [[], [], [], [], ["resolution"], []]
+        assert "worst a (4.0 dB)" in found[4][0].text
+
+    def test_forgetting_and_quantization_are_told_apart(self) -> None:
+        watch = self.watch()
+        probes = [(0.01, None), (0.3, None), (0.3, 0.31), (0.3, 0.5), (0.3, 0.5), (0.3, 0.5)]
+        found = [list(watch.see_probe(step, *probe)) for step, probe in enumerate(probes)]
+        assert [[alarm.kind for alarm in alarms] for alarms in found] == [
+            [],
+            [],
+            ["forgetting"],
+            [],
+            ["quantization"],
+            [],
+        ]
+        assert "lower train.learning_rate" in found[2][0].text
+
+    def test_null_thresholds_never_raise(self) -> None:
+        watch = self.watch(clip_fraction=None, sqnr_db=None, forgetting_kl=None, quantization_kl=None)
+        bad = table(3, clip_fraction=1.0, overshoot=9.0, sqnr_db=-3.0)
+        assert not [
+            a for step in range(99) for a in (*watch.see_tensors(step, bad, 1), *watch.see_probe(step, 9.0, 99.0))
+        ]
+
+    def test_a_resumed_watch_goes_on_where_it_was(self) -> None:
+        clipping = table(3, clip_fraction=0.004)
+        whole, first = self.watch(), self.watch()
+        expected = [a for step in range(9) for a in whole.see_tensors(step, clipping, 1)]
+        found = [a for step in range(4) for a in first.see_tensors(step, clipping, 1)]
+        second = self.watch()
+        second.restore(first.counters())
+        found += [a for step in range(4, 9) for a in second.see_tensors(step, clipping, 1)]
+        assert found == expected
+        assert expected
+
+    @pytest.mark.parametrize(
+        ("qat", "said"),
+        [
+            ({"scaling": {"algorithm": "max", "window": 4}}, "widen window (4)"),
+            ({"scaling": {"update_interval": 10}}, "update_interval 1"),
+            ({"scaling": {"type": "static"}}, "scaling static does not follow"),
+            ({"scaling": {}}, "amax grows faster than a window of 64 sees"),
+            ({"scaling": {"window": 4}, "clip": "target"}, "or clip: format"),
+        ],
+    )
+    def test_the_remedy_is_one_that_the_settings_lack(self, qat: dict[str, Any], said: str) -> None:
+        assert said in saturation_remedy(QatConfig(**qat), "input")
+
+
+class TestInTraining:
+    def test_statistics_probe_and_alarms_of_a_run(self, tmp_path: Path) -> None:
+        study = TinyStudy(tmp_path / "a", monitor={"every": 2})
+        segments = study.arms["hif8"]
+        study.train(segments.trunk)
+        study.train(segments.own)
+        assert sorted(set(read_tensor_stats(segments.own.folder)["step"].to_pylist())) == [4, 6]
+        probed = {row["step"]: row for row in read_metrics(segments.own.folder / "metrics.jsonl") if "kl_off" in row}
+        assert list(probed) == [2, 3, 4, 6, 7]  # every 2 steps, and the last of each segment
+        assert ["kl_on" in row for row in probed.values()] == [False, False, True, True, True]
+        kinds = [row["kind"] for row in read_metrics(segments.own.folder / "alarms.jsonl")]
+        assert kinds[0] == "forgetting"
+        assert set(kinds) == {"forgetting", "resolution"}
+
+    def test_watching_changes_no_number(self, tmp_path: Path) -> None:
+        final = []
+        for name, monitor in (("watched", {}), ("not", {"probe": None, "sqnr_every": None, "every": 5})):
+            model = TinyStudy(tmp_path / name, monitor=monitor).train_arm()
+            final.append(model.state_dict())
+        assert all(torch.equal(value, final[1][name]) for name, value in final[0].items())
+
+    def test_an_alarm_may_end_the_run_which_can_go_on(self, tmp_path: Path) -> None:
+        study = TinyStudy(tmp_path / "a", monitor={"on_alarm": "stop"})
+        trunk = study.arms["hif8"].trunk
+        with pytest.raises(AlarmStop, match=r"(?s)stopped by an alarm .* in trunk, and saved: step 3: .*add an arm"):
+            study.train(trunk, listener := Recorder())
+        assert len(listener.alarms) == 1
+        _, outcome = study.train(trunk)
+        assert outcome.steps == 3
+
+
+def test_the_probe_reads_its_own_text_or_what_is_held_out(tmp_path: Path) -> None:
+    study = TinyStudy(tmp_path / "a")
+    config = study.arms["bf16"].own.arm.data
+    held_out = open_data(config, word_tokenizer(), 0).valid.input_ids
+    assert torch.equal(open_probe(config, word_tokenizer(), 99), held_out)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "' + "w1 w2 w3 " * 30 + '"}\n', encoding="utf-8")
+    own = config.model_copy(update={"probe": config.train.model_copy(update={"path": str(other)})})
+    assert open_probe(own, word_tokenizer(), 3).unique().numel() <= 4
