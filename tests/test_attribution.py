@@ -1,0 +1,96 @@
+"""The rule that names a cause, and the effects that it stands on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from qatrun.evaluate.attribution import EFFECTS, Effect, answer_log_probability, effects, findings
+from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
+
+NUM_ITEMS = 400
+
+
+def scores(accuracy: float, *, nats: float = 0.0, seed: int = 0, order: int = 0) -> Scores:
+    """A model right on the first share of the items, whose right answer stands `nats` lower among four choices."""
+    rng = np.random.default_rng(seed)
+    choices = rng.normal(size=(NUM_ITEMS, 4))
+    choices[:, 0] += 1.0 - nats
+    ids = np.array([f"item:{i}:x" for i in range(NUM_ITEMS)])
+    correct = np.arange(NUM_ITEMS) < accuracy * NUM_ITEMS
+    rows = np.random.default_rng(order).permutation(NUM_ITEMS) if order else np.arange(NUM_ITEMS)
+    items = ItemScores(ids[rows], correct[rows], choices[rows, 0], choices[rows])
+    return Scores({"task": TaskScore("task", "acc", 0, 0, items)}, {})
+
+
+def study(**drops: tuple[float, float]) -> dict[str, Effect]:
+    """Effects between models, each given as its (accuracy, nats)."""
+    healthy = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh"), (0.8, 0.0))
+    models = {name: scores(a, nats=n) for name, (a, n) in (healthy | drops).items()}
+    return effects(models, {})
+
+
+@pytest.mark.parametrize(
+    ("drops", "clipped", "found"),
+    [
+        ({}, False, ()),
+        ({}, True, ()),  # clipping that does no harm is none
+        ({"on": (0.794, 0.005)}, True, ()),
+        (dict.fromkeys(("twin", "ptq", "off", "on", "fresh"), (0.6, 0.3)), False, ("forgetting",)),
+        ({"on": (0.6, 0.5)}, True, ("saturation",)),
+        ({"on": (0.6, 0.5), "off": (0.5, 0.9)}, True, ("saturation",)),  # weights that have adapted to the clip
+        ({"on": (0.6, 0.5), "ptq": (0.6, 0.5), "fresh": (0.6, 0.5)}, False, ("resolution",)),
+        ({"on": (0.5, 0.9), "ptq": (0.6, 0.5)}, True, ("saturation", "resolution")),
+        ({"on": (0.6, 0.5)}, False, ("divergence",)),
+        (
+            {"twin": (0.6, 0.3), "ptq": (0.6, 0.3), "on": (0.4, 0.9), "off": (0.5, 0.6), "fresh": (0.5, 0.5)},
+            True,
+            ("forgetting", "saturation"),
+        ),
+    ],
+)
+def test_the_rule(drops: dict[str, tuple[float, float]], clipped: bool, found: tuple[str, ...]) -> None:
+    assert findings(study(**drops), clipped=clipped) == found
+
+
+def test_a_drop_in_log_probability_alone_is_enough() -> None:
+    """What accuracy over so few items cannot show."""
+    effect = study(on=(0.8, 0.05))["whole"]
+    assert effect.ci95_pp[0] < 1.0
+    assert effect.ci95_nats[0] > 0.02
+    assert findings(study(on=(0.8, 0.05)), clipped=True) == ("saturation",)
+
+
+def test_effects_pair_items_by_name_whatever_their_order() -> None:
+    models = {"start": scores(0.8), "twin": scores(0.7, nats=0.1, order=5)}
+    effect = effects(models, {"start": 1.0, "twin": 1.5})["training"]
+    assert effect.drop_pp == pytest.approx(10.0)
+    assert effect.drop_nats == pytest.approx(
+        effects({**models, "twin": scores(0.7, nats=0.1)}, {})["training"].drop_nats
+    )
+    assert effect.log_perplexity == pytest.approx(0.5)
+    low, high = effect.ci95_nats
+    assert low < effect.drop_nats < high
+    assert high - low < 0.02  # paired: the same items
+
+
+def test_effects_need_both_models() -> None:
+    assert set(effects({"start": scores(0.8), "twin": scores(0.8)}, {})) == {"training"}
+    assert set(study()) == set(EFFECTS)
+    assert study()["whole"].log_perplexity is None
+
+
+def test_answer_log_probability_is_among_the_choices() -> None:
+    items = ItemScores(
+        np.array(["a", "b"]),
+        np.array([True, False]),
+        np.array([-1.0, -3.0]),
+        np.array([[-1.0, -1.0, np.nan], [-3.0, -2.0, -1.0]]),
+    )
+    found = answer_log_probability(TaskScore("t", "acc", 0, 0, items))
+    assert found[0] == pytest.approx(math.log(0.5))
+    assert found[1] == pytest.approx(-3 - math.log(math.exp(-3) + math.exp(-2) + math.exp(-1)))
+    alone = ItemScores(np.array(["a"]), np.array([True]), np.array([-2.5]), np.array([[-2.5]]))
+    assert answer_log_probability(TaskScore("t", "acc", 0, 0, alone)).tolist() == [-2.5]

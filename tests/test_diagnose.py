@@ -1,0 +1,67 @@
+"""`qatrun diagnose` and `qatrun report` on finished studies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_world import run_qatrun
+
+from qatrun.evaluate.scores import Scores
+
+
+def test_train_ends_with_a_diagnosis_and_the_page(trained_world: Path) -> None:
+    log = (trained_world / "tiny.log").read_text(encoding="utf-8")
+    diagnosis = json.loads((trained_world / "runs/tiny/diagnosis.json").read_text(encoding="utf-8"))
+    assert f"diagnosis: {diagnosis['sentence']}" in " ".join(log.split())
+    assert "the page: runs/tiny/report.html" in log
+
+
+def test_effects_are_between_the_scores_on_disk(trained_world: Path) -> None:
+    study = trained_world / "runs/tiny"
+    arm = json.loads((study / "diagnosis.json").read_text(encoding="utf-8"))["arms"]["hif8"]
+    (ptq,) = study.glob("bf16/ptq-*")
+    places = {"start": "start/eval", "twin": "bf16/eval", "on": "hif8/eval", "off": "hif8/eval-quantizers-off"}
+    places |= {"ptq": f"bf16/{ptq.name}", "fresh": "hif8/eval-fresh-scales"}
+    scores = {name: Scores.load(study / place) for name, place in places.items()}
+    for task, accuracy in arm["accuracy"].items():
+        assert accuracy == {name: found.tasks[task].accuracy for name, found in scores.items()}
+        for effect in arm["tasks"][task]:
+            drop = 100 * (accuracy[effect["from"]] - accuracy[effect["to"]])
+            assert effect["drop_pp"] == pytest.approx(drop)
+    assert set(arm["perplexity"]) == set(places)
+    assert arm["worst_tensors"]
+    histograms = json.loads((study / "hif8/histograms.json").read_text(encoding="utf-8"))["tensors"]
+    assert all(sum(h["counts"]) + h["num_zero"] == h["num_values"] for h in histograms)
+
+
+def test_a_diagnosis_is_made_again_from_what_is_scored(trained_world: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_world, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "runs/tiny/diagnosis.json").read_text(encoding="utf-8")
+    (tmp_path / "runs/tiny/diagnosis.json").unlink()
+    ran = run_qatrun("diagnose", "tiny", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "scoring" not in ran.err
+    assert (tmp_path / "runs/tiny/diagnosis.json").read_text(encoding="utf-8") == before
+    for model in ("start", "twin", "ptq", "off", "on", "fresh"):
+        assert model in ran.out
+    shown = run_qatrun("diagnose", "runs/tiny", "--json", cwd=tmp_path)
+    assert json.loads(shown.out)["runs/tiny"] == json.loads(before)
+
+
+def test_report_writes_the_page_of_the_newest_study(trained_world: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_world / "runs/tiny", tmp_path / "runs/tiny")
+    (tmp_path / "runs/tiny/report.html").unlink()
+    ran = run_qatrun("report", cwd=tmp_path)
+    assert ran == (0, "wrote runs/tiny/report.html\n", "")
+    assert (tmp_path / "runs/tiny/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("verb", "study"), [("diagnose", "nothing"), ("report", "nothing")])
+def test_a_study_that_is_not_there(verb: str, study: str, tmp_path: Path) -> None:
+    ran = run_qatrun(verb, study, cwd=tmp_path)
+    assert (ran.code, ran.err) == (2, "no study 'nothing' in runs\n")
+    ran = run_qatrun(verb, cwd=tmp_path)
+    assert (ran.code, ran.err) == (2, "no study in runs yet\n")
