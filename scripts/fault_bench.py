@@ -2,6 +2,7 @@
 
     python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 19 cells, about 12 minutes on one core
     python scripts/fault_bench.py --summary --output /tmp/faults      the confusion matrix over all seeds that are there
+    python scripts/fault_bench.py --healthy 10 --output /tmp/faults   alarms of the demo's HiF8 arm over 10 seeds, unscored
 
 Planted, each in hif8, fp8_e4m3 and int8:
 
@@ -48,10 +49,12 @@ from qatrun.quant import ScaleState
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
 from qatrun.report import TerminalDisplay
-from qatrun.study import run_study, single
+from qatrun.study import preflight, run_study, single
 from qatrun.study.diagnose import diagnose
 from qatrun.study.layout import StudyFolder, read_json, write_json
 from qatrun.study.records import first_alarm
+from qatrun.study.segments import plan_segments
+from qatrun.train import read_metrics
 
 FORMATS = ("hif8", "fp8_e4m3", "int8")
 PLANTED = {
@@ -225,6 +228,25 @@ def cell_of(
     }
 
 
+def run_healthy(num_seeds: int, output: Path) -> None:
+    """Train the demo as it is, seed by seed, and print every alarm."""
+    console, raised = Console(), 0
+    with TerminalDisplay(console) as display:
+        for seed in range(num_seeds):
+            settings = [f"output_dir={output}", f"name=healthy-{seed}", f"train.seed={seed}"]
+            recipe = load_recipe("demo", settings)
+            checked, folder = preflight(recipe), StudyFolder(output / f"healthy-{seed}")
+            study = single._Study(recipe, checked, folder, display, ())
+            for segments in plan_segments(checked.arms, checked.plans, folder.path):
+                if segments.own.arm.name == "hif8" and segments.trunk is not None:
+                    study._train(segments.trunk)
+                    study._train(segments.own)
+            alarms = read_metrics(folder.arm("hif8").path / "alarms.jsonl")
+            raised += bool(alarms)
+            console.print(f"seed {seed}: {len(alarms)} alarms", *(row["text"] for row in alarms), sep="\n  ")
+    console.print(f"{raised} of {num_seeds} healthy runs raised an alarm")
+
+
 def summarize(output: Path, console: Console) -> None:
     """Print the confusion matrix and a line for each cell."""
     cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
@@ -256,7 +278,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--summary", action="store_true", help="only print what is there")
+    parser.add_argument("--healthy", type=int, metavar="SEEDS", help="only train the healthy demo over so many seeds")
     options = parser.parse_args()
+    if options.healthy:
+        run_healthy(options.healthy, options.output)
+        return
     if not options.summary:
         run_seed(options.seed, options.output)
     summarize(options.output, Console())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.arms import SHAPES, UNQUANTIZED, Trainee, arm_names, trainee
+from benchmarks.arms import SHAPES, UNQUANTIZED, WATCHED, Trainee, arm_names, trainee
 from benchmarks.timing import Progress, Row, Settings, counted
 from benchmarks.worker import in_new_process
 
@@ -19,7 +19,7 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
         cases.append(("fp32", False, False))
     rows = []
     for name, bf16, checkpointing in cases:
-        arms = arm_names()
+        arms = [arm for arm in arm_names() if arm != WATCHED]
         progress.begin(f"memory {name}", 2 * len(arms))
         saved, peak = {}, {}
         for arm in arms:

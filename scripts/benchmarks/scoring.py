@@ -8,7 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms import SHAPES, UNQUANTIZED, Shape, arm_names, build_model, quantize_model, token_ids, trainee
+from benchmarks.arms import (
+    SHAPES,
+    UNQUANTIZED,
+    WATCHED,
+    Shape,
+    arm_names,
+    build_model,
+    quantize_model,
+    token_ids,
+    trainee,
+)
 from benchmarks.timing import Progress, Row, Settings, interleave, rows_against
 from qatrun.quant import freeze
 
@@ -20,7 +30,11 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
         if settings.device == "cuda" and name == "fp32":
             continue
         shape, rounds = SHAPES[settings.model], 6 if settings.quick else 20
-        arms = [arm for arm in arm_names() if not (settings.quick and arm.startswith("torchao")) and "codes" not in arm]
+        arms = [
+            arm
+            for arm in arm_names()
+            if not (settings.quick and arm.startswith("torchao")) and arm not in ("hif8_codes", WATCHED)
+        ]
         contestants = {arm: _scorer(arm, shape, dtype, settings.device) for arm in arms}
         for run in contestants.values():
             run()
