@@ -35,14 +35,21 @@ format: $(READY)
 reference: $(READY)
 	$(BIN)/python -m qatrun.recipe.reference
 
-# On a machine that does nothing else. BENCH=cuda for the GPU.
+# On a machine that does nothing else. BENCH=cuda for the GPU. In an environment of its own: where torchao is installed,
+# transformers loads it and prints its warnings.
 BENCH ?= cpu
-bench: $(READY)
-	$(BIN)/pip install --quiet --editable '.[bench]'
-	$(BIN)/python scripts/bench.py all --device $(BENCH) --output scripts/bench_results
+BENCH_VENV := .venv-bench
+$(BENCH_VENV)/.ready: pyproject.toml
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet torch==2.13.0
+	$(BENCH_VENV)/bin/pip install --quiet --editable '.[bench]'
+	touch $@
 
-bench-check: $(READY)
-	$(BIN)/python scripts/bench.py all --device $(BENCH) --quick --check scripts/bench_results
+bench: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python scripts/bench.py all --device $(BENCH) --output scripts/bench_results
+
+bench-check: $(BENCH_VENV)/.ready
+	$(BENCH_VENV)/bin/python scripts/bench.py all --device $(BENCH) --quick --check scripts/bench_results
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
