@@ -10,6 +10,7 @@ import pytest
 from tiny_world import run_qatrun
 
 from qatrun.evaluate.scores import Scores
+from qatrun.train import read_metrics
 
 
 def test_train_ends_with_a_diagnosis_and_the_page(trained_world: Path) -> None:
@@ -65,3 +66,15 @@ def test_a_study_that_is_not_there(verb: str, study: str, tmp_path: Path) -> Non
     assert (ran.code, ran.err) == (2, "no study 'nothing' in runs\n")
     ran = run_qatrun(verb, cwd=tmp_path)
     assert (ran.code, ran.err) == (2, "no study in runs yet\n")
+
+
+def test_the_mini_benchmark_is_scored_at_each_probe(world: Path) -> None:
+    settings = ("--set", "name=mini", "--set", "monitor.probe={every: 20, items: 5}", "--set", "diagnose.at_end=false")
+    assert run_qatrun("train", "tiny.yaml", *settings, cwd=world).code == 0
+    rows = {row["step"]: row for row in read_metrics(world / "runs/mini/hif8/metrics.jsonl") if "kl_off" in row}
+    assert list(rows) == [10, 20, 40]
+    assert "accuracy_on/likes.yaml" not in rows[10]
+    for step in (20, 40):
+        for task in ("likes.yaml", "demo_facts"):
+            assert {rows[step][f"accuracy_{state}/{task}"] for state in ("on", "off")} <= {i / 5 for i in range(6)}
+    assert not (world / "runs/mini/diagnosis.json").exists()

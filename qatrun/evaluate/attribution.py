@@ -22,7 +22,7 @@ More than one may be found; none is a healthy run. Pure: arrays in, numbers out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,14 +176,3 @@ def _mean_interval(values: npt.NDArray[np.float64]) -> Interval:
         return (-np.inf, np.inf)
     half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return float(values.mean()) - half, float(values.mean()) + half
-
-
-def describe(found: Mapping[str, Effect]) -> Iterator[str]:
-    """A line for each effect, for the eye."""
-    for effect in found.values():
-        low, high = effect.ci95_pp
-        yield (
-            f"{effect.name:<13}{effect.source:>6} -> {effect.target:<6}{effect.drop_pp:+7.2f} pp "
-            f"[{low:+.2f}, {high:+.2f}]  {effect.drop_nats:+.3f} nats "
-            f"[{effect.ci95_nats[0]:+.3f}, {effect.ci95_nats[1]:+.3f}]"
-        )
