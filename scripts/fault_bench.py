@@ -1,7 +1,7 @@
 """Plant faults in runs of the demo, and see whether alarms and diagnosis find them, and nothing else.
 
     python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 19 cells, about 12 minutes on one core
-    python scripts/fault_bench.py --summary --output /tmp/faults      the confusion matrix over all seeds that are there
+    python scripts/fault_bench.py --summary --output /tmp/faults      the confusion matrix over the seeds there; faults.csv
     python scripts/fault_bench.py --healthy 10 --output /tmp/faults   alarms of the demo's HiF8 arm over 10 seeds, unscored
 
 Planted, each in hif8, fp8_e4m3 and int8:
@@ -29,6 +29,7 @@ benchmark items' accuracy nor their answers' log-probability, which the diagnosi
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 from collections import Counter
@@ -271,6 +272,17 @@ def summarize(output: Path, console: Console) -> None:
             ", ".join(f"{kind} {step}" for kind, step in cell["alarms"].items()),
         )
     console.print(table)
+    with (output / "faults.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(
+            ["seed", "format", "fault", "harm_forgetting_nats", "harm_quantization_nats", "label", "found", "alarms"]
+        )
+        for cell in cells:
+            harm = cell["harm_nats"]
+            alarms = " ".join(f"{kind}@{step}" for kind, step in cell["alarms"].items())
+            numbers = [f"{harm[kind]:.4f}" for kind in ("forgetting", "quantization")]
+            causes = [" ".join(cell[key]) for key in ("label", "findings")]
+            rows.writerow([cell["seed"], cell["format"], cell["fault"], *numbers, *causes, alarms])
 
 
 def main() -> None:

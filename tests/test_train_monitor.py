@@ -263,17 +263,18 @@ class TestAlarms:
         assert expected
 
     @pytest.mark.parametrize(
-        ("qat", "said"),
+        ("qat", "overshoot", "said"),
         [
-            ({"scaling": {"algorithm": "max", "window": 4}}, "widen window (4)"),
-            ({"scaling": {"update_interval": 10}}, "update_interval 1"),
-            ({"scaling": {"type": "static"}}, "scaling static does not follow"),
-            ({"scaling": {}}, "amax grows faster than a window of 64 sees"),
-            ({"scaling": {"window": 4}, "clip": "target"}, "or clip: format"),
+            ({"scaling": {"algorithm": "max", "window": 4}}, 1.3, "widen window (4)"),
+            ({"scaling": {"update_interval": 10}}, 8.0, "update_interval 1"),
+            ({"scaling": {"type": "static"}}, 3.0, "scaling static does not follow"),
+            ({"scaling": {}}, 1.3, "amax grows faster than a window of 64 sees"),
+            ({"scaling": {}}, 8.0, "too small by a factor that no trend explains"),
+            ({"scaling": {"window": 4}, "clip": "target"}, 1.3, "or clip: format"),
         ],
     )
-    def test_the_remedy_is_one_that_the_settings_lack(self, qat: dict[str, Any], said: str) -> None:
-        assert said in saturation_remedy(QatConfig(**qat), "input")
+    def test_the_remedy_is_one_that_the_settings_lack(self, qat: dict[str, Any], overshoot: float, said: str) -> None:
+        assert said in saturation_remedy(QatConfig(**qat), "input", overshoot)
 
 
 class TestInTraining:

@@ -102,7 +102,7 @@ class _Diagnosis:
                 for task in models["twin"].tasks
             },
             "perplexity": {name: math.exp(value) for name, value in log_perplexity.items()},
-            "probe": last_probe(mine.path),
+            "probe": _probe(mine, twin),
             "worst_tensors": [asdict(record) for record in records[:SHOWN]],
             "since_step": since,
         }
@@ -192,7 +192,7 @@ class _Diagnosis:
             "saturation": lambda: (
                 f"scales saturate: quantization costs {_cost(effects['whole'])}, of which fitting scales would cost "
                 f"{_cost(effects['ptq'])}; {_worst(records, by_clipping=True)}"
-                f"{saturation_remedy(self.arm.qat, records[0].role) if records else ''}"
+                f"{saturation_remedy(self.arm.qat, records[0].role, records[0].overshoot) if records else ''}"
             ),
             "resolution": lambda: (
                 f"the grid is too coarse: even fitting scales cost {_cost(effects['ptq'])}; "
@@ -204,6 +204,14 @@ class _Diagnosis:
             ),
         }
         return "; and ".join(say[cause]() for cause in causes) + step
+
+
+def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
+    """Model -> KL from the start model at the last probe, nats per token; empty where there was none."""
+    of_arm, of_twin = last_probe(mine.path), last_probe(twin.path)
+    if of_arm is None or of_twin is None or "kl_on" not in of_arm:
+        return {}
+    return {"start": 0.0, "twin": of_twin["kl_off"], "off": of_arm["kl_off"], "on": of_arm["kl_on"]}
 
 
 def _plan(arm: ArmFolder) -> QuantPlan:

@@ -131,7 +131,7 @@ class AlarmWatch:
         return (
             f"{how_many} clip > {100 * (self.config.clip_fraction or 0):g} % of their values over "
             f"{self.config.patience} steps, worst {worst.rpartition(':')[0]} ({100 * clipped:.2g} %, overshoot "
-            f"{overshoot:.1f}x): {saturation_remedy(self.qat, worst.rpartition(':')[2])}"
+            f"{overshoot:.1f}x): {saturation_remedy(self.qat, worst.rpartition(':')[2], overshoot)}"
         )
 
     def _resolution_text(self, how_many: str, worst: str, _: float, sqnr_db: float) -> str:
@@ -147,8 +147,8 @@ RESOLUTION_REMEDY = (
 )
 
 
-def saturation_remedy(qat: QatConfig | None, role: str) -> str:
-    """What to change where a role's tensors saturate under these settings."""
+def saturation_remedy(qat: QatConfig | None, role: str, overshoot: float) -> str:
+    """What to change where a role's tensors saturate under these settings, their amax `overshoot` times its estimate."""
     spec = None if qat is None else next((spec for spec in qat.roles if spec.role == role), None)
     if qat is None or spec is None:
         return "scale estimates do not fit"
@@ -168,6 +168,7 @@ def saturation_remedy(qat: QatConfig | None, role: str) -> str:
 
 
 WIDE_WINDOW = 16
+NOT_A_TREND = 2.0  # amax does not double from one step to the next for long
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -244,7 +244,7 @@ def variants_table(diagnosed: Mapping[str, Row]) -> Table | None:
     return table(
         ("arm", "score", *VARIANTS.values()),
         rows,
-        "Every model on the same items; the probe is text like the pretraining's, in nats per token",
+        "Every model on the same items; the forgetting probe is the KL from the start model on held-out text",
     )
 
 
