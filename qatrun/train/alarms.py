@@ -156,6 +156,8 @@ def saturation_remedy(qat: QatConfig | None, role: str, overshoot: float) -> str
     if scaling.type != "delayed":
         return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
     if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
+        if overshoot > NOT_A_TREND:
+            return f"scales are too small by a factor that no trend explains; check where they come from{edge}"
         return (
             f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
         )
