@@ -164,7 +164,14 @@ def a_dry_run(**fields: Any) -> dict[str, Any]:
         "detectable_drop_pp": None,
         "missing": None,
     }
-    plan = {"num_parameters": None, "arms": [arm], "disk_bytes": None, "tasks": [task], "assumed_discordance": 0.05}
+    plan = {
+        "seeds": None,
+        "num_parameters": None,
+        "arms": [arm],
+        "disk_bytes": None,
+        "tasks": [task],
+        "assumed_discordance": 0.05,
+    }
     return {"name": "x", "model": "x", "folder": "x", **plan, **fields}
 
 
