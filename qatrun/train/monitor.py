@@ -71,7 +71,7 @@ class Monitor:
             if self._records(step):
                 self._tables.append((step, table))
         probe = self.config.probe
-        if self.probe is None or probe is None or (step % probe.every and step != self.segment.last_step):
+        if self.probe is None or probe is None or (step % probe.every and step not in self._ends()):
             return {}
         return self._ask(self.probe)
 
@@ -119,7 +119,13 @@ class Monitor:
             self._alarms.close()
 
     def _records(self, step: int) -> bool:
-        return step % self.config.every == 0
+        # An arm may repeat the end of a trunk whose last checkpoint is damaged; the trunk has recorded that already.
+        repeated = self.segment.trunk is not None and step <= self.segment.arm.warmup.steps
+        return step % self.config.every == 0 and not repeated
+
+    def _ends(self) -> tuple[int, int]:
+        """Last steps of the trunk and of this segment, which are probed whatever the interval."""
+        return self.segment.arm.warmup.steps, self.segment.last_step
 
     def _ask(self, probe: Probe) -> dict[str, float]:
         """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
