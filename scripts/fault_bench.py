@@ -35,8 +35,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -107,7 +109,7 @@ def burst_recipe(seed: int, output: Path) -> Recipe:
     scaling = {"algorithm": "most_recent", "window": 1, "update_interval": BURST_EVERY}
     arms: dict[str, Any] = {"bf16": {"qat": None}}
     arms |= {f"{format}-burst": {"qat": {"format": format, "scaling": scaling, **AT_TARGET}} for format in FORMATS}
-    text = write_bursty_text(output / "bursty.jsonl")
+    text = write_bursty_text(output / f"bursty-{seed}.jsonl", seed)
     return recipe_of(
         "burst", seed, output, arms, data={"train": {"path": str(text), "split": "train", "shuffle": False}}
     )
@@ -120,11 +122,12 @@ def outlier_recipe(seed: int, output: Path) -> Recipe:
     return recipe_of("outlier", seed, output, arms, model={"path": str(write_outlier_model(output / "outlier-model"))})
 
 
-def write_bursty_text(file: Path) -> Path:
-    """Nine batches of stories, then one that says few words over and over, again and again."""
+def write_bursty_text(file: Path, seed: int) -> Path:
+    """Nine batches of stories, then one that says few words over and over, again and again. The seed chooses the stories:
+    nothing else of this text depends on it, since it is read in order."""
     if file.is_file():
         return file
-    stories = demo.documents("finetune")
+    stories = islice(demo.documents("finetune"), 8_000 * (seed % 4), None)
     rows: list[str] = []
     for burst in range(12):
         rows += [next(stories) for _ in range(550)]
@@ -164,17 +167,11 @@ def planted() -> Iterator[None]:
 
     def train_planted(segment: Any, *arguments: Any) -> Any:
         wrong = segment.arm.name.endswith(("-scale", "-lag", "-both")) and segment.quantizes
-        ScaleState._estimate = too_small if wrong else estimate  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(ScaleState, "_estimate", too_small if wrong else estimate):
             return train(segment, *arguments)
-        finally:
-            ScaleState._estimate = estimate  # type: ignore[method-assign]
 
-    single.train = train_planted  # type: ignore[attr-defined]
-    try:
+    with mock.patch.object(single, "train", train_planted):
         yield
-    finally:
-        single.train = train  # type: ignore[attr-defined]
 
 
 def run_seed(seed: int, output: Path) -> None:

@@ -23,9 +23,9 @@ def test_train_ends_with_a_diagnosis_and_the_page(trained_world: Path) -> None:
 def test_effects_are_between_the_scores_on_disk(trained_world: Path) -> None:
     study = trained_world / "runs/tiny"
     arm = json.loads((study / "diagnosis.json").read_text(encoding="utf-8"))["arms"]["hif8"]
-    (ptq,) = study.glob("bf16/ptq-*")
+    (ptq,), (fresh,) = (list(study.glob(f"{arm}/eval-calibrated-*")) for arm in ("bf16", "hif8"))
     places = {"start": "start/eval", "twin": "bf16/eval", "on": "hif8/eval", "off": "hif8/eval-quantizers-off"}
-    places |= {"ptq": f"bf16/{ptq.name}", "fresh": "hif8/eval-fresh-scales"}
+    places |= {"ptq": f"bf16/{ptq.name}", "fresh": f"hif8/{fresh.name}"}
     scores = {name: Scores.load(study / place) for name, place in places.items()}
     for task, accuracy in arm["accuracy"].items():
         assert accuracy == {name: found.tasks[task].accuracy for name, found in scores.items()}

@@ -81,8 +81,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     expected |= {f"hif8/quantized/{name}" for name in ("plan.json", *MODEL)}
     expected |= {f"hif8/eval-quantizers-off/{name}" for name in SCORES}
     expected |= {f"hif8/tensors/step-0000{step}.parquet" for step in range(12, 41, 4)} | {"hif8/histograms.json"}
-    (ptq,) = study.glob("bf16/ptq-*")
-    for variant in (f"bf16/{ptq.name}", "hif8/eval-fresh-scales"):
+    for variant in (
+        f"{arm}/{place.name}" for arm in ("bf16", "hif8") for place in study.glob(f"{arm}/eval-calibrated-*")
+    ):
         expected |= {f"{variant}/{name}" for name in ("log_perplexity.json", *SCORES)}
     assert {file for file in checksums(study) if not file.startswith("report/")} == expected
 

@@ -28,11 +28,9 @@ from qatrun.quant import QuantPlan, freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.study.evidence import DIAGNOSIS_FILE
 from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
-from qatrun.study.records import SHOWN, TensorRecord, first_alarm, last_probe, tensor_records
+from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarm, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
-
-FRESH = "eval-fresh-scales"
 
 
 class ScoringDisplay(Protocol):
@@ -81,13 +79,14 @@ class _Diagnosis:
             "twin": twin.eval,
             "on": mine.eval,
             "off": mine.eval_off,
-            "ptq": self._ptq_place(mine, twin),
-            "fresh": mine.path / FRESH,
+            "ptq": self._calibrated_place(mine, twin),
+            "fresh": self._calibrated_place(mine, mine),
         }
         models = {name: Scores.load(place) for name, place in places.items()}
         effects = attribution.effects(models, log_perplexity)
-        clipping = [record for record in records if record.clip_fraction > self._clips()]
-        causes = attribution.findings(effects, clipped=bool(clipping) or self._alarm("saturation") is not None)
+        limit = clipping_limit(self.recipe.monitor.alarms)
+        clipped = any(record.clip_fraction > limit for record in records) or self._alarm("saturation") is not None
+        causes = attribution.findings(effects, clipped=clipped)
         since = self._since(causes, records)
         return {
             "sentence": f"{self.arm.name}: {self._sentence(causes, effects, records, since)}",
@@ -120,10 +119,11 @@ class _Diagnosis:
     def _score_variants(self, mine: ArmFolder, twin: ArmFolder, records: Sequence[TensorRecord]) -> dict[str, float]:
         """Score the two calibrated models where that has not been done; their log-perplexities."""
         values: dict[str, float] = {}
-        for name, weights, place, what in (
-            ("ptq", twin, self._ptq_place(mine, twin), f"{self.arm.twin} quantized after training"),
-            ("fresh", mine, mine.path / FRESH, f"{self.arm.name} with fresh scales"),
+        for name, weights, what in (
+            ("ptq", twin, f"{self.arm.twin} quantized after training"),
+            ("fresh", mine, f"{self.arm.name} with fresh scales"),
         ):
+            place = self._calibrated_place(mine, weights)
             file = place / "log_perplexity.json"
             if not (file.is_file() and (place / SUMMARY_FILE).is_file()):
                 self.display.begin_scoring(what)
@@ -132,10 +132,13 @@ class _Diagnosis:
             values[name] = read_json(file)
         return values
 
-    def _ptq_place(self, mine: ArmFolder, twin: ArmFolder) -> Path:
-        """Beside the twin, and the same for all arms that differ in how scales are found while training only."""
+    def _calibrated_place(self, mine: ArmFolder, weights: ArmFolder) -> Path:
+        """Beside the weights; of a twin the same for all arms that differ in how scales are found while training only."""
         settings = [calibrated_plan(_plan(mine)).to_dict(), self.recipe.diagnose.calibration_sequences]
-        return twin.path / f"ptq-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+        return (
+            weights.path
+            / f"eval-calibrated-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+        )
 
     def _score_calibrated(
         self, mine: ArmFolder, weights: ArmFolder, place: Path, records: Sequence[TensorRecord]
@@ -156,9 +159,6 @@ class _Diagnosis:
         del model
         gc.collect()
         return found.nll_mean
-
-    def _clips(self) -> float:
-        return self.recipe.monitor.alarms.clip_fraction or math.inf
 
     def _alarm(self, kind: str) -> int | None:
         return first_alarm(self.folder.arm(self.arm.name).path, kind)

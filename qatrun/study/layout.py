@@ -7,8 +7,8 @@ runs/<study>/
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
-    eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-fresh-scales/ and, in a twin's
-                       folder, ptq-<hash>/ those of a diagnosis
+    eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-calibrated-<hash>/ those of
+                       a diagnosis: these weights with calibrated scales (of a twin: PTQ)
     checkpoints/  metrics.jsonl  alarms.jsonl  tensors/  histograms.json  result.json
 
 A study with `train.seeds` holds one such folder for each seed, and what they say together:

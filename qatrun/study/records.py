@@ -44,13 +44,18 @@ class TensorRecord:
         return self.tensor.rpartition(":")[2]
 
 
+def clipping_limit(alarms: AlarmConfig) -> float:
+    """The mean share of clipped values from which a tensor counts as clipping."""
+    return alarms.clip_fraction or CLIPS
+
+
 def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
     """Every quantized tensor of an arm's folder, those that clip most first, then those with least SQNR."""
     table = read_tensor_stats(folder)
     table = table.filter(pc.is_valid(table["clip_fraction"]))
     if not table.num_rows:
         return []
-    limit = alarms.clip_fraction or CLIPS
+    limit = clipping_limit(alarms)
     codes = table["tensor"].combine_chunks()
     names = codes.dictionary.to_pylist()
     index = codes.indices.to_numpy()
@@ -63,7 +68,7 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
         rows = {key: column[index == number] for key, column in columns.items()}
         if not len(rows["step"]):
             continue
-        measured = rows["sqnr_db"][~np.isnan(rows["sqnr_db"])]
+        measured = rows["sqnr_db"][np.isfinite(rows["sqnr_db"])]  # Inf: nothing was lost
         clips = rows["step"][rows["clip_fraction"] > limit]
         records.append(
             TensorRecord(

@@ -5,12 +5,12 @@
     forgetting     quantizers off, the model is further than `forgetting_kl` from the start model, twice in a row
     quantization   quantizers add more than `quantization_kl` to that, twice in a row
 
-Each is raised once a role, when it first holds. Thresholds are keys of `monitor.alarms`.
+Each is raised once (of tensors: once a role), when it first holds. Thresholds are keys of `monitor.alarms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,13 +62,17 @@ class AlarmWatch:
             clipped = np.nan_to_num(columns["clip_fraction"].astype(np.float64))
             self.clipping += share * (clipped - self.clipping)
             affected = self.clipping > self.config.clip_fraction
-            yield from self._new(step, "saturation", affected, self.clipping, columns["overshoot"])
+            yield from self._new(
+                step, "saturation", affected, self.clipping, columns["overshoot"], self._saturation_text
+            )
         measured = ~np.isnan(columns["sqnr_db"])
         if self.config.sqnr_db is not None and measured.any():
             coarse = columns["sqnr_db"] < self.config.sqnr_db
             self.coarse_measurements = np.where(coarse, self.coarse_measurements + 1, 0)
             affected = self.coarse_measurements >= PROBES_IN_A_ROW
-            yield from self._new(step, "resolution", affected, -columns["sqnr_db"], columns["sqnr_db"])
+            yield from self._new(
+                step, "resolution", affected, -columns["sqnr_db"], columns["sqnr_db"], self._resolution_text
+            )
 
     def see_probe(self, step: int, kl_off: float, kl_on: float | None) -> Iterator[Alarm]:
         """The forgetting probe; `kl_on` is None before the switch."""
@@ -117,14 +121,21 @@ class AlarmWatch:
         return new
 
     def _new(
-        self, step: int, kind: str, affected: npt.NDArray[np.bool_], badness: npt.NDArray[Any], shown: Table
+        self,
+        step: int,
+        kind: str,
+        affected: npt.NDArray[np.bool_],
+        badness: npt.NDArray[Any],
+        shown: Table,
+        sentence: Callable[[str, str, float, float], str],
     ) -> Iterator[Alarm]:
+        """An alarm for each role that has affected tensors for the first time."""
         for role in _distinct(self.role[affected]):
             if self._first(f"{kind}:{role}"):
                 here = affected & (self.role == role)
                 worst = int(np.argmax(np.where(here, badness, -np.inf)))
                 how_many = f"{here.sum()} of {(self.role == role).sum()} {role}s"
-                text = getattr(self, f"_{kind}_text")(how_many, self.names[worst], badness[worst], shown[worst])
+                text = sentence(how_many, self.names[worst], badness[worst], shown[worst])
                 yield Alarm(step, kind, f"step {step}: {text}", self.names[worst])
 
     def _saturation_text(self, how_many: str, worst: str, clipped: float, overshoot: float) -> str:

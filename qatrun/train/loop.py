@@ -131,7 +131,8 @@ class _Session:
             self._restore(trunk, from_trunk=True)
         self.segment.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsFile(self.segment.folder / "metrics.jsonl", from_step=self.step, inherited=inherited)
-        self.monitor.start(self.step)
+        for text in self.monitor.start(self.step):
+            self.listener.on_warning(text)
 
     def run_step(self) -> None:
         """One optimizer step: micro-batches, clipping, update, scales. Nothing in it waits for the device."""

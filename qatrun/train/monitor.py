@@ -42,21 +42,28 @@ class Monitor:
         self._tensors: TensorFile | None = None
         self._alarms: MetricsFile | None = None
 
-    def start(self, step: int) -> None:
-        """Open the files after `step` steps. At step 0 the start model is asked about the probe's text."""
+    def start(self, step: int) -> list[str]:
+        """Open the files after `step` steps. At step 0 the start model is asked about the probe's text.
+
+        Returns:
+            Sentences on what cannot be watched.
+        """
         folder, trunk = self.segment.folder, self.segment.trunk
         inherited = None if trunk is None else trunk / "alarms.jsonl"
         self._alarms = MetricsFile(folder / "alarms.jsonl", from_step=step, inherited=inherited)
         if self.quant is not None:
             self._tensors = TensorFile(folder, self.quant.names, from_step=step)
         if self.config.probe is None or self.watched.text is None:
-            return
+            return []
         file = (trunk or folder) / FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)
         elif file.is_file():
             self.probe = Probe.load(file)
+        else:
+            return [f"no forgetting probe in {self.segment.name}: the start model was not asked before the first step"]
+        return []
 
     def begin_step(self, step: int) -> None:
         """Before the forward of the step that makes it `step`."""

@@ -160,7 +160,7 @@ def _drawn(key: str, title: str, layout: Layout, plot: Callable[[Layout], Plot])
 def _box(figure: Any, axes: Any) -> tuple[float, float, float, float]:
     """Left, right, top and bottom in pixels from the upper left corner."""
     box, height = axes.get_window_extent(), figure.bbox.height
-    return tuple(round(float(value), 2) for value in (box.x0, box.x1, height - box.y1, height - box.y0))  # type: ignore[return-value]
+    return round(box.x0, 2), round(box.x1, 2), round(height - box.y1, 2), round(height - box.y0, 2)
 
 
 def _panel(figure: Any, axes: Any, what: int | tuple[int, int]) -> Panel:
