@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qatrun.numerics import Quantized
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,3 +68,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def passes_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
+    """How often a tensor of each shape was quantized."""
+    from qatrun.quant import quantizer
+
+    made: Counter[tuple[int, ...]] = Counter()
+    original = quantizer.quantize
+
+    def counting(x: Tensor, *args: Any, **settings: Any) -> Quantized:
+        made[tuple(x.shape)] += 1
+        return original(x, *args, **settings)
+
+    monkeypatch.setattr(quantizer, "quantize", counting)
+    return made

@@ -1,4 +1,4 @@
-"""What makes quantized training fast changes none of its results: kernels, caches, saved codes, torch.compile."""
+"""What makes quantized training fast changes none of its results: kernels, caches, saved codes."""
 
 from __future__ import annotations
 
@@ -11,81 +11,19 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama, token_ids
+from quantized_steps import SETTINGS, assert_equal, attached, trained
 from torch import Tensor, nn
 
 from qatrun.numerics import passes
-from qatrun.quant import FakeQuantLinear, ScaleState, attach, freeze, make_plan
-from qatrun.quant import quantizer as quantizer_module
-from qatrun.recipe import QatConfig
+from qatrun.quant import FakeQuantLinear, freeze
 
-NUM_STEPS, MICRO_BATCHES = 3, 2
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "hif8": {},
-    "gradients too": {"grad_output": {}},
-    "int8 clipped at the target": {"format": "int8", "clip": "target", "grad_output": {}},
-    "a push a micro-batch": {"scaling": {"unit": "microbatch", "window": 2}},
-    "per channel and token": {
-        "format": "fp8_e4m3",
-        "weight": {"granularity": "per_channel"},
-        "input": {"granularity": "per_token"},
-    },
-    "dynamic": {"scaling": {"type": "dynamic"}},
-    "no mask": {"format": "fp8_e5m2", "ste": "identity"},
-}
-
-
-def attached(make_model: Any = tiny_llama, **qat: Any) -> tuple[Any, ScaleState]:
-    """A model in training mode that quantizes from its first step."""
-    model = make_model().train()
-    state = attach(model, make_plan(model, QatConfig(**qat)))
-    state.begin_quantizing()
-    return model, state
-
-
-def trained(model: Any, state: ScaleState) -> dict[str, Tensor]:
-    """Losses, weights and scale state after a few optimizer steps of two micro-batches each."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
-    losses = []
-    for step in range(NUM_STEPS):
-        for micro in range(MICRO_BATCHES):
-            tokens = token_ids(seed=MICRO_BATCHES * step + micro)
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            losses.append(loss.detach())
-            if state.unit == "microbatch":
-                state.push()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if state.unit == "optimizer_step":
-            state.push()
-    return {"losses": torch.stack(losses)} | dict(model.named_parameters()) | state.tensors()
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert one["losses"].isfinite().all()
 
 
 @pytest.fixture
 def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C++ compiler."""
     monkeypatch.setattr(passes.native, "library", lambda: None)
-
-
-@pytest.fixture
-def passes_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
-    """How often a tensor of each shape was quantized."""
-    made: Counter[tuple[int, ...]] = Counter()
-    original = quantizer_module.quantize
-
-    def counting(x: Tensor, *args: Any, **settings: Any) -> passes.Quantized:
-        made[tuple(x.shape)] += 1
-        return original(x, *args, **settings)
-
-    monkeypatch.setattr(quantizer_module, "quantize", counting)
-    return made
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
@@ -226,7 +164,9 @@ def test_nothing_is_held_while_activations_are_recomputed() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(101, (3, 16))
     loss = model(input_ids=tokens, labels=tokens).loss
-    held = [module.shared_input._result for module in model.modules() if isinstance(module, FakeQuantLinear)]
+    held = [
+        module.quantizers["input"].latest._result for module in model.modules() if isinstance(module, FakeQuantLinear)
+    ]
     assert held == [None] * len(held)
     loss.backward()
 
@@ -255,16 +195,3 @@ def test_bytes_saved_for_the_backward(saved_activations: str, most: float) -> No
     plain = saved_bytes(tiny_llama(**sizes).train())
     model, _ = attached(lambda: tiny_llama(**sizes), saved_activations=saved_activations)
     assert saved_bytes(model) / plain <= most
-
-
-def test_a_compiled_model_trains_the_same() -> None:
-    """Traced, cut at the linears and run by the very same kernels; how AOTAutograd and inductor rearrange what lies
-    between the linears is theirs to test."""
-
-    def one_block() -> tuple[Any, ScaleState]:
-        return attached(lambda: tiny_llama(num_hidden_layers=1), saved_activations="codes", grad_output={})
-
-    expected = trained(*one_block())
-    model, state = one_block()
-    compiled = trained(torch.compile(model, backend="eager"), state)
-    assert_equal(expected, {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()})

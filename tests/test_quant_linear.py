@@ -310,7 +310,7 @@ def test_off_and_observe_compute_what_the_linear_computes() -> None:
         result = computed(module, x, g)
         for name, value in vars(expected).items():
             assert torch.equal(getattr(result, name), value), (mode, name)
-        seen = {role: float(state.amax[slot]) for role, slot in module.slots.items()}
+        seen = {role: float(state.amax[quantizer.slot]) for role, quantizer in module.quantizers.items()}
         observed = {"weight": float(w.abs().max()), "input": float(x.abs().max()), "grad_output": float(g.abs().max())}
         assert seen == (observed if mode is Mode.OBSERVE else dict.fromkeys(seen, 0.0))
 

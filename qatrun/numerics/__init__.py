@@ -8,7 +8,7 @@ encoding functions are in units of the grid.
 from qatrun.numerics.codes import decode, encode
 from qatrun.numerics.fake_quant import Clip, Ste, clip_limit, fake_quantize
 from qatrun.numerics.metrics import clip_fraction, sqnr_db, underflow_fraction
-from qatrun.numerics.passes import Quantized, codes_to_grid, quantize, rescale_, scale_gradient
+from qatrun.numerics.passes import Quantized, code_dtype, codes_to_grid, quantize, rescale_, scale_gradient
 from qatrun.numerics.rounding import Overflow, quantize_to_grid, round_to_format, saturates
 from qatrun.numerics.scales import Granularity, amax, inverse_scale, scale_from_amax
 
@@ -21,6 +21,7 @@ __all__ = [
     "amax",
     "clip_fraction",
     "clip_limit",
+    "code_dtype",
     "codes_to_grid",
     "decode",
     "encode",

@@ -72,7 +72,7 @@ def quantize(
         return reference(x, inv_scale, spec.name, limit, values, codes, blocked)
     result = Quantized(
         values=None if values is None else torch.empty(x.shape, dtype=values),
-        codes=torch.empty(x.shape, dtype=_code_dtype(spec.name)) if codes else None,
+        codes=torch.empty(x.shape, dtype=code_dtype(spec.name)) if codes else None,
         amax=torch.empty(()),
         counts=torch.empty(2, dtype=torch.int64),
         blocked=torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if blocked else None,
@@ -180,10 +180,11 @@ def saturation_threshold(format: str, limit: float | None) -> float:
 @cache
 def _values_of_codes(format: str) -> Tensor:
     """[256] float32, by the code's bits as an unsigned number."""
-    return decode(torch.arange(256, dtype=torch.uint8).view(_code_dtype(format)), format)
+    return decode(torch.arange(256, dtype=torch.uint8).view(code_dtype(format)), format)
 
 
-def _code_dtype(format: str) -> torch.dtype:
+def code_dtype(format: str) -> torch.dtype:
+    """What the codes of a format are stored as."""
     return torch.int8 if format == "int8" else torch.uint8
 
 

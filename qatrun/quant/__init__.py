@@ -4,7 +4,8 @@ from qatrun.quant.attach import attach, calibrate, detach, freeze, quantized_lin
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan, named_linears
 from qatrun.quant.quantized import QuantizedLinear
-from qatrun.quant.quantizer import Latest, Quantizer
+from qatrun.quant.quantizer import Quantizer
+from qatrun.quant.slot import Latest
 from qatrun.quant.state import STATISTICS, Mode, ScaleState
 
 __all__ = [

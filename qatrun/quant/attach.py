@@ -19,7 +19,8 @@ from qatrun.errors import InputError
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.quantized import QuantizedLinear
-from qatrun.quant.quantizer import Latest
+from qatrun.quant.quantizer import Quantizer
+from qatrun.quant.slot import SlotQuantizer
 from qatrun.quant.state import Mode, ScaleState
 
 STATE_NAME = "quant_state"
@@ -40,10 +41,13 @@ def attach(model: nn.Module, plan: QuantPlan) -> ScaleState:
     if hasattr(model, STATE_NAME):
         raise InputError("the model has quantizers attached already; detach them first")
     state = ScaleState(plan).to(next(model.parameters()).device)
-    shared = {group: Latest() for group in plan.input_group.values()}
+    quantizers = {
+        name: SlotQuantizer(Quantizer.of_role(spec.role, plan), state, state.index[name]) for name, spec in plan.slots()
+    }
     for name in plan.linears:
-        linear = FakeQuantLinear(model.get_submodule(name), name, plan, state, shared[plan.input_group[name]])
-        _replace(model, name, linear)
+        of_role = {role: quantizers[plan.slot_name(name, role)] for role in plan.roles}
+        original, saves_codes = model.get_submodule(name), plan.saved_activations == "codes"
+        _replace(model, name, FakeQuantLinear(original, state, of_role, saves_codes=saves_codes))
     model.add_module(STATE_NAME, state)
     return state
 

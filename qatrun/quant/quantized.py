@@ -6,9 +6,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from qatrun.quant.linear import FakeQuantLinear, scaled_matmul
-from qatrun.quant.quantizer import Latest, OnGrid, Quantizer
+from qatrun.quant.linear import FakeQuantLinear
+from qatrun.quant.matmul import scaled_matmul
+from qatrun.quant.quantizer import OnGrid, Quantizer
+from qatrun.quant.slot import Latest
 from qatrun.quant.state import DeviceOnlyModule
 
 
@@ -49,23 +52,26 @@ class QuantizedLinear(DeviceOnlyModule):
     @torch.no_grad()
     def from_trained(cls, linear: FakeQuantLinear, dtype: torch.dtype) -> QuantizedLinear:
         """Round the master weights to their grid with the scale that training would use next."""
-        state, slot = linear.state, linear.slots["input"]
+        input, weight_spec = linear.quantizers["input"], linear.quantizers["weight"].rounding.spec
         weight = linear.weight_on_grid(linear.effective_weight(), dtype)
         tensors = {
             "q_weight": weight.in_dtype(dtype),
             "weight_scale": weight.scale.clone(),
-            "input_scale": state.scale[slot].clone(),
-            "input_inv_scale": state.inv_scale[slot].clone(),
+            "input_scale": linear.state.scale[input.slot].clone(),
+            "input_inv_scale": linear.state.inv_scale[input.slot].clone(),
         }
         if linear.bias is not None:
             tensors["bias"] = linear.bias.detach().to(dtype)
         return cls(
             tensors,
-            input_quantizer=linear.quantizers["input"],
-            weight_format=linear.quantizers["weight"].spec.format,
-            shared_input=linear.shared_input,
+            input_quantizer=input.rounding,
+            weight_format=weight_spec.format,
+            shared_input=input.latest,
         )
 
+    # What is remembered between linears is not for torch.compile's eyes: it compiles what lies between them. This is
+    # torch.compiler.disable, less the second that the latter spends on importing the compiler at once.
+    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
         on_x = self.shared_input.get(x, partial(self._on_grid, x))

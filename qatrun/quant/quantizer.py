@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +32,12 @@ class OnGrid:
     scale: Tensor
     blocked: Tensor | None
 
+    @classmethod
+    def of_saved(cls, format: str, saved: Tensor, scale: Tensor, blocked: Tensor | None) -> OnGrid:
+        """Again from what a backward has kept."""
+        values, codes = (saved, None) if saved.is_floating_point() else (None, saved)
+        return cls(format, values, codes, scale, blocked)
+
     @property
     def saved(self) -> Tensor:
         """What a backward is to keep: codes if there are any, else values."""
@@ -43,12 +47,7 @@ class OnGrid:
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """The grid values in the compute dtype."""
-        return self.values if self.values is not None else grid_values(self.saved, self.format, dtype)
-
-
-def grid_values(saved: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """Grid values, given them or their codes."""
-    return saved if saved.dtype == dtype else codes_to_grid(saved, format, dtype)
+        return codes_to_grid(self.saved, self.format, dtype) if self.values is None else self.values
 
 
 @dataclass(frozen=True)
@@ -85,47 +84,22 @@ class Quantizer:
         return self.spec.scaling.type != "none" and not state.primed
 
     def to_grid(
-        self, x: Tensor, scale: Tensor, inv_scale: Tensor, values: torch.dtype | None, *, codes: bool = False
+        self,
+        x: Tensor,
+        scale: Tensor,
+        inv_scale: Tensor,
+        values: torch.dtype | None,
+        *,
+        codes: bool = False,
+        takes_gradient: bool = False,
     ) -> tuple[OnGrid, Quantized]:
-        """x [..., d] on its grid, with the STE's mask if x takes a gradient; and what the pass over x has seen.
+        """x [..., d] on its grid, and what the pass over x has seen.
 
         Args:
             values, codes: which of the two are wanted, values in which dtype.
+            takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
         """
-        blocked = self.clipped_ste and x.requires_grad
+        blocked = self.clipped_ste and takes_gradient
         spec = get_format(self.spec.format)
         result = quantize(x, inv_scale, spec, self.limit, values=values, codes=codes, blocked=blocked)
         return OnGrid(spec.name, result.values, result.codes, scale, result.blocked), result
-
-
-class Latest:
-    """Remembers the last tensor that was quantized and its result, so that the same tensor is not quantized twice.
-
-    Linears that read one input share one of these, and each has one for its weight. A tensor is the same while it is the
-    same object and unchanged in place: what autograd's version counter sees, so not a write through `.data`, which is
-    noticed after the next push only. A result lives no longer than its tensor; a copy of this starts empty.
-    """
-
-    def __init__(self) -> None:
-        self._tensor: Callable[[], Tensor | None] = lambda: None
-        self._circumstances: tuple[object, ...] = ()
-        self._result: OnGrid | None = None
-
-    def get(self, x: Tensor, make: Callable[[], OnGrid], *circumstances: object) -> OnGrid:
-        """The result for x, made if it is not at hand; `circumstances` are what it depends on besides x."""
-        if x.is_inference():  # it has no version counter
-            return make()
-        circumstances = (x._version, x.data_ptr(), x.requires_grad, *circumstances)
-        if self._result is not None and self._tensor() is x and self._circumstances == circumstances:
-            return self._result
-        self._result = None  # before the new one is made, so that there are never two
-        result = make()
-        self._tensor, self._circumstances = weakref.ref(x, self._forget), circumstances
-        self._result = result
-        return result
-
-    def _forget(self, _: object) -> None:
-        self._result = None
-
-    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
-        return Latest, ()

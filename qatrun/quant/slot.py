@@ -1,0 +1,97 @@
+"""The quantizer of one slot of the state: rounds a tensor with the slot's scale and records what it saw, both once for a
+tensor that comes again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatrun.numerics import amax
+from qatrun.quant import operators
+from qatrun.quant.quantizer import OnGrid, Quantizer
+from qatrun.quant.state import ScaleState
+
+
+class SlotQuantizer:
+    """Linears that read one input share one of these.
+
+    Attributes:
+        rounding: how tensors of its role are quantized.
+        state: the model's one ScaleState.
+        slot: index in it.
+        latest: the tensor last quantized by `on_grid_once`.
+        number: by which operators know it.
+    """
+
+    def __init__(self, rounding: Quantizer, state: ScaleState, slot: int) -> None:
+        self.rounding, self.state, self.slot = rounding, state, slot
+        self.latest = Latest()
+        self.number = operators.number(self)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.number = operators.number(self)  # a copy is another one
+
+    def observe(self, x: Tensor) -> None:
+        """Record the amax of x, any shape."""
+        self.state.observe(self.slot, amax(x, "per_tensor"))
+
+    def on_grid(
+        self, x: Tensor, values: torch.dtype | None, *, codes: bool = False, takes_gradient: bool = False
+    ) -> OnGrid:
+        """x [..., d] quantized to values, codes or both (see `Quantizer.to_grid`); records what it saw while training."""
+        if self.rounding.takes_own_scale(self.state):
+            scale, inv_scale = self.rounding.own_scales(x)
+        else:
+            scale, inv_scale = self.state.scale[self.slot], self.state.inv_scale[self.slot]
+        result, seen = self.rounding.to_grid(x, scale, inv_scale, values, codes=codes, takes_gradient=takes_gradient)
+        if self.state.training:
+            self.state.observe(self.slot, seen.amax)
+            self.state.count(self.slot, seen.counts, x.numel())
+            if self.state.measures_noise:
+                self.state.measure_noise(self.slot, x, result.in_dtype(torch.float32).float() * scale)
+        return result
+
+    def on_grid_once(self, x: Tensor, values: torch.dtype | None, *, codes: bool, key: Tensor | None = None) -> OnGrid:
+        """The same, made once for every change of the scales or of `key`, the tensor that x is a view of."""
+        key = x if key is None else key
+        make = partial(self.on_grid, x, values, codes=codes, takes_gradient=key.requires_grad)
+        return self.latest.get(key, make, values, codes, self.state.generation())
+
+
+class Latest:
+    """Remembers the last tensor that was quantized and its result, so that the same tensor is not quantized twice.
+
+    Linears that read one input share one of these, and each has one for its weight. A tensor is the same while it is the
+    same object and unchanged in place: what autograd's version counter sees, so not a write through `.data`, which is
+    noticed after the next push only. A result lives no longer than its tensor; a copy of this starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._tensor: Callable[[], Tensor | None] = lambda: None
+        self._circumstances: tuple[object, ...] = ()
+        self._result: OnGrid | None = None
+
+    def get(self, x: Tensor, make: Callable[[], OnGrid], *circumstances: object) -> OnGrid:
+        """The result for x, made if it is not at hand; `circumstances` are what it depends on besides x."""
+        if x.is_inference():  # it has no version counter
+            return make()
+        circumstances = (x._version, x.data_ptr(), x.requires_grad, *circumstances)
+        if self._result is not None and self._tensor() is x and self._circumstances == circumstances:
+            return self._result
+        self._result = None  # before the new one is made, so that there are never two
+        result = make()
+        self._tensor, self._circumstances = weakref.ref(x, self._forget), circumstances
+        self._result = result
+        return result
+
+    def _forget(self, _: object) -> None:
+        self._result = None
+
+    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
+        return Latest, ()
