@@ -1,6 +1,6 @@
 """Plant faults in runs of the demo, and see whether alarms and diagnosis find them, and nothing else.
 
-    python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 19 cells, about 12 minutes on one core
+    python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 23 cells, about 15 minutes on one core
     python scripts/fault_bench.py --summary --output /tmp/faults      the confusion matrix over the seeds there; faults.csv
     python scripts/fault_bench.py --healthy 10 --output /tmp/faults   alarms of the demo's HiF8 arm over 10 seeds, unscored
 
@@ -11,19 +11,23 @@ Planted, each in hif8, fp8_e4m3 and int8:
     scale     every scale estimate 8 times too small, values clipped at the target
     lag       the same, but HiF8's own range as the edge (in hif8 only: elsewhere that is the target)
     both      lr and scale
-    burst     the latest amax, renewed every 10 steps, on data whose every tenth batch is of another kind, clipped
-              at the target
+    burst     the latest amax, renewed every 10 steps, on data whose every tenth batch, the one it is renewed after, says one
+              word over and over, which moves the model's insides less; values clipped at the target
     outlier   one channel in eight before each attention and MLP block 64 times as large, undone in the weights that read
               it: the same function
 
-A fault that does no harm is no fault. The rule that labels a cell was written before any cell was run, and uses neither the
-benchmark items' accuracy nor their answers' log-probability, which the diagnosis looks at. Fault and measure:
+A fault that does no harm is no fault. The rule that labels a cell was written before any cell was run, and uses no item that
+the diagnosis looks at. Fault and measure, in nats; either is enough:
 
     lr, both         forgetting, if training without quantizers (the twin) raises the log-perplexity of held-out text of the
-                     pretraining kind by 0.05 nats or more over the start model's
-    scale, lag,      saturation, if the arm's log-perplexity of held-out text, quantizers on, is 0.02 nats or more above
-    both, burst      its twin's
+                     pretraining kind by 0.05 a token over the start model's, or costs the right answers to questions that
+                     nobody scores 0.10 of their log-likelihood an answer
+    scale, lag,      saturation, if the arm with quantizers on is 0.02 a token behind its twin on held-out text, or 0.04 an
+    both, burst      answer on those questions
     outlier          resolution, by the same measure
+
+How mild a fault may be is asked in hif8 only, apart from the matrix: a rule of thresholds and one of intervals must disagree
+somewhere near the threshold. lr-3e-4 and lr-1e-3 are lr, scale-2x and scale-4x are scale, by less.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,9 +48,10 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
 
-from qatrun import demo
-from qatrun.data import open_probe
+from qatrun import artifact, demo
+from qatrun.data import IGNORE_INDEX, open_probe
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.model import load_model, load_tokenizer, save_model
 from qatrun.quant import ScaleState
@@ -68,11 +74,20 @@ PLANTED = {
     "both": ("forgetting", "saturation"),
     "burst": ("saturation",),
     "outlier": ("resolution",),
+    "lr-3e-4": ("forgetting",),
+    "lr-1e-3": ("forgetting",),
+    "scale-2x": ("saturation",),
+    "scale-4x": ("saturation",),
 }
-HARM = {"forgetting": 0.05, "saturation": 0.02, "resolution": 0.02}
-UNDERESTIMATE, OUTLIER, EVERY_CHANNEL, BURST_EVERY = 8.0, 64.0, 8, 10
-STEPS, WARMUP = 80, 20
-HOT = {"learning_rate": 3e-3}
+UNDERESTIMATE = {"scale": 8, "lag": 8, "both": 8, "scale-2x": 2, "scale-4x": 4}
+HOT = {"": 3e-3, "-3e-4": 3e-4, "-1e-3": 1e-3}
+MILD = ("lr-3e-4", "lr-1e-3", "scale-2x", "scale-4x")
+# Nats a token of text, nats an answer.
+HARM = {"forgetting": (0.05, 0.10), "saturation": (0.02, 0.04), "resolution": (0.02, 0.04)}
+OUTLIER, EVERY_CHANNEL, BURST_EVERY = 64.0, 8, 10
+STEPS, WARMUP, BATCH, SEQ_LEN = 80, 20, 16, 128
+QUIET_WORDS = ("legs", "glue", "oats", "rain")  # of all, those that leave the largest activations smallest
+SCORED, ASKED = 150, 400  # items a task: the first are the diagnosis's, the next are for the rule
 AT_TARGET = {"clip": "target"}
 
 
@@ -86,7 +101,7 @@ def recipe_of(name: str, seed: int, output: Path, arms: Mapping[str, Any], **sec
         "qat": {"scaling": {"window": WARMUP}},
         "monitor": {"probe": {"every": 10}, "sqnr_every": 10},
         "diagnose": {"at_end": False, "calibration_sequences": 32},
-        "eval": {"limit": 150},
+        "eval": {"limit": SCORED},
     }
     shared = load_recipe("demo").model_dump(mode="json", exclude={"arms"})
     return parse_recipe(deep_merge(deep_merge(shared, shortened), sections) | {"arms": dict(arms)})
@@ -94,13 +109,19 @@ def recipe_of(name: str, seed: int, output: Path, arms: Mapping[str, Any], **sec
 
 def main_recipe(seed: int, output: Path) -> Recipe:
     """Every fault that needs neither another model nor other data; the trunks are shared."""
-    arms: dict[str, Any] = {"bf16": {"qat": None}, "bf16-lr": {"qat": None, "train": HOT}}
+    arms: dict[str, Any] = {"bf16": {"qat": None}}
+    hot = {dose: {"learning_rate": rate} for dose, rate in HOT.items()}
+    arms |= {f"bf16-lr{dose}": {"qat": None, "train": train} for dose, train in hot.items()}
     for format in FORMATS:
         arms[f"{format}-none"] = {"twin": "bf16", "qat": {"format": format}}
-        arms[f"{format}-lr"] = {"twin": "bf16-lr", "qat": {"format": format}, "train": HOT}
+        arms[f"{format}-lr"] = {"twin": "bf16-lr", "qat": {"format": format}, "train": hot[""]}
         arms[f"{format}-scale"] = {"twin": "bf16", "qat": {"format": format, **AT_TARGET}}
-        arms[f"{format}-both"] = {"twin": "bf16-lr", "qat": {"format": format, **AT_TARGET}, "train": HOT}
+        arms[f"{format}-both"] = {"twin": "bf16-lr", "qat": {"format": format, **AT_TARGET}, "train": hot[""]}
     arms["hif8-lag"] = {"twin": "bf16", "qat": {"format": "hif8", "clip": "format"}}
+    for dose in ("-3e-4", "-1e-3"):
+        arms[f"hif8-lr{dose}"] = {"twin": f"bf16-lr{dose}", "qat": {"format": "hif8"}, "train": hot[dose]}
+    for dose in ("-2x", "-4x"):
+        arms[f"hif8-scale{dose}"] = {"twin": "bf16", "qat": {"format": "hif8", **AT_TARGET}}
     return recipe_of("main", seed, output, arms)
 
 
@@ -123,16 +144,30 @@ def outlier_recipe(seed: int, output: Path) -> Recipe:
 
 
 def write_bursty_text(file: Path, seed: int) -> Path:
-    """Nine batches of stories, then one that says few words over and over, again and again. The seed chooses the stories:
-    nothing else of this text depends on it, since it is read in order."""
+    """Stories, but in every tenth batch one word alone. It is read in order, and the seed chooses stories and word: nothing
+    else of this text depends on it."""
     if file.is_file():
         return file
+    tokenizer = load_tokenizer(ModelConfig(path=demo.BUILTIN))
     stories = islice(demo.documents("finetune"), 8_000 * (seed % 4), None)
+    word = QUIET_WORDS[seed % len(QUIET_WORDS)]
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(text, verbose=False)["input_ids"]) + 1  # its end
+
+    # The first amax is pushed in the last step before the switch, so renewals follow the steps that end in this digit.
+    quiet_step = (WARMUP - 1 + BURST_EVERY - 1) % BURST_EVERY
     rows: list[str] = []
-    for burst in range(12):
-        rows += [next(stories) for _ in range(550)]
-        words = next(stories).split()[: 2 + burst % 3]
-        rows += [" ".join(words * 60)] * 16
+    written = 0
+    for step in range(quiet_step, STEPS, BURST_EVERY):
+        while written + num_tokens(story := next(stories)) < step * BATCH * SEQ_LEN:
+            rows.append(story)
+            written += num_tokens(story)
+        filling = (step + 1) * BATCH * SEQ_LEN - written
+        rows.append(" ".join([word] * (filling - 1)))
+        assert num_tokens(rows[-1]) == filling, f"{word!r} is not one token"
+        written += filling
+    rows += islice(stories, 1_000)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -162,12 +197,9 @@ def planted() -> Iterator[None]:
     """Under-estimate the scales of arms whose name says so, while they train."""
     train, estimate = single.train, ScaleState._estimate
 
-    def too_small(state: ScaleState) -> torch.Tensor:
-        return estimate(state) / UNDERESTIMATE
-
     def train_planted(segment: Any, *arguments: Any) -> Any:
-        wrong = segment.arm.name.endswith(("-scale", "-lag", "-both")) and segment.quantizes
-        with mock.patch.object(ScaleState, "_estimate", too_small if wrong else estimate):
+        factor = UNDERESTIMATE.get(segment.arm.name.partition("-")[2], 1) if segment.quantizes else 1
+        with mock.patch.object(ScaleState, "_estimate", lambda state: estimate(state) / factor):
             return train(segment, *arguments)
 
     with mock.patch.object(single, "train", train_planted):
@@ -182,39 +214,68 @@ def run_seed(seed: int, output: Path) -> None:
             with planted():
                 folder = StudyFolder(run_study(recipe, display, resume=True).folder)
             found = diagnose(folder, display)["arms"]
-            forgetting = probe_losses(folder, recipe)
+            measure = Measure(folder, recipe)
             cells += [
-                cell_of(folder, recipe.resolve_arm(name), result, forgetting, seed) for name, result in found.items()
+                cell_of(folder, recipe.resolve_arm(name), result, measure, seed) for name, result in found.items()
             ]
     write_json(output / f"seed-{seed}" / "cells.json", cells)
 
 
-def probe_losses(folder: StudyFolder, recipe: Recipe) -> dict[str, float]:
-    """BF16 arm -> rise of the log-perplexity of held-out text of the pretraining kind over the start model's."""
-    arms = [recipe.resolve_arm(name) for name in recipe.arm_names]
-    text = open_probe(arms[0].data, load_tokenizer(arms[0].model), 64)
+class Measure:
+    """What the rule looks at, for the models of one study."""
 
-    def loss(path: str) -> float:
-        return perplexity(load_model(ModelConfig(path=path), torch.bfloat16), text, batch_size=16).nll_mean
+    def __init__(self, folder: StudyFolder, recipe: Recipe) -> None:
+        self.folder, self.arm = folder, recipe.resolve_arm(recipe.arm_names[0])
+        self.tokenizer = load_tokenizer(self.arm.model)
+        self.text = open_probe(self.arm.data, self.tokenizer, 64)
+        self.losses = cache(self._losses)
 
-    start = loss(arms[0].model.path)
-    return {arm.name: loss(str(folder.arm(arm.name).path)) - start for arm in arms if arm.qat is None}
+    def bf16(self, name: str | None) -> tuple[float, float]:
+        """(nats a token of text of the pretraining kind, nats an answer) of an arm's plain weights; None: the start."""
+        return self.losses(self.arm.model.path if name is None else str(self.folder.arm(name).path))
+
+    def quantized(self, name: str) -> tuple[float, float]:
+        """The same of an arm as it is deployed."""
+        return self.losses(str(self.folder.arm(name).quantized))
+
+    def _losses(self, path: str) -> tuple[float, float]:
+        if artifact.find(Path(path)) is not None:
+            model = artifact.load(path)[0]
+        else:
+            model = load_model(ModelConfig(path=path), torch.bfloat16)
+        answers = perplexity(model, self.asked[0], batch_size=64, labels=self.asked[1])
+        an_answer = answers.nll_mean * answers.num_tokens / len(self.asked[0])
+        return perplexity(model, self.text, batch_size=16).nll_mean, an_answer
+
+    @cached_property
+    def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """([num_items, longest] token ids, labels): questions that the diagnosis does not see with their right answers."""
+        rows = []
+        for item in (item for task in demo.TASKS for item in demo.items(task)[SCORED : SCORED + ASKED]):
+            question = self.tokenizer(item["query"])["input_ids"]
+            whole = self.tokenizer(f"{item['query']} {item['choices'][item['answer']]}")["input_ids"]
+            rows.append((torch.tensor(whole), torch.tensor([IGNORE_INDEX] * len(question) + whole[len(question) :])))
+        ids, labels = ([row[i] for row in rows] for i in (0, 1))
+        return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def cell_of(
-    folder: StudyFolder, arm: Arm, found: Mapping[str, Any], forgetting: Mapping[str, float], seed: int
-) -> dict[str, Any]:
+def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Measure, seed: int) -> dict[str, Any]:
     """One cell: what was planted, what harm it did by the rule, what was found."""
-    format, _, fault = arm.name.rpartition("-")
-    values = found["perplexity"]
-    quantization = math.log(values["on"] / values["twin"])
-    harm = {"forgetting": forgetting[str(arm.twin)], "saturation": quantization, "resolution": quantization}
+    format, _, fault = arm.name.partition("-")
+    start, twin, on = measure.bf16(None), measure.bf16(str(arm.twin)), measure.quantized(arm.name)
+    quantization = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"]), on[1] - twin[1]
+    harm = {"forgetting": (twin[0] - start[0], twin[1] - start[1])}
+    harm |= dict.fromkeys(("saturation", "resolution"), quantization)
     return {
         "seed": seed,
         "format": format,
         "fault": fault,
-        "harm_nats": {"forgetting": harm["forgetting"], "quantization": quantization},
-        "label": [cause for cause in PLANTED[fault] if harm[cause] >= HARM[cause]],
+        "harm": {"forgetting": harm["forgetting"], "quantization": quantization},
+        "label": [
+            cause
+            for cause in PLANTED[fault]
+            if any(h >= limit for h, limit in zip(harm[cause], HARM[cause], strict=True))
+        ],
         "findings": found["findings"],
         "alarms": {
             kind: step
@@ -246,40 +307,36 @@ def run_healthy(num_seeds: int, output: Path) -> None:
 
 
 def summarize(output: Path, console: Console) -> None:
-    """Print the confusion matrix and a line for each cell."""
+    """Print the confusion matrix and a line for each cell; write faults.csv."""
     cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
-    names = [", ".join(c) or "nothing" for c in ((), ("forgetting",), ("saturation",), ("forgetting", "saturation"))]
     counts = Counter(
-        (", ".join(cell["label"]) or "nothing", ", ".join(cell["findings"]) or "nothing") for cell in cells
+        (", ".join(cell["label"]) or "nothing", ", ".join(cell["findings"]) or "nothing")
+        for cell in cells
+        if cell["fault"] not in MILD
     )
+    names = [", ".join(c) or "nothing" for c in ((), ("forgetting",), ("saturation",), ("forgetting", "saturation"))]
     names += sorted({name for pair in counts for name in pair} - set(names))
-    matrix = Table("harmful by the rule \\ found", *names, title=f"{len(cells)} cells")
+    matrix = Table("harmful by the rule \\ found", *names, title=f"{counts.total()} cells, without the mild ones")
     for label in names:
         matrix.add_row(label, *(str(counts[label, found]) for found in names))
     console.print(matrix)
-    table = Table("seed", "format", "fault", "forgetting", "quantization", "label", "found", "alarms")
-    for cell in cells:
-        harm = cell["harm_nats"]
-        table.add_row(
+    columns = ["seed", "format", "fault", "forgetting_nats_token", "forgetting_nats_answer"]
+    columns += ["quantization_nats_token", "quantization_nats_answer", "label", "found", "alarms"]
+    rows = [
+        [
             *(str(cell[key]) for key in ("seed", "format", "fault")),
-            f"{harm['forgetting']:+.3f}",
-            f"{harm['quantization']:+.3f}",
-            ", ".join(cell["label"]),
-            ", ".join(cell["findings"]),
-            ", ".join(f"{kind} {step}" for kind, step in cell["alarms"].items()),
-        )
+            *(f"{value:.4f}" for kind in ("forgetting", "quantization") for value in cell["harm"][kind]),
+            *(" ".join(cell[key]) for key in ("label", "findings")),
+            " ".join(f"{kind}@{step}" for kind, step in cell["alarms"].items()),
+        ]
+        for cell in cells
+    ]
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     with (output / "faults.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(
-            ["seed", "format", "fault", "harm_forgetting_nats", "harm_quantization_nats", "label", "found", "alarms"]
-        )
-        for cell in cells:
-            harm = cell["harm_nats"]
-            alarms = " ".join(f"{kind}@{step}" for kind, step in cell["alarms"].items())
-            numbers = [f"{harm[kind]:.4f}" for kind in ("forgetting", "quantization")]
-            causes = [" ".join(cell[key]) for key in ("label", "findings")]
-            rows.writerow([cell["seed"], cell["format"], cell["fault"], *numbers, *causes, alarms])
+        csv.writer(file).writerows([columns, *rows])
 
 
 def main() -> None:
