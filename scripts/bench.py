@@ -32,7 +32,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import kernel, memory, page, report, scaling, scoring, startup, step
+from benchmarks import kernel, memory, page, report, scaling, scoring, startup, step, watching
 from benchmarks.arms import NO_TORCHAO, SHAPES
 from benchmarks.timing import Progress as ProgressProtocol
 from benchmarks.timing import Row, Settings
@@ -40,6 +40,7 @@ from benchmarks.timing import Row, Settings
 BENCHMARKS: dict[str, Callable[[Settings, ProgressProtocol], list[Row]]] = {
     "kernel": kernel.benchmark,
     "step": step.benchmark,
+    "watch": watching.benchmark,
     "memory": memory.benchmark,
     "eval": scoring.benchmark,
     "startup": startup.benchmark,

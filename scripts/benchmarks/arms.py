@@ -46,14 +46,10 @@ SHAPES = {
 }
 
 
-WATCHED = "hif8_watched"  # with statistics of every tensor taken at every step, and SQNR at every fiftieth
-
-
 def qatrun_configs() -> dict[str, QatConfig]:
     """Arm name -> recipe section of each of qatrun's arms."""
     configs = {name: QatConfig(format=name) for name in ("hif8", "fp8_e4m3", "int8")}
     configs["hif8_codes"] = QatConfig(format="hif8", saved_activations="codes")
-    configs[WATCHED] = QatConfig(format="hif8")
     return configs
 
 
@@ -108,7 +104,6 @@ class Trainee:
 
     Attributes:
         micro_batches: forward-backward passes a step, each over the whole of `ids`.
-        watched: whether statistics are taken.
     """
 
     model: nn.Module
@@ -117,7 +112,6 @@ class Trainee:
     ids: Tensor
     bf16: bool
     micro_batches: int = 1
-    watched: bool = False
 
     def forward(self) -> Tensor:
         """Mean loss, [] float32, with its graph."""
@@ -134,9 +128,6 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         if self.state is not None:
             self.state.push()
-            if self.watched:
-                self.state.take_statistics()
-                self.state.measures_noise = self.state.num_pushes % 50 == 0
         return loss.detach()
 
 
@@ -144,7 +135,7 @@ def untrained(arm: str, model: nn.Module, shape: Shape, device: str, *, bf16: bo
     """An arm made of a model, before its first step."""
     state = quantize_model(model, arm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return Trainee(model, state, optimizer, token_ids(shape, device), bf16, micro_batches, arm == WATCHED)
+    return Trainee(model, state, optimizer, token_ids(shape, device), bf16, micro_batches)
 
 
 def trainee(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from benchmarks.arms import (
     SHAPES,
     UNQUANTIZED,
-    WATCHED,
     Shape,
     arm_names,
     build_model,
@@ -31,9 +30,7 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
             continue
         shape, rounds = SHAPES[settings.model], 6 if settings.quick else 20
         arms = [
-            arm
-            for arm in arm_names()
-            if not (settings.quick and arm.startswith("torchao")) and arm not in ("hif8_codes", WATCHED)
+            arm for arm in arm_names() if not (settings.quick and arm.startswith("torchao")) and arm != "hif8_codes"
         ]
         contestants = {arm: _scorer(arm, shape, dtype, settings.device) for arm in arms}
         for run in contestants.values():

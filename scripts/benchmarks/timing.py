@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -103,23 +104,36 @@ def _wait_for(device: str) -> None:
 def rows_against(reference: str, seconds: Mapping[str, Sequence[float]], benchmark: str, case: str) -> list[Row]:
     """One row a contestant: the median over rounds of its time divided by the reference's of the same round."""
     base = np.asarray(seconds[reference])
-    rows = []
-    for arm, times in seconds.items():
-        low, middle, high = np.quantile(np.asarray(times) / base, [0.25, 0.5, 0.75])
-        rows.append(
-            Row(
-                benchmark,
-                case,
-                arm,
-                float(middle),
-                float(low),
-                float(high),
-                len(times),
-                reference,
-                absolute=float(np.median(times)),
-            )
-        )
-    return rows
+    return [
+        row_of(np.asarray(times) / base, benchmark, case, arm, reference=reference, absolute=float(np.median(times)))
+        for arm, times in seconds.items()
+    ]
+
+
+def row_of(
+    ratios: npt.NDArray[np.float64],
+    benchmark: str,
+    case: str,
+    arm: str,
+    *,
+    reference: str,
+    absolute: float,
+    absolute_unit: str = "s",
+) -> Row:
+    """The row of one ratio a round."""
+    low, middle, high = (float(value) for value in np.quantile(ratios, [0.25, 0.5, 0.75]))
+    return Row(
+        benchmark,
+        case,
+        arm,
+        middle,
+        low,
+        high,
+        len(ratios),
+        reference,
+        absolute=absolute,
+        absolute_unit=absolute_unit,
+    )
 
 
 def counted(
