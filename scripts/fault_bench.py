@@ -16,12 +16,13 @@ Planted, each in hif8, fp8_e4m3 and int8:
     outlier   one channel in eight before each attention and MLP block 64 times as large, undone in the weights that read
               it: the same function
 
-A fault that does no harm is no fault. The rule that labels a cell was written before any cell was run, and uses no item that
-the diagnosis looks at. Fault and measure, in nats; either is enough:
+A fault that does no harm is no fault. The rule that labels a cell was written before the cell was run (its second half, and
+this kind of burst, after a first round of cells that its first half alone had labelled), and uses no item that the diagnosis
+looks at. Fault and measure, in nats; either is enough:
 
     lr, both         forgetting, if training without quantizers (the twin) raises the log-perplexity of held-out text of the
-                     pretraining kind by 0.05 a token over the start model's, or costs the right answers to questions that
-                     nobody scores 0.10 of their log-likelihood an answer
+                     pretraining kind by 0.05 a token over the start model's, or costs the right answers to other questions
+                     than those that are scored 0.10 of their log-likelihood an answer
     scale, lag,      saturation, if the arm with quantizers on is 0.02 a token behind its twin on held-out text, or 0.04 an
     both, burst      answer on those questions
     outlier          resolution, by the same measure
@@ -37,11 +38,12 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -87,7 +89,7 @@ HARM = {"forgetting": (0.05, 0.10), "saturation": (0.02, 0.04), "resolution": (0
 OUTLIER, EVERY_CHANNEL, BURST_EVERY = 64.0, 8, 10
 STEPS, WARMUP, BATCH, SEQ_LEN = 80, 20, 16, 128
 QUIET_WORDS = ("legs", "glue", "oats", "rain")  # of all, those that leave the largest activations smallest
-SCORED, ASKED = 150, 400  # items a task: the first are the diagnosis's, the next are for the rule
+SCORED, ASKED = 150, 400  # items a task: the first are the diagnosis's, of the others some are for the rule
 AT_TARGET = {"clip": "target"}
 
 
@@ -146,8 +148,6 @@ def outlier_recipe(seed: int, output: Path) -> Recipe:
 def write_bursty_text(file: Path, seed: int) -> Path:
     """Stories, but in every tenth batch one word alone. It is read in order, and the seed chooses stories and word: nothing
     else of this text depends on it."""
-    if file.is_file():
-        return file
     tokenizer = load_tokenizer(ModelConfig(path=demo.BUILTIN))
     stories = islice(demo.documents("finetune"), 8_000 * (seed % 4), None)
     word = QUIET_WORDS[seed % len(QUIET_WORDS)]
@@ -228,33 +228,35 @@ class Measure:
         self.folder, self.arm = folder, recipe.resolve_arm(recipe.arm_names[0])
         self.tokenizer = load_tokenizer(self.arm.model)
         self.text = open_probe(self.arm.data, self.tokenizer, 64)
-        self.losses = cache(self._losses)
+        self.asked = self._questions()
+        self.bf16 = cache(self._bf16)
 
-    def bf16(self, name: str | None) -> tuple[float, float]:
+    def _bf16(self, name: str | None) -> tuple[float, float]:
         """(nats a token of text of the pretraining kind, nats an answer) of an arm's plain weights; None: the start."""
-        return self.losses(self.arm.model.path if name is None else str(self.folder.arm(name).path))
+        path = self.arm.model.path if name is None else str(self.folder.arm(name).path)
+        model = load_model(ModelConfig(path=path), torch.bfloat16)
+        return perplexity(model, self.text, batch_size=16).nll_mean, self._an_answer(model)
 
-    def quantized(self, name: str) -> tuple[float, float]:
-        """The same of an arm as it is deployed."""
-        return self.losses(str(self.folder.arm(name).quantized))
+    def quantized(self, name: str) -> float:
+        """Nats an answer of an arm as it is deployed."""
+        return self._an_answer(artifact.load(self.folder.arm(name).quantized)[0])
 
-    def _losses(self, path: str) -> tuple[float, float]:
-        if artifact.find(Path(path)) is not None:
-            model = artifact.load(path)[0]
-        else:
-            model = load_model(ModelConfig(path=path), torch.bfloat16)
-        answers = perplexity(model, self.asked[0], batch_size=64, labels=self.asked[1])
-        an_answer = answers.nll_mean * answers.num_tokens / len(self.asked[0])
-        return perplexity(model, self.text, batch_size=16).nll_mean, an_answer
+    def _an_answer(self, model: Any) -> float:
+        questions, labels = self.asked
+        answers = perplexity(model, questions, batch_size=64, labels=labels)
+        return answers.nll_mean * answers.num_tokens / len(questions)
 
-    @cached_property
-    def asked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """([num_items, longest] token ids, labels): questions that the diagnosis does not see with their right answers."""
+    def _questions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """([num_items, longest] token ids, labels of the right answers); what is padded lies after them."""
         rows = []
-        for item in (item for task in demo.TASKS for item in demo.items(task)[SCORED : SCORED + ASKED]):
-            question = self.tokenizer(item["query"])["input_ids"]
-            whole = self.tokenizer(f"{item['query']} {item['choices'][item['answer']]}")["input_ids"]
-            rows.append((torch.tensor(whole), torch.tensor([IGNORE_INDEX] * len(question) + whole[len(question) :])))
+        for task in demo.TASKS:
+            for item in Random(task).sample(demo.items(task)[SCORED:], ASKED):
+                question = self.tokenizer(item["query"])["input_ids"]
+                whole = self.tokenizer(f"{item['query']} {item['choices'][item['answer']]}")["input_ids"]
+                assert whole[: len(question)] == question
+                rows.append(
+                    (torch.tensor(whole), torch.tensor([IGNORE_INDEX] * len(question) + whole[len(question) :]))
+                )
         ids, labels = ([row[i] for row in rows] for i in (0, 1))
         return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
@@ -262,20 +264,21 @@ class Measure:
 def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Measure, seed: int) -> dict[str, Any]:
     """One cell: what was planted, what harm it did by the rule, what was found."""
     format, _, fault = arm.name.partition("-")
-    start, twin, on = measure.bf16(None), measure.bf16(str(arm.twin)), measure.quantized(arm.name)
-    quantization = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"]), on[1] - twin[1]
-    harm = {"forgetting": (twin[0] - start[0], twin[1] - start[1])}
-    harm |= dict.fromkeys(("saturation", "resolution"), quantization)
+    start, twin = measure.bf16(None), measure.bf16(str(arm.twin))
+    text = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"])
+    forgetting = twin[0] - start[0], twin[1] - start[1]
+    quantization = text, measure.quantized(arm.name) - twin[1]
+    of_cause = {"forgetting": forgetting, "saturation": quantization, "resolution": quantization}
+
+    def harmful(cause: str) -> bool:
+        return any(harm >= limit for harm, limit in zip(of_cause[cause], HARM[cause], strict=True))
+
     return {
         "seed": seed,
         "format": format,
         "fault": fault,
-        "harm": {"forgetting": harm["forgetting"], "quantization": quantization},
-        "label": [
-            cause
-            for cause in PLANTED[fault]
-            if any(h >= limit for h, limit in zip(harm[cause], HARM[cause], strict=True))
-        ],
+        "harm": {"forgetting": forgetting, "quantization": quantization},
+        "label": [cause for cause in PLANTED[fault] if harmful(cause)],
         "findings": found["findings"],
         "alarms": {
             kind: step
@@ -306,20 +309,24 @@ def run_healthy(num_seeds: int, output: Path) -> None:
     console.print(f"{raised} of {num_seeds} healthy runs raised an alarm")
 
 
-def summarize(output: Path, console: Console) -> None:
-    """Print the confusion matrix and a line for each cell; write faults.csv."""
-    cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
+def confusion(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """What the rule says of the cells, down, by what was found, across."""
     counts = Counter(
-        (", ".join(cell["label"]) or "nothing", ", ".join(cell["findings"]) or "nothing")
-        for cell in cells
-        if cell["fault"] not in MILD
+        (", ".join(cell["label"]) or "nothing", ", ".join(cell["findings"]) or "nothing") for cell in cells
     )
     names = [", ".join(c) or "nothing" for c in ((), ("forgetting",), ("saturation",), ("forgetting", "saturation"))]
     names += sorted({name for pair in counts for name in pair} - set(names))
-    matrix = Table("harmful by the rule \\ found", *names, title=f"{counts.total()} cells, without the mild ones")
+    matrix = Table("harmful by the rule \\ found", *names, title=f"{counts.total()} {title}")
     for label in names:
         matrix.add_row(label, *(str(counts[label, found]) for found in names))
-    console.print(matrix)
+    return matrix
+
+
+def summarize(output: Path, console: Console) -> None:
+    """Print the confusion matrix and a line for each cell; write faults.csv."""
+    cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
+    for title, mild in (("cells", False), ("mild cells", True)):
+        console.print(confusion([cell for cell in cells if (cell["fault"] in MILD) == mild], title))
     columns = ["seed", "format", "fault", "forgetting_nats_token", "forgetting_nats_answer"]
     columns += ["quantization_nats_token", "quantization_nats_answer", "label", "found", "alarms"]
     rows = [
