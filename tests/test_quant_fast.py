@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama, token_ids
-from quantized_steps import SETTINGS, assert_equal, attached, trained
+from quantized_training import SETTINGS, assert_equal, attached, trained
 from torch import Tensor, nn
 
 from qatrun.numerics import passes

@@ -99,6 +99,10 @@ class FakeQuantLinear(nn.Module):
         """Name of the format that inputs are rounded to."""
         return self.quantizers["input"].rounding.spec.format
 
+    def generation(self) -> int:
+        """Changes with the scales."""
+        return self.state.num_changes
+
     def effective_weight(self) -> Tensor:
         """[out, in], whatever way round the parameter is stored."""
         return self.weight.t() if self.transposed else self.weight
@@ -108,8 +112,8 @@ class FakeQuantLinear(nn.Module):
         step, so where codes are saved it is codes alone."""
         values, codes = (None, True) if self.saves_codes else (dtype, False)
         quantizer = self.quantizers["weight"]
-        if weight.data_ptr() != self.weight.data_ptr():  # a stand-in for the parameter, as torch.func gives one
-            return quantizer.on_grid(weight, values, codes=codes, takes_gradient=self.weight.requires_grad)
+        if weight.data_ptr() != self.weight.data_ptr():  # a stand-in of torch.func's in a compiled graph
+            return quantizer.on_grid(weight, values, codes=codes, takes_gradient=True)
         return quantizer.on_grid_once(weight, values, codes=codes, key=self.weight)
 
     def gradients(self, grad_output: Tensor, on_x: OnGrid, on_w: OnGrid, dtypes: Dtypes) -> Gradients:
@@ -136,14 +140,15 @@ class FakeQuantLinear(nn.Module):
         return self._observed(x, y) if self.state.mode is Mode.OBSERVE and self.training else y
 
     def _quantized(self, x: Tensor) -> Tensor:
-        weight, with_codes = self.effective_weight(), self.saves_codes and torch.is_grad_enabled()
+        weight, codes = self.effective_weight(), self.saves_codes and torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
-            y: Tensor = _FakeQuantMatmul.apply(x, weight, self.bias, self, with_codes)
+            y: Tensor = _FakeQuantMatmul.apply(x, weight, self.bias, self, codes)
             return y
-        quantizer, dtype = self.quantizers["input"].number, _compute_dtype(x)
-        values, codes, scale, blocked = operators.to_grid(x.detach(), quantizer, dtype, with_codes, x.requires_grad)
-        saved = codes if with_codes else values
-        in_graph: Tensor = operators.linear(x, weight, self.bias, values, saved, scale, blocked, self.number)
+        input, dtype = self.quantizers["input"], _compute_dtype(x)
+        on_x = operators.on_grid(x, input.rounding, input.number, dtype, codes=codes, takes_gradient=x.requires_grad)
+        in_graph: Tensor = operators.linear(
+            x, weight, self.bias, on_x.values, on_x.saved, on_x.scale, on_x.blocked, self.number
+        )[0]
         return in_graph
 
     def _observed(self, x: Tensor, y: Tensor) -> Tensor:

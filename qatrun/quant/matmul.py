@@ -25,6 +25,9 @@ from torch import Tensor
 from qatrun.numerics import rescale_, scale_gradient
 from qatrun.quant.quantizer import OnGrid
 
+Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> Tensor:
     """y = (q_x @ q_w^T) * (s_x * s_w) + b
@@ -39,10 +42,6 @@ def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tens
     """
     with torch.autocast(q_x.device.type, enabled=False):
         return rescale_(F.linear(q_x, q_w), s_x, s_w.flatten() if s_w.dim() else s_w, bias)
-
-
-Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def gradients(grad_output: Tensor, on_g: OnGrid | None, on_x: OnGrid, on_w: OnGrid, dtypes: Dtypes) -> Gradients:

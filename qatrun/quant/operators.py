@@ -6,13 +6,14 @@
     qatrun::observe            y, once the amaxes of x and of the weight are recorded; its backward is
     qatrun::observe_gradient   a gradient, once its amax is recorded
 
-A graph holds tensors and numbers, no modules, so an operator is told by number whose scales and weight it works with. It
-runs what runs without torch.compile: the same kernels, a weight quantized once an optimizer step, amax and counts recorded.
+A graph holds tensors, no modules, so an operator is told by number whose scales and weight it works with. It runs what runs
+without torch.compile: the same kernels, a weight quantized once an optimizer step, amax and counts recorded. The numbers are
+tensors, so that layers and copies of a model share one graph and what compilers keep on disk tells no two models apart.
+
 To the compiler these look like functions of their arguments alone, so it may merge the `to_grid` of linears that read one
 input. What they record grows by a maximum or is read as a fraction: to merge or recompute one changes nothing. A replayed
-CUDA graph would record nothing; a tag keeps them out of it.
-
-No result shares memory with a scale or with an argument: a compiled graph reuses the memory of what it no longer needs.
+CUDA graph would record nothing; a tag keeps them out of it. No result shares memory with a scale or with an argument: a
+compiled graph reuses the memory of what it no longer needs.
 """
 
 from __future__ import annotations
@@ -27,47 +28,66 @@ from torch.library import custom_op
 
 from qatrun.numerics import code_dtype
 from qatrun.quant.matmul import scaled_matmul
-from qatrun.quant.quantizer import OnGrid
+from qatrun.quant.quantizer import OnGrid, Quantizer
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _numbers = count()
-_owners: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of a SlotQuantizer or FakeQuantLinear each
+_owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def number(owner: object) -> int:
-    """A number by which operators find the owner of scales or of a weight for as long as it lives."""
+def number(owner: object) -> Tensor:
+    """A number, [] int64 on the CPU, by which operators find this owner of scales or of a weight while it lives."""
     given = next(_numbers)
     _owners[given] = owner
-    return given
+    return torch.tensor(given)
+
+
+def _find(number: Tensor) -> Any:
+    try:
+        return _owners[int(number)]
+    except KeyError:
+        raise RuntimeError("a compiled graph ran whose quantizers are gone: detached, frozen or deleted") from None
+
+
+def on_grid(
+    x: Tensor, rounding: Quantizer, owner: Tensor, values: torch.dtype, *, codes: bool, takes_gradient: bool
+) -> OnGrid:
+    """x [..., d] quantized by the owner of that number, whose kind of rounding this is; see `Quantizer.to_grid`."""
+    format, per_row = rounding.spec.format, rounding.spec.granularity != "per_tensor"
+    masked = rounding.clipped_ste and takes_gradient
+    x_values, x_codes, scale, blocked = to_grid(
+        x.detach(), owner, values, code_dtype(format) if codes else None, per_row, masked
+    )
+    return OnGrid(format, x_values, x_codes if codes else None, scale, blocked if masked else None)
 
 
 @custom_op("qatrun::to_grid", mutates_args=(), tags=_TAGS)
 def to_grid(
-    x: Tensor, quantizer: int, values: torch.dtype, codes: bool, takes_gradient: bool
+    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, per_row: bool, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, codes, scale, blocked) of `SlotQuantizer.on_grid`, empty where it gives none."""
-    on_grid = _owners[quantizer].on_grid(x, values, codes=codes, takes_gradient=takes_gradient)
-    none = x.new_empty(0, dtype=torch.uint8)
+    """(values, codes, scale, blocked) of x, empty where not asked for.
+
+    Args:
+        per_row: whether the owner gives every row of x a scale of its own.
+    """
+    result = _find(owner).on_grid(x, values, codes=codes is not None, takes_gradient=masked)
     return (
-        on_grid.values,
-        none if on_grid.codes is None else on_grid.codes,
-        on_grid.scale.clone(),
-        none.clone() if on_grid.blocked is None else on_grid.blocked,
+        result.values,
+        x.new_empty(0) if codes is None else result.codes,
+        result.scale.clone(),
+        x.new_empty(0) if not masked else result.blocked,
     )
 
 
 @to_grid.register_fake
 def _(
-    x: Tensor, quantizer: int, values: torch.dtype, codes: bool, takes_gradient: bool
+    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, per_row: bool, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rounding = _owners[quantizer].rounding
-    per_row = rounding.spec.granularity != "per_tensor"
-    num_blocked = -(-x.numel() // 8) if rounding.clipped_ste and takes_gradient else 0
     return (
         x.new_empty(x.shape, dtype=values),
-        x.new_empty(x.shape if codes else 0, dtype=code_dtype(rounding.spec.format) if codes else torch.uint8),
+        x.new_empty(0) if codes is None else x.new_empty(x.shape, dtype=codes),
         x.new_empty((*x.shape[:-1], 1) if per_row else (), dtype=torch.float32),
-        x.new_empty(num_blocked, dtype=torch.uint8),
+        x.new_empty(-(-x.numel() // 8), dtype=torch.uint8) if masked else x.new_empty(0),
     )
 
 
@@ -79,18 +99,20 @@ def linear(
     values: Tensor,
     saved: Tensor,
     scale: Tensor,
-    blocked: Tensor,
-    owner: int,
-) -> Tensor:
-    """y of the FakeQuantLinear of that number.
+    blocked: Tensor | None,
+    owner: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y of the owner of that number, and the generation of its scales, [] int64.
 
     Args:
         x, weight, bias: what gradients are for; the weight [out, in] as it is to be quantized.
-        values, scale, blocked: x as `to_grid` gives it.
+        values, scale, blocked: x on its grid.
         saved: the values or their codes, whichever the backward is to keep.
     """
-    on_w = _owners[owner].weight_on_grid(weight, values.dtype)
-    return scaled_matmul(values, on_w.in_dtype(values.dtype), scale, on_w.scale, bias)
+    module = _find(owner)
+    on_w = module.weight_on_grid(weight, values.dtype)
+    y = scaled_matmul(values, on_w.in_dtype(values.dtype), scale, on_w.scale, bias)
+    return y, torch.tensor(module.generation())
 
 
 @linear.register_fake
@@ -101,22 +123,22 @@ def _(
     values: Tensor,
     saved: Tensor,
     scale: Tensor,
-    blocked: Tensor,
-    owner: int,
-) -> Tensor:
-    return values.new_empty((*values.shape[:-1], weight.shape[0]))
+    blocked: Tensor | None,
+    owner: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty((*values.shape[:-1], weight.shape[0])), torch.empty_like(owner)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, saved, scale, blocked, ctx.owner = inputs
-    ctx.save_for_backward(weight, saved, scale, blocked)
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, saved, scale, blocked, owner = inputs
+    ctx.save_for_backward(weight, saved, scale, blocked, owner, output[1])
     ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
     dtypes = (dtype if needs else None for dtype, needs in zip(ctx.dtypes, needed, strict=True))
-    gradients = linear_gradients(grad, *ctx.saved_tensors, ctx.owner, *dtypes)
+    gradients = linear_gradients(grad, *ctx.saved_tensors, *dtypes)
     given = (gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True))
     return *given, None, None, None, None, None
 
@@ -130,17 +152,24 @@ def linear_gradients(
     weight: Tensor,
     saved: Tensor,
     scale: Tensor,
-    blocked: Tensor,
-    owner: int,
+    blocked: Tensor | None,
+    owner: Tensor,
+    generation: Tensor,
     to_x: torch.dtype | None,
     to_weight: torch.dtype | None,
     to_bias: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`FakeQuantLinear.gradients` of x, weight and bias in these dtypes, empty where the dtype is None."""
-    module = _owners[owner]
-    on_x = OnGrid.of_saved(module.input_format, saved, scale, blocked if blocked.numel() else None)
-    gradients = module.gradients(grad, on_x, module.weight_on_grid(weight, grad.dtype), (to_x, to_weight, to_bias))
-    of_x, of_weight, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    """`FakeQuantLinear.gradients` of x, weight and bias in these dtypes, empty where the dtype is None.
+
+    Raises:
+        RuntimeError: the scales are of another generation than in the forward.
+    """
+    module = _find(owner)
+    if int(generation) != module.generation():
+        raise RuntimeError("scales moved between forward and backward: call push after the backward")
+    on_x = OnGrid.of_saved(module.input_format, saved, scale, blocked)
+    found = module.gradients(grad, on_x, module.weight_on_grid(weight, grad.dtype), (to_x, to_weight, to_bias))
+    of_x, of_weight, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)
     return of_x, of_weight, of_bias
 
 
@@ -150,8 +179,9 @@ def _(
     weight: Tensor,
     saved: Tensor,
     scale: Tensor,
-    blocked: Tensor,
-    owner: int,
+    blocked: Tensor | None,
+    owner: Tensor,
+    generation: Tensor,
     to_x: torch.dtype | None,
     to_weight: torch.dtype | None,
     to_bias: torch.dtype | None,
@@ -164,35 +194,35 @@ def _(
 
 
 @custom_op("qatrun::observe", mutates_args=(), tags=_TAGS)
-def observe(y: Tensor, x: Tensor, weight: Tensor, owner: int) -> Tensor:
+def observe(y: Tensor, x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     """y, the amaxes of x and weight recorded by the FakeQuantLinear of that number."""
-    _owners[owner].observe(x, weight)
+    _find(owner).observe(x, weight)
     return y.clone(memory_format=torch.contiguous_format)
 
 
 @observe.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor, owner: int) -> Tensor:
+def _(y: Tensor, x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     return y.new_empty(y.shape)
 
 
 @custom_op("qatrun::observe_gradient", mutates_args=(), tags=_TAGS)
-def observe_gradient(grad: Tensor, owner: int) -> Tensor:
+def observe_gradient(grad: Tensor, owner: Tensor) -> Tensor:
     """grad, its amax recorded where gradients are quantized."""
-    _owners[owner].observe_gradient(grad)
+    _find(owner).observe_gradient(grad)
     return grad.clone(memory_format=torch.contiguous_format)
 
 
 @observe_gradient.register_fake
-def _(grad: Tensor, owner: int) -> Tensor:
+def _(grad: Tensor, owner: Tensor) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
 def _keep_owner(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.owner = inputs[-1]
+    ctx.save_for_backward(inputs[-1])
 
 
 def _observe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return observe_gradient(grad, ctx.owner), None, None, None
+    return observe_gradient(grad, *ctx.saved_tensors), None, None, None
 
 
 observe.register_autograd(_observe_backward, setup_context=_keep_owner)

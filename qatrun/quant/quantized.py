@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
+from qatrun.quant import operators
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.matmul import scaled_matmul
 from qatrun.quant.quantizer import OnGrid, Quantizer
@@ -24,6 +25,7 @@ class QuantizedLinear(DeviceOnlyModule):
         input_scale, input_inv_scale: [] float32; unused when inputs are quantized per token.
         bias: [out] in the compute dtype, or None.
         shared_input: the input as last quantized, one for all linears that read the same.
+        number: by which operators know it.
     """
 
     q_weight: Tensor
@@ -47,6 +49,11 @@ class QuantizedLinear(DeviceOnlyModule):
         self.input = input_quantizer
         self.weight_format = weight_format
         self.shared_input = shared_input
+        self.number = operators.number(self)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
+        self.number = operators.number(self)  # a copy is another linear
 
     @classmethod
     @torch.no_grad()
@@ -69,18 +76,29 @@ class QuantizedLinear(DeviceOnlyModule):
             shared_input=input.latest,
         )
 
-    # What is remembered between linears is not for torch.compile's eyes: it compiles what lies between them. This is
-    # torch.compiler.disable, less the second that the latter spends on importing the compiler at once.
-    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
-        on_x = self.shared_input.get(x, partial(self._on_grid, x))
+        if torch.compiler.is_compiling():
+            on_x = operators.on_grid(x, self.input, self.number, x.dtype, codes=False, takes_gradient=False)
+            values, x = on_x.in_dtype(x.dtype), x.detach()
+            y: Tensor = operators.linear(x, self.q_weight, self.bias, values, values, on_x.scale, None, self.number)[0]
+            return y
+        on_x = self.shared_input.get(x, partial(self.on_grid, x, x.dtype))
         return scaled_matmul(
             on_x.in_dtype(x.dtype), self.q_weight.to(x.dtype), on_x.scale, self.weight_scale, self.bias
         )
 
-    def _on_grid(self, x: Tensor) -> OnGrid:
+    def on_grid(self, x: Tensor, values: torch.dtype, *, codes: bool = False, takes_gradient: bool = False) -> OnGrid:
+        """x [..., in] quantized, with the fixed scale or with scales per token."""
         scale, inv_scale = self.input_scale, self.input_inv_scale
         if self.input.spec.granularity != "per_tensor":
             scale, inv_scale = self.input.own_scales(x)
-        return self.input.to_grid(x, scale, inv_scale, x.dtype)[0]
+        return self.input.to_grid(x, scale, inv_scale, values, codes=codes, takes_gradient=takes_gradient)[0]
+
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> OnGrid:
+        """What `q_weight` stands for, in a compute dtype."""
+        return OnGrid(self.weight_format, weight.to(dtype), None, self.weight_scale, None)
+
+    def generation(self) -> int:
+        """Changes with the scales: never."""
+        return 0

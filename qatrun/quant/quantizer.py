@@ -47,7 +47,7 @@ class OnGrid:
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """The grid values in the compute dtype."""
-        return codes_to_grid(self.saved, self.format, dtype) if self.values is None else self.values
+        return codes_to_grid(self.saved, self.format, dtype) if self.values is None else self.values.to(dtype)
 
 
 @dataclass(frozen=True)

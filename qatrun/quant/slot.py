@@ -18,13 +18,13 @@ from qatrun.quant.state import ScaleState
 
 
 class SlotQuantizer:
-    """Linears that read one input share one of these.
+    """Of an input (one for all linears that read it), of a weight or of an output gradient.
 
     Attributes:
         rounding: how tensors of its role are quantized.
         state: the model's one ScaleState.
         slot: index in it.
-        latest: the tensor last quantized by `on_grid_once`.
+        latest: what `on_grid_once` gave last.
         number: by which operators know it.
     """
 
@@ -54,7 +54,7 @@ class SlotQuantizer:
             self.state.observe(self.slot, seen.amax)
             self.state.count(self.slot, seen.counts, x.numel())
             if self.state.measures_noise:
-                self.state.measure_noise(self.slot, x, result.in_dtype(torch.float32).float() * scale)
+                self.state.measure_noise(self.slot, x, result.in_dtype(torch.float32) * scale)
         return result
 
     def on_grid_once(self, x: Tensor, values: torch.dtype | None, *, codes: bool, key: Tensor | None = None) -> OnGrid:

@@ -65,6 +65,7 @@ class ScaleState(DeviceOnlyModule):
         step_amax, overshoot: [num_slots] float32: the largest amax since then, and amax over what the scale stood for.
         saturated: [num_slots] bool; whether amax went beyond what the scale can represent since `take_num_saturated`.
         mode: what the attached linears do now.
+        num_changes: how often history or scales have moved.
         primed: whether scales come from a history. Until the first push in QUANTIZE they come from the tensor at hand.
     """
 
@@ -103,7 +104,7 @@ class ScaleState(DeviceOnlyModule):
         self.mode = Mode.OFF
         self.primed = False
         self.num_pushes = 0
-        self._num_changes = 0
+        self.num_changes = 0
         self.measures_noise = False
         self.num_values = [0] * len(slots)
         window = max(s.window for s in scaling)
@@ -173,7 +174,7 @@ class ScaleState(DeviceOnlyModule):
         self.history = torch.cat([self.amax.unsqueeze(0), self.history[:-1]])
         self.amax = torch.zeros_like(self.amax)
         self.num_pushes += 1
-        self._num_changes += 1
+        self.num_changes += 1
         if self.mode is Mode.QUANTIZE and self.primed:
             self._move_scales(self.delayed & (self.num_pushes % self.interval == 0))
         elif self.mode is Mode.QUANTIZE:
@@ -196,7 +197,7 @@ class ScaleState(DeviceOnlyModule):
 
     def generation(self) -> tuple[int, int, bool]:
         """Changes whenever a scale may have, or amax must be seen anew."""
-        return self._num_changes, self.scale._version, self.training
+        return self.num_changes, self.scale._version, self.training
 
     def calibrate_dynamic(self) -> None:
         """Give dynamic per-tensor slots the scale of the last window, so that scores do not depend on the batch."""
@@ -226,7 +227,7 @@ class ScaleState(DeviceOnlyModule):
         moved = scale_from_amax(self._estimate(), self.target, previous=self.scale)
         self.scale = torch.where(due, moved, self.scale)
         self.inv_scale = inverse_scale(self.scale)
-        self._num_changes += 1
+        self.num_changes += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold; `restore` takes it back with `counters`."""
@@ -247,7 +248,7 @@ class ScaleState(DeviceOnlyModule):
             setattr(self, name, value.to(self.scale.device))
         self.num_pushes, self.primed = counters["num_pushes"], counters["primed"]
         self.mode = Mode(counters["mode"])
-        self._num_changes += 1
+        self.num_changes += 1
 
     def adopt_history(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Take the amax history of the slots that another state, a trunk's, observed."""

@@ -17,7 +17,7 @@ from benchmarks.timing import Row
 SLACK = {
     "kernel": 0.35,
     "step": 0.12,
-    "watch": 0.06,
+    "watch": 0.03,
     "memory saved": 0.02,
     "memory peak": 0.08,
     "eval": 0.15,

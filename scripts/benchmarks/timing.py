@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ class Row:
     Attributes:
         value: median over rounds; a ratio to `reference` unless `unit` says otherwise.
         low, high: first and third quartile over rounds.
-        n: number of rounds, 1 for what is counted rather than timed.
+        n: number of rounds or processes, 1 for what is counted.
         absolute: median of the quantity itself, in `absolute_unit`: to check by, not to compare by.
     """
 
@@ -71,7 +72,7 @@ class Row:
 def interleave(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: str, progress: Progress, inner: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round. Every round starts with another one, so that all follow all.
+    """Seconds of each contestant in each round, in which they come in an order of their own, so that all follow all.
 
     Args:
         contestants: name -> what is timed; each has been called before, so that nothing is compiled or allocated anew.
@@ -79,9 +80,9 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    order = Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             seconds[name].append(_time(contestants[name], device, inner))
         progress.advance()
     return seconds
