@@ -1,6 +1,6 @@
 """Plant faults in runs of the demo, and see whether alarms and diagnosis find them, and nothing else.
 
-    python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 23 cells, about 15 minutes on one core
+    python scripts/fault_bench.py --seed 0 --output /tmp/faults       one seed: 26 cells, about 25 minutes on one core
     python scripts/fault_bench.py --summary --output /tmp/faults      the confusion matrix over the seeds there; faults.csv
     python scripts/fault_bench.py --healthy 10 --output /tmp/faults   alarms of the demo's HiF8 arm over 10 seeds, unscored
 
@@ -13,18 +13,20 @@ Planted, each in hif8, fp8_e4m3 and int8:
     both      lr and scale
     burst     the latest amax, renewed every 10 steps, on data whose every tenth batch, the one it is renewed after, says one
               word over and over, which moves the model's insides less; values clipped at the target
+    rare      the same with two such batches in all, the later one before the last renewal
     outlier   one channel in eight before each attention and MLP block 64 times as large, undone in the weights that read
               it: the same function
 
-A fault that does no harm is no fault. The rule that labels a cell was written before the cell was run (its second half, and
-this kind of burst, after a first round of cells that its first half alone had labelled), and uses no item that the diagnosis
-looks at. Fault and measure, in nats; either is enough:
+A fault that does no harm is no fault. The rule that labels a cell was written before the cell was run: its measure of text
+before all of them, that of answers and `burst` after a first round of cells that text alone had labelled, and `rare` after
+`burst` had turned out to do little. It uses no item that the diagnosis looks at. Fault and measure, either is enough:
 
     lr, both         forgetting, if training without quantizers (the twin) raises the log-perplexity of held-out text of the
                      pretraining kind by 0.05 a token over the start model's, or costs the right answers to other questions
                      than those that are scored 0.10 of their log-likelihood an answer
     scale, lag,      saturation, if the arm with quantizers on is 0.02 a token behind its twin on held-out text, or 0.04 an
-    both, burst      answer on those questions
+    both, burst,     answer on those questions
+    rare
     outlier          resolution, by the same measure
 
 How mild a fault may be is asked in hif8 only, apart from the matrix: a rule of thresholds and one of intervals must disagree
@@ -38,7 +40,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -75,6 +77,7 @@ PLANTED = {
     "lag": ("saturation",),
     "both": ("forgetting", "saturation"),
     "burst": ("saturation",),
+    "rare": ("saturation",),
     "outlier": ("resolution",),
     "lr-3e-4": ("forgetting",),
     "lr-1e-3": ("forgetting",),
@@ -88,6 +91,8 @@ MILD = ("lr-3e-4", "lr-1e-3", "scale-2x", "scale-4x")
 HARM = {"forgetting": (0.05, 0.10), "saturation": (0.02, 0.04), "resolution": (0.02, 0.04)}
 OUTLIER, EVERY_CHANNEL, BURST_EVERY = 64.0, 8, 10
 STEPS, WARMUP, BATCH, SEQ_LEN = 80, 20, 16, 128
+# The first amax is pushed in the last step before the switch, so renewals follow the steps that end in 8.
+QUIET_STEPS = {"burst": range((WARMUP + BURST_EVERY - 2) % BURST_EVERY, STEPS, BURST_EVERY), "rare": (48, 78)}
 QUIET_WORDS = ("legs", "glue", "oats", "rain")  # of all, those that leave the largest activations smallest
 SCORED, ASKED = 150, 400  # items a task: the first are the diagnosis's, of the others some are for the rule
 AT_TARGET = {"clip": "target"}
@@ -127,15 +132,13 @@ def main_recipe(seed: int, output: Path) -> Recipe:
     return recipe_of("main", seed, output, arms)
 
 
-def burst_recipe(seed: int, output: Path) -> Recipe:
+def burst_recipe(fault: str, seed: int, output: Path) -> Recipe:
     """The latest amax, ten steps old, on bursty data."""
     scaling = {"algorithm": "most_recent", "window": 1, "update_interval": BURST_EVERY}
     arms: dict[str, Any] = {"bf16": {"qat": None}}
-    arms |= {f"{format}-burst": {"qat": {"format": format, "scaling": scaling, **AT_TARGET}} for format in FORMATS}
-    text = write_bursty_text(output / f"bursty-{seed}.jsonl", seed)
-    return recipe_of(
-        "burst", seed, output, arms, data={"train": {"path": str(text), "split": "train", "shuffle": False}}
-    )
+    arms |= {f"{format}-{fault}": {"qat": {"format": format, "scaling": scaling, **AT_TARGET}} for format in FORMATS}
+    text = write_bursty_text(output / f"{fault}-{seed}.jsonl", QUIET_STEPS[fault], seed)
+    return recipe_of(fault, seed, output, arms, data={"train": {"path": str(text), "split": "train", "shuffle": False}})
 
 
 def outlier_recipe(seed: int, output: Path) -> Recipe:
@@ -145,9 +148,9 @@ def outlier_recipe(seed: int, output: Path) -> Recipe:
     return recipe_of("outlier", seed, output, arms, model={"path": str(write_outlier_model(output / "outlier-model"))})
 
 
-def write_bursty_text(file: Path, seed: int) -> Path:
-    """Stories, but in every tenth batch one word alone. It is read in order, and the seed chooses stories and word: nothing
-    else of this text depends on it."""
+def write_bursty_text(file: Path, quiet_steps: Iterable[int], seed: int) -> Path:
+    """Stories, but in the batches of these steps one word alone. It is read in order, and the seed chooses stories and
+    word: nothing else of this text depends on it."""
     tokenizer = load_tokenizer(ModelConfig(path=demo.BUILTIN))
     stories = islice(demo.documents("finetune"), 8_000 * (seed % 4), None)
     word = QUIET_WORDS[seed % len(QUIET_WORDS)]
@@ -155,11 +158,9 @@ def write_bursty_text(file: Path, seed: int) -> Path:
     def num_tokens(text: str) -> int:
         return len(tokenizer(text, verbose=False)["input_ids"]) + 1  # its end
 
-    # The first amax is pushed in the last step before the switch, so renewals follow the steps that end in this digit.
-    quiet_step = (WARMUP - 1 + BURST_EVERY - 1) % BURST_EVERY
     rows: list[str] = []
     written = 0
-    for step in range(quiet_step, STEPS, BURST_EVERY):
+    for step in quiet_steps:
         while written + num_tokens(story := next(stories)) < step * BATCH * SEQ_LEN:
             rows.append(story)
             written += num_tokens(story)
@@ -210,7 +211,8 @@ def run_seed(seed: int, output: Path) -> None:
     """Train, score, label and diagnose every cell of a seed; writes cells.json."""
     cells: list[dict[str, Any]] = []
     with TerminalDisplay(Console()) as display:
-        for recipe in (main_recipe(seed, output), burst_recipe(seed, output), outlier_recipe(seed, output)):
+        bursts = (burst_recipe(fault, seed, output) for fault in QUIET_STEPS)
+        for recipe in (main_recipe(seed, output), *bursts, outlier_recipe(seed, output)):
             with planted():
                 folder = StudyFolder(run_study(recipe, display, resume=True).folder)
             found = diagnose(folder, display)["arms"]
