@@ -65,7 +65,7 @@ from qatrun.report import TerminalDisplay
 from qatrun.study import preflight, run_study, single
 from qatrun.study.diagnose import diagnose
 from qatrun.study.layout import StudyFolder, read_json, write_json
-from qatrun.study.records import first_alarm
+from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
 from qatrun.train import read_metrics
 
@@ -282,11 +282,7 @@ def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Me
         "harm": {"forgetting": forgetting, "quantization": quantization},
         "label": [cause for cause in PLANTED[fault] if harmful(cause)],
         "findings": found["findings"],
-        "alarms": {
-            kind: step
-            for kind in ("saturation", "resolution", "forgetting", "quantization")
-            if (step := first_alarm(folder.arm(arm.name).path, kind)) is not None
-        },
+        "alarms": first_alarms(folder.arm(arm.name).path),
         "effects": {effect["name"]: effect for effect in found["effects"]},
         "sentence": found["sentence"],
     }

@@ -52,6 +52,21 @@ def test_a_diagnosis_is_made_again_from_what_is_scored(trained_world: Path, tmp_
     assert json.loads(shown.out)["runs/tiny"] == json.loads(before)
 
 
+def test_alarms_that_left_no_mark_on_the_scores_are_named(world: Path) -> None:
+    study = world / "runs/tiny"
+    rows = [
+        {"step": step, "kind": kind, "text": "", "tensor": None}
+        for step, kind in ((30, "saturation"), (40, "forgetting"))
+    ]
+    (study / "hif8/alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run_qatrun("diagnose", "tiny", cwd=world).code == 0
+    diagnosis = json.loads((study / "diagnosis.json").read_text(encoding="utf-8"))
+    assert diagnosis["arms"]["hif8"]["findings"] == []
+    assert diagnosis["sentence"].endswith(
+        "; its alarms (saturation at step 30, forgetting at step 40) left no mark on these scores"
+    )
+
+
 def test_report_writes_the_page_of_the_newest_study(trained_world: Path, tmp_path: Path) -> None:
     shutil.copytree(trained_world / "runs/tiny", tmp_path / "runs/tiny")
     (tmp_path / "runs/tiny/report.html").unlink()

@@ -28,7 +28,7 @@ from qatrun.quant import QuantPlan, freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.study.evidence import DIAGNOSIS_FILE
 from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
-from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarm, last_probe, tensor_records
+from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
 
@@ -85,7 +85,7 @@ class _Diagnosis:
         models = {name: Scores.load(place) for name, place in places.items()}
         effects = attribution.effects(models, log_perplexity)
         limit = clipping_limit(self.recipe.monitor.alarms)
-        clipped = any(record.clip_fraction > limit for record in records) or self._alarm("saturation") is not None
+        clipped = any(record.clip_fraction > limit for record in records) or "saturation" in self._alarms()
         causes = attribution.findings(effects, clipped=clipped)
         since = self._since(causes, records)
         return {
@@ -160,8 +160,8 @@ class _Diagnosis:
         gc.collect()
         return found.nll_mean
 
-    def _alarm(self, kind: str) -> int | None:
-        return first_alarm(self.folder.arm(self.arm.name).path, kind)
+    def _alarms(self) -> dict[str, int]:
+        return first_alarms(self.folder.arm(self.arm.name).path)
 
     def _since(self, causes: Sequence[str], records: Sequence[TensorRecord]) -> int | None:
         """The first step that showed the first cause."""
@@ -169,7 +169,7 @@ class _Diagnosis:
             return None
         if causes[0] == "saturation" and records and records[0].since_step is not None:
             return records[0].since_step
-        return self._alarm(causes[0])
+        return self._alarms().get(causes[0])
 
     def _sentence(
         self,
@@ -179,9 +179,11 @@ class _Diagnosis:
         since: int | None,
     ) -> str:
         if not causes:
+            alarms = ", ".join(f"{kind} at step {step}" for kind, step in self._alarms().items())
             return (
                 f"nothing broke: quantization costs {_cost(effects['whole'])} against {self.arm.twin}, training "
                 f"{_cost(effects['training'])} against the start model"
+                + (f"; its alarms ({alarms}) left no mark on these scores" if alarms else "")
             )
         step = f" since about step {since}" if since is not None else ""
         say: Mapping[str, Callable[[], str]] = {

@@ -83,11 +83,13 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
     return sorted(records, key=lambda r: (-r.clip_fraction, np.inf if r.sqnr_db is None else r.sqnr_db))
 
 
-def first_alarm(folder: Path, kind: str) -> int | None:
-    """The step of the first alarm of a kind, or None."""
+def first_alarms(folder: Path) -> dict[str, int]:
+    """Kind of alarm -> step of its first, of those that were raised, in that order."""
     file = folder / "alarms.jsonl"
-    rows: list[dict[str, Any]] = read_metrics(file) if file.is_file() else []
-    return next((row["step"] for row in rows if row["kind"] == kind), None)
+    first: dict[str, int] = {}
+    for row in read_metrics(file) if file.is_file() else []:
+        first.setdefault(row["kind"], row["step"])
+    return first
 
 
 def last_probe(folder: Path) -> dict[str, Any] | None:
