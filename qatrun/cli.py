@@ -38,6 +38,23 @@ OutputDirOption = Annotated[Path, typer.Option(help="Where studies lie.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.out(f"qatrun {version('qatrun')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a verb."""
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,

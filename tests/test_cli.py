@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ MISTAKES = {
     "eval model --tasks ,": "--tasks names no task",
     "compare bf16 int8": "runs/ruined has no scores of int8 (it has bf16, ruined, start)",
     "compare bf16 int8 --study tiny": "runs/tiny has no scores of int8 (it has bf16, hif8, start)",
-    "compare bf16 hif8 --study tyni": "no study 'tyni' in runs",
+    "compare bf16 hif8 --study tyni": "no study 'tyni' in runs (did you mean 'tiny'?)",
+    "compare bf16 bf16": "bf16 beside itself says nothing: name two arms, or two folders",
     "compare bf16 hif8 --output-dir model": "no study in model yet",
     "compare bf16 ruined --budget likes=1": f"--budget likes=1: {NO_TASK}",
     "compare bf16 ruined --budget likes.yaml": f"--budget likes.yaml: {NO_TASK}",
@@ -94,6 +96,10 @@ def test_few_shot_examples_that_are_scored_too_are_refused(trained_world: Path) 
 
 
 # help
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    assert run_qatrun("--version", cwd=tmp_path) == (0, f"qatrun {version('qatrun')}\n", "")
 
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:

@@ -138,7 +138,8 @@ def _footer(pair: Mapping[str, Any]) -> list[RenderableType]:
         )
     if pair["sizes"]:
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair["sizes"].items())
-        lines.append(Text(f"{pair['coverage']}; weights on disk: {sizes}"))
+        coverage = f"{pair['coverage']}; " if pair["coverage"] else ""
+        lines.append(Text(f"{coverage}weights on disk: {sizes}"))
     if pair["mismatches"]:
         lines.append(Text("compared anyway, although: " + "; ".join(pair["mismatches"]), style="yellow"))
     return lines

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from qatrun import artifact
+from qatrun.errors import InputError
 from qatrun.evaluate.scores import SUMMARY_FILE, replace_file
+from qatrun.recipe.wording import suggestion
 
 EVAL, EVAL_OFF = "eval", "eval-quantizers-off"
 
@@ -111,6 +113,14 @@ def newest_study(output_dir: Path) -> StudyFolder | None:
     """The study whose recipe was written last."""
     recipes = sorted(output_dir.glob("*/recipe.yaml"), key=lambda file: file.stat().st_mtime)
     return StudyFolder(recipes[-1].parent) if recipes else None
+
+
+def no_such_study(study: str | None, output_dir: Path) -> InputError:
+    """The error for a study that is not there, with the nearest of those that are."""
+    names = sorted(file.parent.name for file in output_dir.glob("*/recipe.yaml"))
+    if study is None:
+        return InputError(f"no study in {output_dir} yet")
+    return InputError(f"no study {study!r} in {output_dir}{suggestion(study, names)}")
 
 
 def write_json(file: Path, value: Any) -> None:

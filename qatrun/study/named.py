@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qatrun.errors import InputError
 from qatrun.study.diagnose import ScoringDisplay, diagnose
-from qatrun.study.layout import StudyFolder, newest_study
+from qatrun.study.layout import StudyFolder, newest_study, no_such_study
 from qatrun.study.page import write_page
 
 
@@ -21,7 +20,7 @@ def named_study(study: str | None, output_dir: Path) -> StudyFolder:
     places = [found.path] if found else [Path(study), output_dir / study] if study is not None else []
     folder = next((StudyFolder(place) for place in places if StudyFolder(place).recipe.is_file()), None)
     if folder is None:
-        raise InputError(f"no study {study!r} in {output_dir}" if study else f"no study in {output_dir} yet")
+        raise no_such_study(study, output_dir)
     return folder
 
 

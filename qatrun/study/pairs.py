@@ -13,7 +13,7 @@ from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
-from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, read_json
+from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, no_such_study, read_json
 from qatrun.train import read_metrics
 
 
@@ -130,13 +130,15 @@ def compare_named(
     Returns:
         (what was taken, the comparison).
     """
+    if twin == arm:
+        raise InputError(f"{twin} beside itself says nothing: name two arms, or two folders")
     if Path(twin).is_dir() and Path(arm).is_dir() and study is None:
         of_twin, of_arm = ArmFolder(Path(twin)), ArmFolder(Path(arm))
         start = _start_beside(of_twin, of_arm)
         return f"{twin} and {arm}", compare_arms(of_twin, of_arm, start, _budgets(of_twin, budgets), anyway=anyway)
     found = StudyFolder(output_dir / study) if study else newest_study(output_dir)
     if found is None or not found.recipe.is_file():
-        raise InputError(f"no study {study!r} in {output_dir}" if study else f"no study in {output_dir} yet")
+        raise no_such_study(study, output_dir)
     if found.replicas:
         choices = " or ".join(f"--study {replica.path.relative_to(output_dir)}" for replica in found.replicas)
         raise InputError(f"{found.path} holds a study for each of its seeds: compare in one of them, {choices}")
