@@ -50,7 +50,7 @@ MISTAKES = {
     "eval model --tasks ,": "--tasks names no task",
     "compare bf16 int8": "runs/ruined has no scores of int8 (it has bf16, ruined, start)",
     "compare bf16 int8 --study tiny": "runs/tiny has no scores of int8 (it has bf16, hif8, start)",
-    "compare bf16 hif8 --study tyni": "no study 'tyni' in runs (did you mean 'tiny'?)",
+    "compare bf16 hif8 --study tinny": "no study 'tinny' in runs (did you mean 'tiny'?)",
     "compare bf16 bf16": "bf16 beside itself says nothing: name two arms, or two folders",
     "compare bf16 hif8 --output-dir model": "no study in model yet",
     "compare bf16 ruined --budget likes=1": f"--budget likes=1: {NO_TASK}",
