@@ -17,15 +17,15 @@ Planted, each in hif8, fp8_e4m3 and int8:
     outlier   one channel in eight before each attention and MLP block 64 times as large, undone in the weights that read
               it: the same function
 
-A fault that does no harm is no fault. The rule that labels a cell was written before the cell was run: its measure of text
-before all of them, that of answers and `burst` after a first round of cells that text alone had labelled, and `rare` after
-`burst` had turned out to do little. It uses no item that the diagnosis looks at. Fault and measure, either is enough:
+A fault that does no harm is no fault. The rule that labels a cell uses no item that the diagnosis looks at. It was written
+down before seeds 3 to 5 were run; seeds 0 to 2 are where it and the thresholds of the diagnosis were found, so they prove
+nothing. Fault and measure, either is enough:
 
     lr, both         forgetting, if training without quantizers (the twin) raises the log-perplexity of held-out text of the
                      pretraining kind by 0.05 a token over the start model's, or costs the right answers to other questions
                      than those that are scored 0.10 of their log-likelihood an answer
-    scale, lag,      saturation, if the arm with quantizers on is 0.02 a token behind its twin on held-out text, or 0.04 an
-    both, burst,     answer on those questions
+    scale, lag,      saturation, if quantization (the arm with quantizers on against its twin) costs 0.02 a token of
+    both, burst,     held-out text, or 0.04 an answer to those questions, more than it costs the same format without a fault
     rare
     outlier          resolution, by the same measure
 
@@ -152,8 +152,8 @@ def write_bursty_text(file: Path, quiet_steps: Iterable[int], seed: int) -> Path
     """Stories, but in the batches of these steps one word alone. It is read in order, and the seed chooses stories and
     word: nothing else of this text depends on it."""
     tokenizer = load_tokenizer(ModelConfig(path=demo.BUILTIN))
-    stories = islice(demo.documents("finetune"), 8_000 * (seed % 4), None)
-    word = QUIET_WORDS[seed % len(QUIET_WORDS)]
+    stories = islice(demo.documents("finetune"), 8_000 * (seed % 4) + 2_000 * (seed // 4), None)
+    word = QUIET_WORDS[(seed + seed // 4) % len(QUIET_WORDS)]
 
     def num_tokens(text: str) -> int:
         return len(tokenizer(text, verbose=False)["input_ids"]) + 1  # its end
@@ -220,6 +220,9 @@ def run_seed(seed: int, output: Path) -> None:
             cells += [
                 cell_of(folder, recipe.resolve_arm(name), result, measure, seed) for name, result in found.items()
             ]
+    healthy = {cell["format"]: cell["harm"]["quantization"] for cell in cells if cell["fault"] == "none"}
+    for cell in cells:
+        cell["label"] = label_of(cell, healthy[cell["format"]])
     write_json(output / f"seed-{seed}" / "cells.json", cells)
 
 
@@ -264,28 +267,33 @@ class Measure:
 
 
 def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Measure, seed: int) -> dict[str, Any]:
-    """One cell: what was planted, what harm it did by the rule, what was found."""
+    """One cell: what was planted, what training and quantization cost, what was found."""
     format, _, fault = arm.name.partition("-")
     start, twin = measure.bf16(None), measure.bf16(str(arm.twin))
     text = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"])
     forgetting = twin[0] - start[0], twin[1] - start[1]
     quantization = text, measure.quantized(arm.name) - twin[1]
-    of_cause = {"forgetting": forgetting, "saturation": quantization, "resolution": quantization}
-
-    def harmful(cause: str) -> bool:
-        return any(harm >= limit for harm, limit in zip(of_cause[cause], HARM[cause], strict=True))
-
     return {
         "seed": seed,
         "format": format,
         "fault": fault,
         "harm": {"forgetting": forgetting, "quantization": quantization},
-        "label": [cause for cause in PLANTED[fault] if harmful(cause)],
         "findings": found["findings"],
         "alarms": first_alarms(folder.arm(arm.name).path),
         "effects": {effect["name"]: effect for effect in found["effects"]},
         "sentence": found["sentence"],
     }
+
+
+def label_of(cell: Mapping[str, Any], healthy: Sequence[float]) -> list[str]:
+    """The planted causes that did harm by the rule; `healthy` is what quantization costs the format without a fault."""
+    quantization = [cost - usual for cost, usual in zip(cell["harm"]["quantization"], healthy, strict=True)]
+    of_cause = {"forgetting": cell["harm"]["forgetting"], "saturation": quantization, "resolution": quantization}
+
+    def harmful(cause: str) -> bool:
+        return any(harm >= limit for harm, limit in zip(of_cause[cause], HARM[cause], strict=True))
+
+    return [cause for cause in PLANTED[cell["fault"]] if harmful(cause)]
 
 
 def run_healthy(num_seeds: int, output: Path) -> None:

@@ -291,6 +291,8 @@ def _effect(name: str, start: str, end: str, drop: float, width: float = 0.6) ->
         "ci95_pp": [drop - width, drop + width],
         "loglikelihood": -drop / 100,
         "ci95_loglikelihood": [-drop / 100 - 0.008, -drop / 100 + 0.008],
+        "text_loglikelihood": -drop / 100,
+        "ci95_text_loglikelihood": [-drop / 100 - 0.004, -drop / 100 + 0.004],
         "log_perplexity": drop / 120,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +14,18 @@ from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
 NUM_ITEMS = 400
 
 
-def scores(accuracy: float, *, nats: float = 0.0, seed: int = 0, order: int = 0) -> Scores:
-    """A model right on the first share of the items, whose right answer stands `nats` lower among four choices."""
+def scores(accuracy: float, *, nats: float = 0.0, text: float = 0.0, seed: int = 0, order: int = 0) -> Scores:
+    """A model right on the first share of the items, whose right answer stands `nats` lower among four choices, all of
+    which are `text` nats less likely."""
     rng = np.random.default_rng(seed)
     choices = rng.normal(size=(NUM_ITEMS, 4))
     choices[:, 0] += 1.0 - nats
+    choices -= text
     ids = np.array([f"item:{i}:x" for i in range(NUM_ITEMS)])
     correct = np.arange(NUM_ITEMS) < accuracy * NUM_ITEMS
     rows = np.random.default_rng(order).permutation(NUM_ITEMS) if order else np.arange(NUM_ITEMS)
     items = ItemScores(ids[rows], correct[rows], choices[rows, 0], choices[rows])
-    return Scores({"task": TaskScore("task", "acc", 0, 0, items)}, {})
+    return Scores({"task": TaskScore("task", "acc", 0, 0, NUM_ITEMS, items)}, {})
 
 
 def study(**drops: tuple[float, float]) -> dict[str, Effect]:
@@ -63,6 +66,28 @@ def test_a_drop_in_log_probability_alone_is_enough() -> None:
     assert findings(study(on=(0.8, 0.05)), clipped=True) == ("saturation",)
 
 
+def test_text_that_all_choices_lose_alike_tells_a_clip_and_nothing_else() -> None:
+    twin = scores(0.8)
+    blurred = scores(0.8, text=0.05)
+    models = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh"), twin)
+    found = effects(models | {"on": blurred}, {})
+    assert found["whole"].drop_nats == pytest.approx(0.0, abs=1e-9)
+    assert found["whole"].drop_text_nats == pytest.approx(0.05)
+    assert findings(found, clipped=True) == ("saturation",)
+    assert findings(found, clipped=False) == ()
+    assert findings(effects(models | {"on": blurred, "ptq": blurred}, {}), clipped=True) == ()  # the price of the grid
+    barely = effects(models | {"on": scores(0.8, text=0.003)}, {})
+    assert findings(barely, clipped=True) == ()
+
+
+def test_a_longer_answer_may_lose_more() -> None:
+    twin, after = scores(0.8), scores(0.8, text=0.05)
+    long = {"twin": Scores({"task": replace(twin.tasks["task"], num_answer_tokens=20 * NUM_ITEMS)}, {}), "on": after}
+    effect = effects(long, {})["whole"]
+    assert effect.drop_text_nats == pytest.approx(0.05 / 20)
+    assert effect.ci95_text_nats == pytest.approx((0.05 / 20, 0.05 / 20))
+
+
 def test_effects_pair_items_by_name_whatever_their_order() -> None:
     models = {"start": scores(0.8), "twin": scores(0.7, nats=0.1, order=5)}
     effect = effects(models, {"start": 1.0, "twin": 1.5})["training"]
@@ -89,8 +114,8 @@ def test_answer_log_probability_is_among_the_choices() -> None:
         np.array([-1.0, -3.0]),
         np.array([[-1.0, -1.0, np.nan], [-3.0, -2.0, -1.0]]),
     )
-    found = answer_log_probability(TaskScore("t", "acc", 0, 0, items))
+    found = answer_log_probability(TaskScore("t", "acc", 0, 0, 2, items))
     assert found[0] == pytest.approx(math.log(0.5))
     assert found[1] == pytest.approx(-3 - math.log(math.exp(-3) + math.exp(-2) + math.exp(-1)))
     alone = ItemScores(np.array(["a"]), np.array([True]), np.array([-2.5]), np.array([[-2.5]]))
-    assert answer_log_probability(TaskScore("t", "acc", 0, 0, alone)).tolist() == [-2.5]
+    assert answer_log_probability(TaskScore("t", "acc", 0, 0, 1, alone)).tolist() == [-2.5]

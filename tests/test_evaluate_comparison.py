@@ -29,7 +29,7 @@ def task_score(
             [[loglikelihood, -2.0] if i % 2 else [-2.0, -3.0, loglikelihood] for i in range(n)]
         ),
     )
-    return TaskScore(name, "acc", num_fewshot, 0, items)
+    return TaskScore(name, "acc", num_fewshot, 0, len(items.correct), items)
 
 
 def scores(correct: np.ndarray, **about: object) -> Scores:

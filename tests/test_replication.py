@@ -35,7 +35,7 @@ def answers(*rows: str) -> Correct:
 def scores(item_ids: list[str], correct: list[bool], task: str = "facts") -> Scores:
     n = len(item_ids)
     items = ItemScores(np.array(item_ids), np.array(correct), np.zeros(n), np.zeros((n, 2)))
-    return Scores({task: TaskScore(task, "acc", 0, 0, items)}, {})
+    return Scores({task: TaskScore(task, "acc", 0, 0, n, items)}, {})
 
 
 # By hand.

@@ -8,14 +8,18 @@ The models of an arm, each scored on the same items:
             with calibrated scales
 
 The rule, on the items of all tasks together. An effect *matters* when the lower end of its 95 % interval is above a
-threshold, in percentage points of accuracy or in nats of the answer's log-probability among its choices, which shows what
-accuracy is too coarse for:
+threshold, in percentage points of accuracy or in nats of the right answer's log-probability among its choices, which shows
+what accuracy is too coarse for:
 
     forgetting   start -> twin matters (3 pp or 0.10 nats): training without any quantizer lost it
-    saturation   twin -> on matters (1 pp or 0.02 nats), so does ptq -> on, and the run clipped: quantization with fitting
-                 scales does not cost this
-    resolution   twin -> on matters, and so does twin -> ptq: not even fitting scales hold what the tensors carry
+    saturation   the run clipped, and both twin -> on and ptq -> on matter (1 pp or 0.02 nats, or 0.004 nats a token of the
+                 right answer's own text): quantization with fitting scales does not cost this
+    resolution   twin -> on matters (1 pp or 0.02 nats), and so does twin -> ptq: not even fitting scales hold what the
+                 tensors carry
     divergence   twin -> on matters, and nothing above explains it
+
+The answer's own text is the most sensitive of the three, since what all choices lose alike cancels among them. It is asked
+only where something clipped: every coarse format costs some of it, fitting scales or not.
 
 More than one may be found; none is a healthy run. Pure: arrays in, numbers out.
 """
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +38,18 @@ from qatrun.evaluate import paired
 from qatrun.evaluate.paired import Interval
 from qatrun.evaluate.scores import Scores, TaskScore
 
-FORGETTING_MATTERS = (3.0, 0.10)
-QUANTIZATION_MATTERS = (1.0, 0.02)
+
+class Thresholds(NamedTuple):
+    """Above which an effect matters: percentage points, nats among the choices, nats a token of the answer's text."""
+
+    pp: float
+    nats: float
+    text_nats: float = np.inf
+
+
+FORGETTING_MATTERS = Thresholds(3.0, 0.10)
+QUANTIZATION_MATTERS = Thresholds(1.0, 0.02)
+SATURATION_MATTERS = Thresholds(1.0, 0.02, text_nats=0.004)
 
 # name -> (from, to); a positive drop is a loss on the way.
 EFFECTS: Mapping[str, tuple[str, str]] = {
@@ -57,6 +71,7 @@ class Effect:
         drop_pp: accuracy, percentage points; `ci95_pp` as `paired.drop_interval` has it.
         drop_nats: log-probability of the right answer among the item's choices, mean over items; `ci95_nats` is
             Student's t over items.
+        drop_text_nats: log-likelihood of the right answer's own text, a token; its interval likewise.
         log_perplexity: rise of the held-out text's log-perplexity, nats per token; None where it is not known.
     """
 
@@ -67,11 +82,14 @@ class Effect:
     ci95_pp: Interval
     drop_nats: float
     ci95_nats: Interval
+    drop_text_nats: float
+    ci95_text_nats: Interval
     log_perplexity: float | None
 
-    def matters(self, thresholds: tuple[float, float]) -> bool:
-        """Whether it is surely above either threshold (percentage points, nats)."""
-        return self.ci95_pp[0] > thresholds[0] or self.ci95_nats[0] > thresholds[1]
+    def matters(self, thresholds: Thresholds) -> bool:
+        """Whether it is surely above any of them."""
+        surely = self.ci95_pp[0], self.ci95_nats[0], self.ci95_text_nats[0]
+        return any(low > threshold for low, threshold in zip(surely, thresholds, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in diagnosis.json."""
@@ -83,6 +101,8 @@ class Effect:
             "ci95_pp": list(self.ci95_pp),
             "loglikelihood": self.drop_nats,
             "ci95_loglikelihood": list(self.ci95_nats),
+            "text_loglikelihood": self.drop_text_nats,
+            "ci95_text_loglikelihood": list(self.ci95_text_nats),
             "log_perplexity": self.log_perplexity,
         }
 
@@ -111,17 +131,18 @@ def findings(found: Mapping[str, Effect], *, clipped: bool) -> tuple[str, ...]:
         found: effects over all tasks.
         clipped: whether training recorded a tensor that clipped (as the saturation alarm has it).
     """
-    names = []
-    if found["training"].matters(FORGETTING_MATTERS):
-        names.append("forgetting")
-    if found["whole"].matters(QUANTIZATION_MATTERS):
-        explained = [
-            name
-            for name, effect, also in (("saturation", "beyond ptq", clipped), ("resolution", "ptq", True))
-            if also and effect in found and found[effect].matters(QUANTIZATION_MATTERS)
-        ]
-        names += explained or ["divergence"]
-    return tuple(names)
+
+    def matters(thresholds: Thresholds, *names: str) -> bool:
+        return all(name in found and found[name].matters(thresholds) for name in names)
+
+    causes = ["forgetting"] if matters(FORGETTING_MATTERS, "training") else []
+    if clipped and matters(SATURATION_MATTERS, "whole", "beyond ptq"):
+        causes.append("saturation")
+    if matters(QUANTIZATION_MATTERS, "whole", "ptq"):
+        causes.append("resolution")
+    if matters(QUANTIZATION_MATTERS, "whole") and not {"saturation", "resolution"} & set(causes):
+        causes.append("divergence")
+    return tuple(causes)
 
 
 def _effect(
@@ -135,10 +156,10 @@ def _effect(
     before, after = models[source], models[target]
     chosen = tuple(before.tasks) if tasks is None else tasks
     pairs = [_in_one_order(before.tasks[task], after.tasks[task]) for task in chosen]
-    correct = [np.concatenate([part[i] for part in pairs]) for i in (0, 1)]
-    flips = paired.count_flips(correct[0], correct[1])
+    correct, correct_after, nats, text_nats = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    text_nats = text_nats * len(text_nats) / sum(before.tasks[task].num_answer_tokens for task in chosen)
+    flips = paired.count_flips(correct, correct_after)
     low, high = paired.drop_interval(flips)
-    nats = np.concatenate([part[2] for part in pairs])
     known = source in log_perplexity and target in log_perplexity
     return Effect(
         name,
@@ -148,17 +169,21 @@ def _effect(
         ci95_pp=(100 * low, 100 * high),
         drop_nats=float(nats.mean()),
         ci95_nats=_mean_interval(nats),
+        drop_text_nats=float(text_nats.mean()),
+        ci95_text_nats=_mean_interval(text_nats),
         log_perplexity=log_perplexity[target] - log_perplexity[source] if known else None,
     )
 
 
-def _in_one_order(
-    before: TaskScore, after: TaskScore
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """(correct before, correct after, nats lost), each [num_items], items sorted by name."""
+def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any], ...]:
+    """(correct before, correct after, nats lost among the choices, of the answer's text), each [num_items], by name."""
     one, other = np.argsort(before.items.item_id), np.argsort(after.items.item_id)
-    lost = answer_log_probability(before)[one] - answer_log_probability(after)[other]
-    return before.items.correct[one], after.items.correct[other], lost
+    return (
+        before.items.correct[one],
+        after.items.correct[other],
+        answer_log_probability(before)[one] - answer_log_probability(after)[other],
+        before.items.loglikelihood[one] - after.items.loglikelihood[other],
+    )
 
 
 def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:

@@ -67,7 +67,7 @@ def score(
         for task in tasks:
             outcome = _run(lm, task, config.limit)
             samples = outcome.pop("samples")
-            scores[task.name] = _task_score(task, samples, lm.num_truncated)
+            scores[task.name] = _task_score(task, samples, lm)
             if output_dir is not None:
                 _write_samples(output_dir / SAMPLES_FOLDER, samples)
                 _merge(results, outcome)
@@ -102,12 +102,13 @@ class _InMemoryLM(HFLM):  # type: ignore[misc]
                 softmax_dtype=SOFTMAX_DTYPE,
             )
         self.num_truncated = 0
+        self.num_tokens: dict[tuple[str, str], int] = {}
         self._task = ""
         self._on_progress = on_progress
 
     def start(self, task: str) -> None:
-        """Count truncated requests, and report progress, for this task from here on."""
-        self._task, self.num_truncated = task, 0
+        """Count truncated requests and tokens, and report progress, for this task from here on."""
+        self._task, self.num_truncated, self.num_tokens = task, 0, {}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         # lm-eval hands its cache every answer as soon as it is known.
@@ -117,6 +118,7 @@ class _InMemoryLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
         self.num_truncated += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
+        self.num_tokens |= {text: len(choice) for text, _, choice in requests}
         return super()._loglikelihood_tokens(requests, **options)
 
 
@@ -157,20 +159,22 @@ def _run(lm: _InMemoryLM, task: BuiltTask, limit: int | None) -> dict[str, Any]:
     return outcome
 
 
-def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], num_truncated: int) -> TaskScore:
-    ids, correct, gold, choices = [], [], [], []
+def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], lm: _InMemoryLM) -> TaskScore:
+    ids, correct, gold, choices, num_tokens = [], [], [], [], 0
     for leaf_name, leaf_samples in samples.items():
         leaf = task.lm_eval_tasks["tasks"][leaf_name]
         for sample in leaf_samples:
             loglikelihoods = [response[0][0] for response in sample["resps"]]
             ids.append(_item_id(leaf_name, sample))
             correct.append(sample[task.metric])
-            gold.append(max(loglikelihoods[index] for index in _gold(leaf, sample)))
+            answer = max(_gold(leaf, sample), key=loglikelihoods.__getitem__)
+            gold.append(loglikelihoods[answer])
+            num_tokens += lm.num_tokens[sample["arguments"][answer]]
             choices.append(loglikelihoods)
     if not set(correct) <= {0, 1}:
         raise InputError(Problem(f"{task.metric} is not right or wrong per item", f"eval.tasks.{task.name}"))
     items = ItemScores(np.array(ids), np.array(correct, dtype=bool), np.array(gold), pad_choices(choices))
-    return TaskScore(task.name, task.metric, task.num_fewshot, num_truncated, items)
+    return TaskScore(task.name, task.metric, task.num_fewshot, lm.num_truncated, num_tokens, items)
 
 
 def _gold(leaf: Task, sample: Mapping[str, Any]) -> list[int]:

@@ -47,12 +47,14 @@ class TaskScore:
         task: name or path in the recipe.
         metric: lm-eval's name of what `correct` means, such as `acc_norm`.
         num_truncated: requests (one per choice) whose prompt did not fit the model's context and lost its beginning.
+        num_answer_tokens: of the right answers, all items together.
     """
 
     task: str
     metric: str
     num_fewshot: int
     num_truncated: int
+    num_answer_tokens: int
     items: ItemScores
 
     @property
@@ -114,11 +116,14 @@ class Scores:
             raise InputError(
                 Problem(f"{ITEMS_FILE} is not the file that {SUMMARY_FILE} was written with", where=str(folder))
             )
-        table = pq.read_table(items_path)
-        tasks = {
-            name: TaskScore(
-                name, about["metric"], about["num_fewshot"], about["num_truncated"], _task_items(table, name)
+        if any("num_answer_tokens" not in about for about in summary["tasks"].values()):
+            raise InputError(
+                Problem("scored by an earlier version: delete this folder to score again", where=str(folder))
             )
+        table = pq.read_table(items_path)
+        counts = ("num_fewshot", "num_truncated", "num_answer_tokens")
+        tasks = {
+            name: TaskScore(name, about["metric"], *(about[count] for count in counts), _task_items(table, name))
             for name, about in summary["tasks"].items()
         }
         return cls(tasks, summary["settings"])
@@ -145,6 +150,7 @@ def _summary(score: TaskScore) -> dict[str, Any]:
         "num_fewshot": score.num_fewshot,
         "num_items": score.num_items,
         "num_truncated": score.num_truncated,
+        "num_answer_tokens": score.num_answer_tokens,
         "accuracy": score.accuracy,
         "stderr": None if math.isnan(score.stderr) else score.stderr,
         "mean_loglikelihood": float(score.items.loglikelihood.mean()),

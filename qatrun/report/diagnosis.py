@@ -28,9 +28,18 @@ def diagnosis_table(name: str, arm: Mapping[str, Any]) -> RenderableType:
             _interval(effect["ci95_loglikelihood"], 3),
         )
     parts += [effects, Text()]
+    parts.append(Text(f"nats a token of the right answer's text: {', '.join(_text_costs(arm['effects']))}"))
     parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm["perplexity"].items())))
     parts += [Text(line) for line in _tensor_lines(arm["worst_tensors"])]
     return Group(*parts)
+
+
+def _text_costs(effects: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Of the effects that the rule for saturation looks at."""
+    for effect in effects:
+        if effect["name"] in ("whole", "ptq", "beyond ptq"):
+            interval = _interval(effect["ci95_text_loglikelihood"], 3)
+            yield f"{effect['name']} {effect['text_loglikelihood']:+.3f} ({interval})"
 
 
 def _interval(edges: list[float], digits: int) -> str:

@@ -192,8 +192,8 @@ class _Diagnosis:
                 f"start model; lower train.learning_rate ({self.arm.train.learning_rate:g})"
             ),
             "saturation": lambda: (
-                f"scales saturate: quantization costs {_cost(effects['whole'])}, of which fitting scales would cost "
-                f"{_cost(effects['ptq'])}; {_worst(records, by_clipping=True)}"
+                f"scales saturate: quantization costs {_cost(effects['whole'], text=True)}, of which fitting scales "
+                f"would cost {_cost(effects['ptq'], text=True)}; {_worst(records, by_clipping=True)}"
                 f"{saturation_remedy(self.arm.qat, records[0].role, records[0].overshoot) if records else ''}"
             ),
             "resolution": lambda: (
@@ -220,9 +220,10 @@ def _plan(arm: ArmFolder) -> QuantPlan:
     return QuantPlan.from_dict(read_json(arm.quantized / artifact.PLAN_FILE)["plan"])
 
 
-def _cost(effect: Effect) -> str:
+def _cost(effect: Effect, *, text: bool = False) -> str:
     low, high = effect.ci95_pp
-    return f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] ({effect.drop_nats:.3f} nats an answer)"
+    of_text = f", {effect.drop_text_nats:.3f} a token of its text" if text else ""
+    return f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] ({effect.drop_nats:.3f} nats an answer{of_text})"
 
 
 def _worst(records: Sequence[TensorRecord], *, by_clipping: bool) -> str:

@@ -88,7 +88,7 @@ def attribution_figure(content: StudyContent) -> Figure | None:
     title = _attribution_title({name: arm["effects"] for name, arm in arms.items() if arm.get("effects")})
     columns = (
         *("arm", "effect", "task", "from", "to", "drop pp", "low pp", "high pp"),
-        *("log-likelihood shift", "low", "high", "log-perplexity shift"),
+        *("log-likelihood shift", "low", "high", "a token of the answer's text", "low", "high", "log-perplexity shift"),
     )
     per_task = [
         (name, task, effect)
@@ -150,10 +150,10 @@ def _effect_mark(arm: str, effect: Row, index: int) -> Mark:
 
 
 def _effect_row(arm: str, task: str, effect: Row) -> tuple[Any, ...]:
-    interval = effect.get("ci95_loglikelihood") or (None, None)
     return (
         *(arm, effect["name"], task, effect["from"], effect["to"], effect["drop_pp"], *effect["ci95_pp"]),
-        *(effect.get("loglikelihood"), *interval, effect.get("log_perplexity")),
+        *(effect["loglikelihood"], *effect["ci95_loglikelihood"]),
+        *(effect["text_loglikelihood"], *effect["ci95_text_loglikelihood"], effect["log_perplexity"]),
     )
 
 
