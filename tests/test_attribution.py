@@ -40,7 +40,7 @@ def study(**drops: tuple[float, float]) -> dict[str, Effect]:
     [
         ({}, False, ()),
         ({}, True, ()),  # clipping that does no harm is none
-        ({"on": (0.794, 0.005)}, True, ()),
+        ({"on": (0.794, 0.003)}, True, ()),
         (dict.fromkeys(("twin", "ptq", "off", "on", "fresh"), (0.6, 0.3)), False, ("forgetting",)),
         ({"on": (0.6, 0.5)}, True, ("saturation",)),
         ({"on": (0.6, 0.5), "off": (0.5, 0.9)}, True, ("saturation",)),  # weights that have adapted to the clip
