@@ -95,6 +95,21 @@ def test_a_weight_is_quantized_once_a_step_and_a_shared_input_once(
         state.push()
 
 
+def test_a_weight_is_let_go_in_the_last_backward_of_a_step(passes_made: Counter[tuple[int, ...]]) -> None:
+    expected = trained(*attached())
+    model, state = attached()
+    tokens = token_ids()
+    for last, made_by_the_next in ((False, 0), (True, 14)):
+        state.last_micro_batch = last
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        passes_made.clear()
+        model(input_ids=tokens)
+        assert sum(count for shape, count in passes_made.items() if len(shape) == 2) == made_by_the_next
+    model, state = attached()
+    state.last_micro_batch = True  # of every one: made twice is made alike
+    assert_equal(expected, trained(model, state))
+
+
 def test_a_frozen_model_rounds_a_shared_input_once(passes_made: Counter[tuple[int, ...]]) -> None:
     model, state = attached()
     trained(model, state)

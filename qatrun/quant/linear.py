@@ -120,6 +120,8 @@ class FakeQuantLinear(nn.Module):
         """Those of x, weight and bias (see `matmul.gradients`), the output gradient quantized first where it is to be."""
         quantizer = self.quantizers.get("grad_output")
         on_g = quantizer.on_grid(grad_output, grad_output.dtype) if quantizer else None
+        if self.state.last_micro_batch:
+            self.quantizers["weight"].latest.forget()
         return gradients(grad_output, on_g, on_x, on_w, dtypes)
 
     def observe(self, x: Tensor, weight: Tensor) -> None:

@@ -86,11 +86,12 @@ class Latest:
             return self._result
         self._result = None  # before the new one is made, so that there are never two
         result = make()
-        self._tensor, self._circumstances = weakref.ref(x, self._forget), circumstances
+        self._tensor, self._circumstances = weakref.ref(x, self.forget), circumstances
         self._result = result
         return result
 
-    def _forget(self, _: object) -> None:
+    def forget(self, _: object = None) -> None:
+        """Let the result go."""
         self._result = None
 
     def __reduce__(self) -> tuple[type[Latest], tuple[()]]:

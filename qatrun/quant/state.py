@@ -66,6 +66,8 @@ class ScaleState(DeviceOnlyModule):
         saturated: [num_slots] bool; whether amax went beyond what the scale can represent since `take_num_saturated`.
         mode: what the attached linears do now.
         num_changes: how often history or scales have moved.
+        last_micro_batch: whether the weights change after the backward at hand, so that each weight's grid can be let go
+            as soon as its gradient is there. Who does not set it pays memory, not correctness.
         primed: whether scales come from a history. Until the first push in QUANTIZE they come from the tensor at hand.
     """
 
@@ -105,6 +107,7 @@ class ScaleState(DeviceOnlyModule):
         self.primed = False
         self.num_pushes = 0
         self.num_changes = 0
+        self.last_micro_batch = False
         self.measures_noise = False
         self.num_values = [0] * len(slots)
         window = max(s.window for s in scaling)

@@ -266,7 +266,10 @@ class _Session:
         """Backward over all micro-batches; returns the mean loss, [], over the targets of the whole batch."""
         num_targets = max(1, batch.num_targets)
         total = torch.zeros((), device=self.accelerator.device)
-        for micro in batch.split(micro_batch_size):
+        micro_batches = batch.split(micro_batch_size)
+        for number, micro in enumerate(micro_batches, start=1):
+            if self.quant is not None:
+                self.quant.last_micro_batch = number == len(micro_batches)
             input_ids, labels = (t.to(self.accelerator.device) for t in (micro.input_ids, micro.labels))
             with self._autocast():
                 logits = self.model(input_ids=input_ids, use_cache=False).logits

@@ -121,7 +121,9 @@ class Trainee:
 
     def step(self) -> Tensor:
         """Forward, backward, optimizer and, where there is one, the scale update; returns the last loss."""
-        for _ in range(self.micro_batches):
+        for micro_batch in range(1, self.micro_batches + 1):
+            if self.state is not None:
+                self.state.last_micro_batch = micro_batch == self.micro_batches
             loss = self.forward()
             loss.backward()
         self.optimizer.step()
