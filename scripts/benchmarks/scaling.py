@@ -110,12 +110,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for column, axis in enumerate(axes):
         for line, (what, unit) in enumerate((("time", "s a step"), ("memory", "MiB at peak"))):
             panel = panels[line][column]
+            measured: list[float] = []
             for arm in ARMS:
                 x, y = _series(rows, what, axis, arm)
+                measured += y
                 panel.loglog(x, y, marker="o", label=f"{arm}: $x^{{{exponent[f'{what} {axis}^b', arm]:.2f}}}$")
             panel.set_xlabel(axis)
             panel.set_ylabel(unit)
             panel.set_xticks(x, [str(value) for value in x])
+            ends = min(measured), max(measured)
+            panel.set_yticks(ends, [f"{end:.3g}" if end < 100 else f"{end:,.0f}" for end in ends])
             panel.minorticks_off()
             panel.legend(fontsize="small", frameon=False)
     with mpl.rc_context({"svg.hashsalt": "qatrun"}):
