@@ -21,7 +21,9 @@ SLACK = {
     "memory saved": 0.02,
     "memory peak": 0.08,
     "eval": 0.15,
-    "scaling": 0.0,
+    "scaling operations": 0.0,
+    "scaling time": 0.15,
+    "scaling memory": 0.08,
 }
 MAX_SECOND_START_S = 5.0
 
