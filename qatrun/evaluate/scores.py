@@ -121,9 +121,15 @@ class Scores:
                 Problem("scored by an earlier version: delete this folder to score again", where=str(folder))
             )
         table = pq.read_table(items_path)
-        counts = ("num_fewshot", "num_truncated", "num_answer_tokens")
         tasks = {
-            name: TaskScore(name, about["metric"], *(about[count] for count in counts), _task_items(table, name))
+            name: TaskScore(
+                name,
+                about["metric"],
+                about["num_fewshot"],
+                about["num_truncated"],
+                about["num_answer_tokens"],
+                _task_items(table, name),
+            )
             for name, about in summary["tasks"].items()
         }
         return cls(tasks, summary["settings"])
