@@ -12,7 +12,7 @@ import pytest
 
 from qatrun.errors import InputError, MismatchError
 from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
-from qatrun.evaluate.scores import ITEMS_FILE, ItemScores, Scores, TaskScore, pad_choices
+from qatrun.evaluate.scores import ITEMS_FILE, SUMMARY_FILE, ItemScores, Scores, TaskScore, pad_choices
 
 SETTINGS = {"tasks": {"facts": 0}, "limit": None, "batch_size": 16}
 
@@ -154,10 +154,19 @@ def test_scores_round_trip(tmp_path: Path) -> None:
     assert loaded.settings == SETTINGS
     assert list(loaded.tasks) == ["facts", "b"]
     for name, score in saved.tasks.items():
+        assert loaded.tasks[name].num_answer_tokens == score.num_answer_tokens
         assert (loaded.tasks[name].metric, loaded.tasks[name].num_fewshot) == (score.metric, score.num_fewshot)
         for array in ItemScores.__dataclass_fields__:
             np.testing.assert_array_equal(getattr(loaded.tasks[name].items, array), getattr(score.items, array))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.parquet", "scores.json"]
+
+
+def test_scores_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    scores(right(7, 10)).save(tmp_path)
+    summary = (tmp_path / SUMMARY_FILE).read_text(encoding="utf-8")
+    (tmp_path / SUMMARY_FILE).write_text(summary.replace("num_answer_tokens", "num_choices"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"earlier version: delete this folder to score again"):
+        Scores.load(tmp_path)
 
 
 def test_scores_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def test_loglikelihoods_are_those_of_the_answers(model: LlamaForCausalLM, tokeni
         assert items.correct[row] == (int(np.argmax(expected)) == item["answer"])
 
 
+def test_the_tokens_of_right_answers_are_counted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    for task, scored in score(model, tokenizer, DEMO).tasks.items():
+        answers = [item["choices"][item["answer"]] for item in demo.items(task)[:8]]
+        assert scored.num_answer_tokens == sum(len(tokenizer(answer).input_ids) for answer in answers)
+
+
 def test_everything_is_put_back(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     model.train()
     model.model.layers[1].eval()
