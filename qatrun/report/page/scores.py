@@ -88,7 +88,8 @@ def attribution_figure(content: StudyContent) -> Figure | None:
     title = _attribution_title({name: arm["effects"] for name, arm in arms.items() if arm.get("effects")})
     columns = (
         *("arm", "effect", "task", "from", "to", "drop pp", "low pp", "high pp"),
-        *("log-likelihood shift", "low", "high", "a token of the answer's text", "low", "high", "log-perplexity shift"),
+        *("log-likelihood shift", "log-likelihood low", "log-likelihood high"),
+        *("answer text shift a token", "answer text low", "answer text high", "log-perplexity shift"),
     )
     per_task = [
         (name, task, effect)
