@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from qatrun.evaluate.attribution import EFFECTS, Effect, answer_log_probability, effects, findings
+from qatrun.evaluate.attribution import EFFECTS, Effect, accuracies, answer_log_probability, effects, findings
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
 
 NUM_ITEMS = 400
@@ -105,6 +105,21 @@ def test_effects_need_both_models() -> None:
     assert set(effects({"start": scores(0.8), "twin": scores(0.8)}, {})) == {"training"}
     assert set(study()) == set(EFFECTS)
     assert study()["whole"].log_perplexity is None
+
+
+def test_an_effect_is_over_the_items_that_both_models_answered() -> None:
+    whole = {"start": scores(0.8), "twin": scores(0.7, nats=0.1)}
+    task = whole["twin"].tasks["task"]
+    some = slice(0, None, 3)
+    items = ItemScores(*(getattr(task.items, field.name)[some] for field in fields(ItemScores)))
+    fewer = replace(task, items=items, num_answer_tokens=2 * len(items.item_id))
+    sampled = {**whole, "twin": Scores({"task": fewer}, {})}
+    effect = effects(sampled, {})["training"]
+    lost = whole["start"].tasks["task"].items.loglikelihood[some] - items.loglikelihood
+    assert effect.drop_text_nats == pytest.approx(lost.mean() / 2)
+    before = whole["start"].tasks["task"].items.correct[some].mean()
+    assert effect.drop_pp == pytest.approx(100 * (before - items.correct.mean()))
+    assert accuracies(sampled, "task") == pytest.approx({"start": before, "twin": items.correct.mean()})
 
 
 def test_answer_log_probability_is_among_the_choices() -> None:

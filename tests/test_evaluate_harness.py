@@ -77,6 +77,18 @@ def test_the_tokens_of_right_answers_are_counted(model: LlamaForCausalLM, tokeni
         assert scored.num_answer_tokens == sum(len(tokenizer(answer).input_ids) for answer in answers)
 
 
+def test_a_sample_is_spread_evenly_and_its_items_are_the_very_same(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole = score(model, tokenizer, DEMO).tasks["demo_facts"].items
+    sample = score(model, tokenizer, DEMO, at_most=3)
+    found = sample.tasks["demo_facts"].items
+    chosen = [0, 2, 5]  # of 8
+    assert found.item_id.tolist() == whole.item_id[chosen].tolist()
+    np.testing.assert_allclose(found.loglikelihood, whole.loglikelihood[chosen], rtol=1e-5)
+    assert sample.settings["at_most"] == 3
+
+
 def test_everything_is_put_back(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     model.train()
     model.model.layers[1].eval()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +114,8 @@ def effects(
     """Every effect between models that are there, by name.
 
     Args:
-        models: "start", "twin", "ptq", "off", "on", "fresh" -> scores on the same items, as far as there are any.
+        models: "start", "twin", "ptq", "off", "on", "fresh" -> scores, as far as there are any; an effect is over the items
+            that both of its models answered.
         log_perplexity: the same -> nats per token of held-out text.
         tasks: pooled; None: all.
     """
@@ -157,7 +159,7 @@ def _effect(
     chosen = tuple(before.tasks) if tasks is None else tasks
     pairs = [_in_one_order(before.tasks[task], after.tasks[task]) for task in chosen]
     correct, correct_after, nats, text_nats = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    text_nats = text_nats * len(text_nats) / sum(before.tasks[task].num_answer_tokens for task in chosen)
+    text_nats = text_nats * len(text_nats) / sum(_num_answer_tokens(before.tasks[t], after.tasks[t]) for t in chosen)
     flips = paired.count_flips(correct, correct_after)
     low, high = paired.drop_interval(flips)
     known = source in log_perplexity and target in log_perplexity
@@ -177,13 +179,26 @@ def _effect(
 
 def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any], ...]:
     """(correct before, correct after, nats lost among the choices, of the answer's text), each [num_items], by name."""
-    one, other = np.argsort(before.items.item_id), np.argsort(after.items.item_id)
+    _, one, other = np.intersect1d(before.items.item_id, after.items.item_id, assume_unique=True, return_indices=True)
     return (
         before.items.correct[one],
         after.items.correct[other],
         answer_log_probability(before)[one] - answer_log_probability(after)[other],
         before.items.loglikelihood[one] - after.items.loglikelihood[other],
     )
+
+
+def _num_answer_tokens(before: TaskScore, after: TaskScore) -> int:
+    """Of the items that both answered: one of the two answered no others."""
+    fewer = before if before.num_items <= after.num_items else after
+    return fewer.num_answer_tokens
+
+
+def accuracies(models: Mapping[str, Scores], task: str) -> dict[str, float]:
+    """Model -> accuracy on the items of a task that all of them answered."""
+    items = {name: scores.tasks[task].items for name, scores in models.items()}
+    common = reduce(np.intersect1d, (of_model.item_id for of_model in items.values()))
+    return {name: float(of_model.correct[np.isin(of_model.item_id, common)].mean()) for name, of_model in items.items()}
 
 
 def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:

@@ -14,17 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from qatrun.numerics import bfloat16_products
+
 # The seeds that lm-eval's command line sets by default.
 PYTHON_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards every module is in the mode it was in."""
+    """Put the model in eval mode, its bfloat16 products made as suits this CPU; afterwards every module is in the mode it
+    was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with bfloat16_products():
+            yield
     finally:
         for module in training:
             module.training = True

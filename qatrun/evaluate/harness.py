@@ -46,6 +46,7 @@ def score(
     *,
     output_dir: Path | None = None,
     on_progress: Progress | None = None,
+    at_most: int | None = None,
 ) -> Scores:
     """Score a model on a recipe's tasks, as it is: its dtype, its device, its quantizers on or off.
 
@@ -55,6 +56,7 @@ def score(
         output_dir: where to keep the scores, lm-eval's own results (`lm_eval_results.json`) and its per-item samples
             (`samples/<leaf task>.jsonl`, without the prompts, which a hash stands for).
         on_progress: called after each request.
+        at_most: of the items that the recipe scores so many per leaf task, spread evenly over them; None: all.
     Raises:
         InputError: a task that cannot be scored here and now.
         NonFiniteError: the model's logits are NaN or infinite.
@@ -65,13 +67,13 @@ def score(
         tasks = _build(config)
         lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
         for task in tasks:
-            outcome = _run(lm, task, config.limit)
+            outcome = _run(lm, task, _chosen(task, config.limit, at_most))
             samples = outcome.pop("samples")
             scores[task.name] = _task_score(task, samples, lm)
             if output_dir is not None:
                 _write_samples(output_dir / SAMPLES_FOLDER, samples)
                 _merge(results, outcome)
-    settings = _settings(config, model)
+    settings = _settings(config, model) | ({} if at_most is None else {"at_most": at_most})
     if output_dir is not None:
         results["config"] = {**settings, "sources": {task.name: task.source for task in tasks}}
         replace_file(output_dir / RESULTS_FILE, _to_json(results, indent=2))
@@ -149,13 +151,23 @@ def _never_tied(model: PreTrainedModel) -> Iterator[None]:
         del vars(model)["tie_weights"]
 
 
-def _run(lm: _InMemoryLM, task: BuiltTask, limit: int | None) -> dict[str, Any]:
-    """lm-eval's results and samples; no standard errors by bootstrap, `paired.py` does better."""
+def _chosen(task: BuiltTask, limit: int | None, at_most: int | None) -> dict[str, list[int]]:
+    """Leaf task -> the documents to score, as indices in ascending order."""
+    chosen = {}
+    for name, leaf in task.lm_eval_tasks["tasks"].items():
+        size = min(len(leaf.eval_docs), limit or len(leaf.eval_docs))
+        wanted = size if at_most is None else min(size, at_most)
+        chosen[name] = [size * i // wanted for i in range(wanted)]
+    return chosen
+
+
+def _run(lm: _InMemoryLM, task: BuiltTask, chosen: Mapping[str, list[int]]) -> dict[str, Any]:
+    """lm-eval's results and samples of the chosen documents; no standard errors by bootstrap, `paired.py` does better."""
     for leaf in task.lm_eval_tasks["tasks"].values():
         leaf.set_fewshot_seed(FEWSHOT_SEED)
     lm.start(task.name)
     with seeded():
-        outcome: dict[str, Any] = evaluate(lm, task.lm_eval_tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+        outcome: dict[str, Any] = evaluate(lm, task.lm_eval_tasks, samples=chosen, bootstrap_iters=0, log_samples=True)
     return outcome
 
 

@@ -9,6 +9,7 @@ from qatrun.numerics.codes import decode, encode
 from qatrun.numerics.fake_quant import Clip, Ste, clip_limit, fake_quantize
 from qatrun.numerics.metrics import clip_fraction, sqnr_db, underflow_fraction
 from qatrun.numerics.passes import Quantized, code_dtype, codes_to_grid, quantize, rescale_, scale_gradient
+from qatrun.numerics.product import bfloat16_products, bfloat16_way, product_dtype, recomputed_products
 from qatrun.numerics.rounding import Overflow, quantize_to_grid, round_to_format, saturates
 from qatrun.numerics.scales import Granularity, amax, inverse_scale, scale_from_amax
 
@@ -19,6 +20,8 @@ __all__ = [
     "Quantized",
     "Ste",
     "amax",
+    "bfloat16_products",
+    "bfloat16_way",
     "clip_fraction",
     "clip_limit",
     "code_dtype",
@@ -27,8 +30,10 @@ __all__ = [
     "encode",
     "fake_quantize",
     "inverse_scale",
+    "product_dtype",
     "quantize",
     "quantize_to_grid",
+    "recomputed_products",
     "rescale_",
     "round_to_format",
     "saturates",

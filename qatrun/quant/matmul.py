@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatrun.numerics import rescale_, scale_gradient
+from qatrun.numerics import product_dtype, rescale_, scale_gradient
 from qatrun.quant.quantizer import OnGrid
 
 Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
@@ -40,8 +40,10 @@ def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tens
     Returns:
         [..., out] in the compute dtype.
     """
+    operands = product_dtype(q_x.dtype, q_x.device)
     with torch.autocast(q_x.device.type, enabled=False):
-        return rescale_(F.linear(q_x, q_w), s_x, s_w.flatten() if s_w.dim() else s_w, bias)
+        product = F.linear(q_x.to(operands), q_w.to(operands)).to(q_x.dtype)
+        return rescale_(product, s_x, s_w.flatten() if s_w.dim() else s_w, bias)
 
 
 def gradients(grad_output: Tensor, on_g: OnGrid | None, on_x: OnGrid, on_w: OnGrid, dtypes: Dtypes) -> Gradients:
@@ -54,26 +56,36 @@ def gradients(grad_output: Tensor, on_g: OnGrid | None, on_x: OnGrid, on_w: OnGr
     """
     to_x, to_w, to_bias = dtypes
     compute_dtype = grad_output.dtype
+    operands = product_dtype(compute_dtype, grad_output.device)
     g, s_g = (grad_output, None) if on_g is None else (on_g.in_dtype(compute_dtype), on_g.scale)
+    g = g.to(operands)
     grad_x = grad_w = None
     if to_x is not None:
-        grad_x = _scaled_product(g, on_w.in_dtype(compute_dtype), on_w.scale.flatten(), s_g, on_x.blocked, to_x)
+        q_w = on_w.in_dtype(operands)
+        grad_x = _scaled_product(g, q_w, on_w.scale.flatten(), s_g, compute_dtype, on_x.blocked, to_x)
     if to_w is not None:
-        q_x = _rows(on_x.in_dtype(compute_dtype))
-        grad_w = _scaled_product(_rows(g).t(), q_x, on_x.scale.flatten(), s_g, on_w.blocked, to_w)
+        q_x = _rows(on_x.in_dtype(operands))
+        grad_w = _scaled_product(_rows(g).t(), q_x, on_x.scale.flatten(), s_g, compute_dtype, on_w.blocked, to_w)
     grad_bias = None if to_bias is None else _rows(grad_output).sum(0, dtype=torch.float32).to(to_bias)
     return grad_x, grad_w, grad_bias
 
 
 def _scaled_product(
-    a: Tensor, b: Tensor, summed_scale: Tensor, extra: Tensor | None, blocked: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    summed_scale: Tensor,
+    extra: Tensor | None,
+    compute_dtype: torch.dtype,
+    blocked: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(a @ b) * scale in float32, zero where blocked. A scale that varies along the summed dimension multiplies `a`."""
+    """(a @ b) rounded to the compute dtype, times the scale in float32, zero where blocked. A scale that varies along the
+    summed dimension multiplies `a`, which is an operand in the compute dtype again."""
     if summed_scale.numel() > 1:
-        a, summed_scale = (a.float() * summed_scale).to(b.dtype), summed_scale.new_ones(())
+        a, summed_scale = (a.float() * summed_scale).to(compute_dtype).to(b.dtype), summed_scale.new_ones(())
     scale = summed_scale.reshape(()) if extra is None else summed_scale.reshape(()) * extra
     with torch.autocast(a.device.type, enabled=False):
-        return scale_gradient(torch.matmul(a, b), scale, blocked, dtype)
+        return scale_gradient(torch.matmul(a, b).to(compute_dtype), scale, blocked, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

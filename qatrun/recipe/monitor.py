@@ -57,3 +57,7 @@ class DiagnoseConfig(Section):
     calibration_sequences: Count = Field(
         64, description="training sequences that fresh scales, and those of PTQ, are calibrated on"
     )
+    items: Count | None = Field(
+        None,
+        description="items per leaf task, spread evenly, that the further models are scored on; null: all that are scored",
+    )

@@ -96,10 +96,7 @@ class _Diagnosis:
                 task: [e.to_dict() for e in attribution.effects(models, log_perplexity, (task,)).values()]
                 for task in models["twin"].tasks
             },
-            "accuracy": {
-                task: {name: scores.tasks[task].accuracy for name, scores in models.items()}
-                for task in models["twin"].tasks
-            },
+            "accuracy": {task: attribution.accuracies(models, task) for task in models["twin"].tasks},
             "perplexity": {name: math.exp(value) for name, value in log_perplexity.items()},
             "probe": _probe(mine, twin),
             "worst_tensors": [asdict(record) for record in records[:SHOWN]],
@@ -134,7 +131,9 @@ class _Diagnosis:
 
     def _calibrated_place(self, mine: ArmFolder, weights: ArmFolder) -> Path:
         """Beside the weights; of a twin the same for all arms that differ in how scales are found while training only."""
-        settings = [calibrated_plan(_plan(mine)).to_dict(), self.recipe.diagnose.calibration_sequences]
+        asked = self.recipe.diagnose
+        settings = [calibrated_plan(_plan(mine)).to_dict(), asked.calibration_sequences]
+        settings += [] if asked.items is None else [asked.items]
         return (
             weights.path
             / f"eval-calibrated-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -154,7 +153,8 @@ class _Diagnosis:
             tensors = input_histograms(model, valid.input_ids[: self.arm.train.micro_batch_size], shown, plan)
             write_json(mine.path / "histograms.json", {"tensors": tensors})
         freeze(model, DTYPES[self.arm.model.compute_dtype])
-        score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored)
+        items = self.recipe.diagnose.items
+        score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items)
         found = perplexity(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
         del model
         gc.collect()

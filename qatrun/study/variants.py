@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qatrun.data import open_data
 from qatrun.model import DTYPES, load_model, on_device
+from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.recipe import Arm, ScalingConfig
 from qatrun.study.layout import ArmFolder
@@ -33,7 +34,8 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
     model = on_device(_trained(arm, folder)).eval()
     attach(model, calibrated_plan(plan))
     device = next(model.parameters()).device
-    with torch.autocast(device.type, dtype=DTYPES[arm.model.compute_dtype], enabled=_autocasts(arm)):
+    autocast = torch.autocast(device.type, dtype=DTYPES[arm.model.compute_dtype], enabled=_autocasts(arm))
+    with autocast, bfloat16_products():
         calibrate(model, [batch.to(device) for batch in batches])
     return model
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
 from qatrun.model import DTYPES
+from qatrun.numerics import bfloat16_products, recomputed_products
 from qatrun.quant import Mode, ScaleState, attach
 from qatrun.recipe import Arm
 from qatrun.train.checkpoint import (
@@ -66,7 +67,7 @@ def train(
         CheckpointError: the checkpoint belongs to another run.
     """
     reset_peak_memory()
-    with stop_on_signals() as request:
+    with bfloat16_products(), stop_on_signals() as request:
         session = _Session(segment, model, stream, listener, trackers, watched)
         session.start_or_resume()
         try:
@@ -100,7 +101,8 @@ class _Session:
         self.segment, self.stream, self.listener = segment, stream, listener
         self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=segment.folder)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            options = {"use_reentrant": False, "context_fn": recomputed_products}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.plain_model = model.train()
         self.quant: ScaleState | None = attach(model, segment.plan) if segment.plan is not None else None
         self.model = self.accelerator.prepare_model(model)
