@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,16 +101,11 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
     assert run_qatrun("--version", cwd=tmp_path) == (0, f"qatrun {version('qatrun')}\n", "")
 
 
-def test_help_imports_nothing_heavy_and_is_quick() -> None:
+def test_help_imports_nothing_heavy() -> None:
     program = "import sys; from qatrun import cli; sys.argv = ['qatrun', '--help']\ntry: cli.main()\n"
     program += "finally: print(sorted({'torch', 'transformers', 'datasets', 'pydantic'} & set(sys.modules)))"
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
-    assert min(seconds) < 0.5
 
 
 def test_check_imports_neither_training_nor_scoring() -> None:

@@ -147,7 +147,7 @@ def test_a_conv1d_is_a_product_too() -> None:
         (True, True, "AVX2", "float32"),
         (True, True, "AVX512_CORE", "float32"),
         (True, False, None, "float32"),  # AVX-512 without BF16: oneDNN emulates it, slower than float32
-        (False, True, None, "float32"),  # ATEN_CPU_CAPABILITY=avx2
+        (False, True, None, "float32"),  # no AVX-512
     ],
 )
 def test_the_way_follows_from_the_processor(

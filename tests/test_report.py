@@ -166,6 +166,7 @@ def a_dry_run(**fields: Any) -> dict[str, Any]:
     }
     plan = {
         "seeds": None,
+        "runs_on": "a CPU",
         "num_parameters": None,
         "arms": [arm],
         "disk_bytes": None,

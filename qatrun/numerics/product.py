@@ -75,7 +75,7 @@ def bfloat16_way() -> Way:
 
 
 def _onednn_takes_bfloat16() -> bool:
-    """Whether PyTorch hands such products to oneDNN; obeys ATEN_CPU_CAPABILITY, and knows Arm's extension."""
+    """Whether PyTorch hands such products to oneDNN, on x86-64 (with AVX-512 of any kind) or on Arm (with its extension)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from qatrun.numerics import bfloat16_way
+
 PACKAGES = ("qatrun", "torch", "transformers", "datasets", "accelerate", "lm_eval", "tokenizers", "numpy", "scipy")
 
 
@@ -25,11 +27,26 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": {"model": _cpu_model(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "cpu": {
+            "model": _cpu_model(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "bfloat16_products": bfloat16_way(),
+        },
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": _git_state(),
     }
+
+
+def runs_on() -> str:
+    """The processor that a run here uses, and how it makes bfloat16 products."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    way = "its own unit" if bfloat16_way() == "native" else "float32, rounded once: it has no unit for them"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{_cpu_model()} ({capability}, {torch.get_num_threads()} threads); bfloat16 products in {way}"
 
 
 def _cpu_model() -> str:

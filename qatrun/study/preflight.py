@@ -18,6 +18,7 @@ from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.model import architecture, load_tokenizer
 from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
 from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
+from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.matching import matched_settings
 
@@ -56,6 +57,7 @@ class Preflight:
             "folder": str(Path(self.recipe.output_dir) / self.recipe.name),
             "model": self.recipe.model.path,
             "seeds": self.recipe.train.seeds,
+            "runs_on": runs_on(),
             "num_parameters": self.num_parameters if known else None,
             "arms": arms,
             "disk_bytes": disk_bytes(self.arms, self.num_parameters, quantized) if known else None,

@@ -1,8 +1,12 @@
-"""Starting: what the first step costs beyond a later one, with no compiled code at hand and with that of an earlier run."""
+"""Starting: `qatrun --help`, and what the first step costs beyond a later one, with no compiled code at hand and with that
+of an earlier run."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +31,19 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
                         "startup", environment, arm=arm, shape=shape, device=settings.device, bf16=True
                     )
                     seconds.setdefault((start, arm), []).append(measured["extra_s"])
+        seconds.setdefault(("qatrun --help", "beyond Python's own start"), []).append(_help_seconds())
         progress.advance()
     rows = []
     for (start, arm), extra in seconds.items():
         low, middle, high = (float(value) for value in np.quantile(extra, [0.25, 0.5, 0.75]))
         rows.append(Row("startup", start, arm, middle, low, high, rounds, unit="s"))
     return rows
+
+
+def _help_seconds() -> float:
+    def seconds(*arguments: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - began
+
+    return seconds("-c", "from qatrun.cli import main; main()", "--help") - seconds("-c", "pass")
