@@ -137,12 +137,13 @@ def test_check_prints_what_would_happen_and_writes_nothing(trained_world: Path) 
     assert files(trained_world) == before
     lines = [line.rstrip() for line in ran.out.splitlines()]
     assert lines[0] == "other: model, 21,824 parameters -> runs/other"
-    assert lines[2:5] == [
+    assert lines[1].startswith("runs on ")
+    assert lines[3:6] == [
         "bf16",
         "  steps 1-40 BF16, the first 10 in the shared trunk",
         "  lr 0.05; 128 tokens a step, 5,120 in all",
     ]
-    assert lines[7:13] == [
+    assert lines[8:14] == [
         "hif8 (twin: bf16)",
         "  steps 1-10 BF16, switch, steps 11-40 QAT",
         "  lr 0.05; 128 tokens a step, 5,120 in all",
@@ -150,12 +151,12 @@ def test_check_prints_what_would_happen_and_writes_nothing(trained_world: Path) 
         "  input hif8 per_tensor, amax to 15, delayed max over 4",
         "  14 of 15 linears, 85% of linear FLOPs quantized",
     ]
-    assert lines[13].startswith("  memory, about: bf16 training ")
-    assert "qat training" in lines[13]
-    assert lines[14].startswith("disk, about: ")
-    assert lines[16].split() == ["task", "shots", "metric", "items", "budget", "pp", "detects", "pp", "source"]
-    assert lines[18].split()[:5] == ["demo_facts", "0", "acc", "60", "1"]
-    assert lines[18].split()[-1] == "builtin"
+    assert lines[14].startswith("  memory, about: bf16 training ")
+    assert "qat training" in lines[14]
+    assert lines[15].startswith("disk, about: ")
+    assert lines[17].split() == ["task", "shots", "metric", "items", "budget", "pp", "detects", "pp", "source"]
+    assert lines[19].split()[:5] == ["demo_facts", "0", "acc", "60", "1"]
+    assert lines[19].split()[-1] == "builtin"
     assert lines[-1] == "detects: smallest drop seen at 80% power if 5% of the items flip"
 
 
