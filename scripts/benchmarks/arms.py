@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qatrun.numerics import bfloat16_products, recomputed_products
 from qatrun.quant import ScaleState, attach, make_plan
 from qatrun.recipe import QatConfig
 
@@ -115,7 +116,8 @@ class Trainee:
 
     def forward(self) -> Tensor:
         """Mean loss, [] float32, with its graph."""
-        with torch.autocast(self.ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(self.ids.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        with bfloat16_products(), autocast:
             logits = self.model(input_ids=self.ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), self.ids[:, 1:].flatten())
 
@@ -157,7 +159,8 @@ def trainee(
     """
     model = build_model(shape, device)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False, "context_fn": recomputed_products}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     made = untrained(arm, model, shape, device, bf16=bf16, micro_batches=micro_batches)
     if compiled:
         model.compile(dynamic=False)

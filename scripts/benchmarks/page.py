@@ -41,6 +41,7 @@ def _goals() -> Iterator[Goal]:
     for dtype in step_limits:
         limits = {"cpu": 1.02, "cuda": 1.02}
         yield Goal(f"step with tensor statistics / without, {dtype}", f"watch/{dtype}/hif8", limits)
+    yield Goal("unquantized step, bf16 / fp32", "step/unquantized/bf16", {"cpu": 1.15})
     equal = {"cpu": 1.0, "cuda": 1.0}
     for dtype in step_limits:
         hif8 = f"step/{dtype}/hif8"

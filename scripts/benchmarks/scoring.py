@@ -19,6 +19,7 @@ from benchmarks.arms import (
     trainee,
 )
 from benchmarks.timing import Progress, Row, Settings, interleave, rows_against
+from qatrun.numerics import bfloat16_products
 from qatrun.quant import freeze
 
 
@@ -54,7 +55,8 @@ def _scorer(arm: str, shape: Shape, dtype: torch.dtype, device: str) -> Callable
 @torch.no_grad()  # as lm-eval does
 def _log_likelihoods(model: nn.Module, ids: Tensor) -> Tensor:
     """[batch] log-likelihood of each sequence, the softmax in float32."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    with bfloat16_products():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
     scores: Tensor = (chosen - logits.logsumexp(-1)).sum(-1)
     return scores

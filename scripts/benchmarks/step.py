@@ -27,11 +27,25 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
     if settings.device == "cuda":
         cases = [_Case("bf16", bf16=True), _Case("bf16 ckpt", bf16=True, checkpointing=True)]
     rows = [row for case in cases for row in _run(case, settings, progress)]
+    if settings.device == "cpu":
+        rows += _dtypes(settings, progress)
     if not settings.quick:
         for case in cases:
             if not case.checkpointing:
                 rows += _run(_Case(f"{case.name} compiled", case.bf16, compiled=True), settings, progress)
     return rows
+
+
+def _dtypes(settings: Settings, progress: Progress) -> list[Row]:
+    """The unquantized step in bf16 beside that in fp32: what a CPU without a unit for bfloat16 pays."""
+    rounds = 4 if settings.quick else 20
+    progress.begin("step, unquantized", rounds)
+    arms = {
+        name: trainee(UNQUANTIZED, SHAPES[settings.model], settings.device, bf16=name == "bf16")
+        for name in ("fp32", "bf16")
+    }
+    seconds = interleave({name: made.step for name, made in arms.items()}, rounds, settings.device, progress)
+    return rows_against("fp32", seconds, "step", "unquantized")
 
 
 def _run(case: _Case, settings: Settings, progress: Progress) -> list[Row]:
