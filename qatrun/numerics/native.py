@@ -7,12 +7,12 @@ processor runs.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import stat
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qatrun.errors import InputError
 from qatrun.numerics import native_build
 
+_log = logging.getLogger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -179,7 +180,4 @@ def _loaded(path: Path) -> ctypes.CDLL:
 def _warn(reason: str) -> None:
     lines = reason.strip().splitlines() or ["unknown"]
     said = next((line for line in lines if "error:" in line), lines[-1])
-    warnings.warn(
-        f"the CPU kernels cannot be built ({said}); quantized training gives the same numbers several times slower",
-        stacklevel=2,
-    )
+    _log.warning("the CPU kernels cannot be built (%s): quantizing gives the same numbers, several times slower", said)
