@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from qatrun.numerics import (
 )
 
 COMPILER = native_build.compiler()
+ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZED = native_build.FLAGS
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 QUANTIZE = """
@@ -328,3 +331,41 @@ class TestPlainTensors:
 
     def test_parameters_are_plain(self) -> None:
         assert native.is_plain(torch.nn.Parameter(torch.ones(2)))
+
+
+class TestWheel:
+    """What `hatch_build.py` puts into a wheel; a stand-in for the compiler, since what it makes is tested above."""
+
+    def built(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, version: str) -> tuple[Any, list[str]]:
+        pytest.importorskip("hatchling")
+        monkeypatch.syspath_prepend(str(ROOT))
+        hook_of = importlib.import_module("hatch_build").KernelsBuildHook
+        stand_in = tmp_path / "cxx"
+        stand_in.write_text(f"#!/bin/sh\n{script}\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setenv("CXX", str(stand_in))
+        said: list[str] = []
+        app = SimpleNamespace(display_warning=said.append)
+        hook = hook_of(str(ROOT), {}, None, None, str(tmp_path), "wheel", app)
+        build_data: dict[str, Any] = {"force_include": {}}
+        hook.initialize(version, build_data)
+        assert all(Path(file).is_file() for file in build_data["force_include"])
+        hook.finalize(version, build_data, "")
+        assert not any(Path(file).exists() for file in build_data["force_include"])
+        return build_data, said
+
+    def test_with_a_compiler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        script = 'for last; do :; done; echo made > "$last"'
+        build_data, said = self.built(tmp_path, monkeypatch, script, "standard")
+        (place,) = build_data["force_include"].values()
+        assert place.startswith("qatrun/numerics/native-")
+        assert build_data["tag"].startswith("py3-none-")
+        assert (build_data["pure_python"], said) == (False, [])
+
+    def test_without_one_the_wheel_is_a_pure_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        build_data, said = self.built(tmp_path, monkeypatch, "echo it does not work >&2; exit 1", "standard")
+        assert build_data == {"force_include": {}}
+        assert said == ["this wheel carries no CPU kernels, they are built at first use: it does not work"]
+
+    def test_an_editable_install_carries_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.built(tmp_path, monkeypatch, "exit 1", "editable") == ({"force_include": {}}, [])
