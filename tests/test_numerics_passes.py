@@ -1,34 +1,43 @@
-"""The one-pass kernels against the reference functions, bit for bit, and what happens where no compiler is."""
+"""The one-pass kernels against the reference functions, bit for bit, in every variant that this processor runs."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from qatrun.errors import InputError
 from qatrun.formats import FORMATS
-from qatrun.numerics import codes_to_grid, decode, passes, quantize, rescale_, round_to_format, scale_gradient
+from qatrun.numerics import (
+    codes_to_grid,
+    decode,
+    native,
+    native_build,
+    passes,
+    quantize,
+    rescale_,
+    round_to_format,
+    scale_gradient,
+)
 
 EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 DTYPES = (torch.float32, torch.bfloat16)
-pytestmark = pytest.mark.skipif(passes.native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native.variant() is None, reason="no C++ compiler")
 
 
-@pytest.fixture(params=["this CPU's", "without AVX-512"], autouse=True)
+@pytest.fixture(params=native_build.variants(), autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways the source can be built; the same on a CPU that has no AVX-512."""
-    if request.param == "without AVX-512" and platform.machine() == "x86_64":
-        monkeypatch.setattr(passes.native, "FLAGS", (*passes.native.FLAGS, "-mno-avx512f"))
-    passes.native.library.cache_clear()
+    """Every variant that this processor runs."""
+    monkeypatch.setenv("QATRUN_NATIVE", request.param)
+    native.kernels.cache_clear()
+    try:
+        native.kernels()
+    except InputError as refused:
+        pytest.skip(str(refused))
     yield
-    passes.native.library.cache_clear()
+    native.kernels.cache_clear()
 
 
 @pytest.fixture(params=[1, 2])
@@ -65,8 +74,8 @@ def bits(x: Tensor | None) -> Tensor | None:
     return torch.where(x.isnan(), 0x7FC0_0000, x.float().view(torch.int32))
 
 
-def assert_same(native: passes.Quantized, reference: passes.Quantized) -> None:
-    for name, one, other in zip(passes.Quantized._fields, native, reference, strict=True):
+def assert_same(made: passes.Quantized, reference: passes.Quantized) -> None:
+    for name, one, other in zip(passes.Quantized._fields, made, reference, strict=True):
         if other is None:
             assert one is None, name
         else:
@@ -76,8 +85,8 @@ def assert_same(native: passes.Quantized, reference: passes.Quantized) -> None:
 
 
 def check(x: Tensor, inv_scale: Tensor, format: str, limit: float | None, dtype: torch.dtype | None) -> None:
-    native = quantize(x, inv_scale, FORMATS[format], limit, values=dtype, codes=True, blocked=True)
-    assert_same(native, passes._quantize_reference(x, inv_scale, format, limit, dtype, True, True))
+    made = quantize(x, inv_scale, FORMATS[format], limit, values=dtype, codes=True, blocked=True)
+    assert_same(made, passes._quantize_reference(x, inv_scale, format, limit, dtype, True, True))
 
 
 @pytest.mark.parametrize("limit", [None, 15.0])
@@ -101,6 +110,27 @@ class TestQuantize:
             inv_scale = torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)) * 40 + 0.1
             check(random_patterns(rows * columns).view(rows, columns), inv_scale, format, limit, torch.float32)
             check(torch.randn(rows, columns).bfloat16(), inv_scale, format, limit, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("inv_scale", [0.0, 1e-42, 1e30, float("inf"), float("nan"), -2.5])
+def test_scales_of_any_kind(inv_scale: float, format: str) -> None:
+    """Also those that `scale_from_amax` never gives."""
+    for x in (torch.tensor([0.0, -0.0, 1.0, -3.0] * 20), random_patterns(4096), torch.randn(4096).bfloat16()):
+        check(x, torch.tensor(inv_scale), format, None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_amax_at_the_edge_and_just_beyond(format: str, dtype: torch.dtype) -> None:
+    """Up to the edge a row is rounded in vectors; one value beyond it, and all of the row is done again."""
+    for limit in (None, 7.0):
+        edge = min(limit or FORMATS[format].max_finite, FORMATS[format].max_finite)
+        for largest in (edge, edge * (1 + 2**-7), edge * 1.25, edge * 2):
+            for sign in (1, -1):
+                x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1).to(dtype)
+                x[1234] = sign * largest
+                check(x, torch.tensor(1.0), format, limit, dtype)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 8191, 8192, 8193, 16384, 16385, 3 * 8192 + 5])
@@ -190,33 +220,3 @@ def test_bits_are_packed_least_significant_first() -> None:
     packed = passes.pack_bits(mask)
     assert packed.tolist() == [0b1001, 0b10]
     assert torch.equal(passes.unpack_bits(packed, mask), mask)
-
-
-@pytest.mark.parametrize("changed", [{"CXX": "/nonexistent/g++"}, {"CXX": "false"}, {"CXX": "", "PATH": ""}], ids=str)
-def test_without_a_compiler_the_reference_runs_and_says_so_once(changed: dict[str, str], tmp_path: Path) -> None:
-    code = """
-import torch
-from qatrun.formats import FORMATS
-from qatrun.numerics import quantize
-for _ in range(2):
-    print(quantize(torch.tensor([1.04, 99.0]), torch.tensor(1.0), FORMATS["hif8"], None, values=torch.float32).values)
-"""
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | changed
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines() == ["tensor([ 1., 96.])"] * 2
-    assert ran.stderr.count("the CPU kernels cannot be built") == 1
-    assert "b'" not in ran.stderr
-
-
-def test_a_build_is_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fake = tmp_path / "cxx"
-    log = tmp_path / "log"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec g++ "$@"\n')
-    fake.chmod(0o755)
-    built = passes.native._built(str(fake))
-    assert built.is_file()
-    first = log.read_text().count(" -c ")
-    assert passes.native._built(str(fake)) == built
-    assert (first, log.read_text().count(" -c ")) == (1, 1)
-    assert [path.name for path in built.parent.iterdir()] == [built.name]

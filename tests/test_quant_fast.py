@@ -14,7 +14,7 @@ from builders import tiny_gpt2, tiny_llama, token_ids
 from quantized_training import SETTINGS, assert_equal, attached, trained
 from torch import Tensor, nn
 
-from qatrun.numerics import passes
+from qatrun.numerics import native
 from qatrun.quant import FakeQuantLinear, freeze
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a C++ compiler."""
-    monkeypatch.setattr(passes.native, "library", lambda: None)
+    monkeypatch.setattr(native, "kernels", lambda: None)
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
@@ -32,7 +32,7 @@ def test_training_is_the_same_on_kernels_and_reference(
     qat: dict[str, Any], make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = trained(*attached(make_model, **qat))
-    monkeypatch.setattr(passes.native, "library", lambda: None)
+    monkeypatch.setattr(native, "kernels", lambda: None)
     assert_equal(fast, trained(*attached(make_model, **qat)))
 
 

@@ -11,8 +11,7 @@ reference, are what both must equal bit for bit, and what runs where neither can
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -67,7 +66,10 @@ def quantize(
         values, codes, blocked: which results are wanted, values in which dtype.
     """
     x = x.detach().contiguous()
-    if not _in_native(x, x.dtype, values or x.dtype):
+    per_row = (*x.shape[:-1], 1)
+    native.check("inv_scale", inv_scale, torch.float32, (), per_row)
+    kernels = _kernels_for((x, inv_scale), (x.dtype, values or x.dtype))
+    if kernels is None:
         reference: Callable[..., Quantized] = _on_device(x, _quantize_reference)
         return reference(x, inv_scale, spec.name, limit, values, codes, blocked)
     result = Quantized(
@@ -77,38 +79,39 @@ def quantize(
         counts=torch.empty(2, dtype=torch.int64),
         blocked=torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if blocked else None,
     )
-    per_row = inv_scale.numel() > 1
-    _library().qatrun_quantize(
+    kernels.quantize(
         _FORMAT_NUMBERS[spec.name],
-        x.data_ptr(),
+        native.address(x),
         native.DTYPES[x.dtype],
         x.numel(),
-        x.shape[-1] if per_row else x.numel(),
-        inv_scale.data_ptr(),
-        int(per_row),
+        x.shape[-1] if inv_scale.dim() else x.numel(),
+        native.address(inv_scale.contiguous()),
+        int(inv_scale.dim() > 0),
         grid_edge(spec, limit),
         saturation_threshold(spec.name, limit),
         native.address(result.values),
         native.DTYPES[values or torch.bfloat16],
         native.address(result.codes),
         native.address(result.blocked),
-        result.amax.data_ptr(),
-        result.counts.data_ptr(),
+        native.address(result.amax),
+        native.address(result.counts),
     )
     return result
 
 
 def codes_to_grid(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """The grid values that codes of any shape stand for, in float32 or bfloat16."""
-    if not _in_native(codes, dtype):
+    native.check("codes", codes, code_dtype(format), codes.shape)
+    kernels = _kernels_for((codes,), (dtype,))
+    if kernels is None:
         values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, format, dtype)
         return values
     out = torch.empty(codes.shape, dtype=dtype)
-    _library().qatrun_decode(
-        codes.contiguous().data_ptr(),
+    kernels.decode(
+        native.address(codes.contiguous()),
         codes.numel(),
-        _values_of_codes(format).data_ptr(),
-        out.data_ptr(),
+        native.address(_values_of_codes(format)),
+        native.address(out),
         native.DTYPES[dtype],
     )
     return out
@@ -123,20 +126,24 @@ def rescale_(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | 
         column_scale: float32, [] or [n].
         bias: [n] or None.
     """
-    if not (_in_native(y, y.dtype) and y.is_contiguous()):
-        return y.copy_(_on_device(y, _rescale_reference)(y, row_scale, column_scale, bias))
-    bias = None if bias is None else bias.to(y.dtype)
     columns = y.shape[-1]
-    _library().qatrun_rescale(
-        y.data_ptr(),
+    native.check("row_scale", row_scale, torch.float32, (), (*y.shape[:-1], 1))
+    native.check("column_scale", column_scale, torch.float32, (), (columns,))
+    bias = None if bias is None else bias.detach().to(y.dtype)
+    native.check("bias", bias, y.dtype, (columns,))
+    kernels = _kernels_for((y, row_scale, column_scale, bias), (y.dtype,))
+    if kernels is None or not y.is_contiguous():
+        return y.copy_(_on_device(y, _rescale_reference)(y, row_scale, column_scale, bias))
+    kernels.rescale(
+        native.address(y),
         native.DTYPES[y.dtype],
-        y.numel() // columns,
+        y.shape[:-1].numel(),
         columns,
-        row_scale.data_ptr(),
-        int(row_scale.numel() > 1),
-        column_scale.data_ptr(),
-        int(column_scale.numel() > 1),
-        native.address(bias),
+        native.address(row_scale.contiguous()),
+        int(row_scale.dim() > 0),
+        native.address(column_scale.contiguous()),
+        int(column_scale.dim() > 0),
+        native.address(None if bias is None else bias.contiguous()),
     )
     return y
 
@@ -150,17 +157,20 @@ def scale_gradient(grad: Tensor, scale: Tensor, blocked: Tensor | None, dtype: t
         blocked: bits as `quantize` gives them for a tensor of grad's shape, or None.
     """
     grad = grad.contiguous()
-    if not _in_native(grad, grad.dtype, dtype):
+    native.check("scale", scale, torch.float32, ())
+    native.check("blocked", blocked, torch.uint8, (-(-grad.numel() // 8),))
+    kernels = _kernels_for((grad, scale, blocked), (grad.dtype, dtype))
+    if kernels is None:
         scaled: Tensor = _on_device(grad, _scale_gradient_reference)(grad, scale, blocked, dtype)
         return scaled
     out = torch.empty(grad.shape, dtype=dtype)
-    _library().qatrun_scale_gradient(
-        grad.data_ptr(),
+    kernels.scale_gradient(
+        native.address(grad),
         native.DTYPES[grad.dtype],
         grad.numel(),
-        scale.data_ptr(),
-        native.address(blocked),
-        out.data_ptr(),
+        native.address(scale),
+        native.address(None if blocked is None else blocked.contiguous()),
+        native.address(out),
         native.DTYPES[dtype],
     )
     return out
@@ -188,15 +198,11 @@ def code_dtype(format: str) -> torch.dtype:
     return torch.int8 if format == "int8" else torch.uint8
 
 
-def _in_native(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether the C++ kernels take x, and these dtypes."""
-    return x.device.type == "cpu" and native.DTYPES.keys() >= set(dtypes) and native.library() is not None
-
-
-def _library() -> ctypes.CDLL:
-    library = native.library()
-    assert library is not None
-    return library
+def _kernels_for(tensors: Sequence[Tensor | None], dtypes: Iterable[torch.dtype]) -> native.Kernels | None:
+    """The C++ kernels, if there are any and they take these tensors and dtypes."""
+    if native.DTYPES.keys() >= set(dtypes) and all(map(native.is_plain, tensors)):
+        return native.kernels()
+    return None
 
 
 def _on_device(x: Tensor, reference: Callable[..., Any]) -> Callable[..., Any]:
