@@ -132,7 +132,7 @@ def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[
     """
     rows: list[T] = []
     with reading(file):
-        *lines, unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
                 rows.append(conforming(json.loads(line), kind))
@@ -148,7 +148,8 @@ def conforming(value: Any, kind: type[T]) -> T:
     Raises:
         ValueError: it is not of that kind.
     """
-    _adapter(kind).validate_python(value, strict=True)
+    hashable: Any = kind
+    _adapter(hashable).validate_python(value, strict=True)
     checked: T = value
     return checked
 
@@ -169,7 +170,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -27,12 +27,18 @@ class Environment(TypedDict):
     packages: NotRequired[dict[str, str]]
 
 
-class StudyEnvironment(Environment):
-    """environment.json as only qatrun writes it."""
+class StudyEnvironment(TypedDict):
+    """environment.json as only qatrun writes it.
 
+    Attributes:
+        inputs: path of a text or model -> SHA-256 of its content when the study began.
+    """
+
+    date: str
     command: Strings
     packages: dict[str, str]
     platform: str
+    inputs: NotRequired[dict[str, str]]
 
 
 class MetricsRow(TypedDict):
@@ -75,7 +81,7 @@ class TrunkResult(TypedDict):
 
 
 class Result(TypedDict):
-    """result.json of a folder with scores: the start model's, or an arm's as the page shows it."""
+    """result.json of a folder with scores, the start model's or an arm's, as far as the page shows it."""
 
     arm: str
     perplexity: dict[str, float]
@@ -83,17 +89,26 @@ class Result(TypedDict):
     coverage: NotRequired[str | None]
 
 
-class ArmResult(Result):
+class Match(TypedDict):
+    """In what an arm must agree with its twin; model, warmup and all of `train` that decides a number are in it, too."""
+
+    steps: Annotated[int, Field(ge=1)]
+    seed: int
+    data_hash: str
+
+
+class ArmResult(TypedDict):
     """result.json of a trained arm.
 
     Attributes:
-        match: in what it must agree with its twin; "steps", "seed" and "data_hash" among it.
         weights: weights file, relative to the arm's folder -> SHA-256 of what was scored.
     """
 
+    arm: str
+    perplexity: dict[str, float]
     twin: str | None
     coverage: str | None
-    match: dict[str, Any]
+    match: Match
     cost: Cost
     sizes: dict[str, int]
     weights: NotRequired[dict[str, str]]
@@ -285,11 +300,29 @@ class Histograms(TypedDict):
     tensors: list[HistogramRecord]
 
 
+class ShownScaling(TypedDict):
+    """How a scale is found, as the page shows it."""
+
+    type: NotRequired[str]
+    algorithm: NotRequired[str]
+    window: NotRequired[int]
+    update_interval: NotRequired[int]
+
+
+class ShownRole(TypedDict):
+    """How a role is quantized, as the page shows it."""
+
+    format: NotRequired[str]
+    granularity: NotRequired[str]
+    target_amax: NotRequired[float]
+    scaling: NotRequired[ShownScaling]
+
+
 class ShownPlan(TypedDict):
     """A plan as the page shows it."""
 
     linears: Strings
-    roles: dict[str, dict[str, Any]]
+    roles: dict[str, ShownRole]
     clip: str
 
 
@@ -309,5 +342,5 @@ class Quantized(Versioned):
     """plan.json of a quantized folder; `quant.QuantPlan` reads the plan."""
 
     compute_dtype: Literal["float32", "bfloat16"]
-    attn_implementation: str | None
+    attn_implementation: Literal["sdpa", "eager"]
     plan: dict[str, Any]

@@ -174,4 +174,5 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         or name not in other["tensors"]
         or not torch.equal(one["tensors"][name], other["tensors"][name])
     ]
-    return found + [part for part in ("progress", "metrics", "statistics", "parts", "checkpoints", "alarms") if one[part] != other[part]]
+    parts = ("progress", "metrics", "statistics", "parts", "checkpoints", "alarms")
+    return found + [part for part in parts if one[part] != other[part]]

@@ -120,16 +120,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         _check_files(folder)
-        parts = []
-        for name in PARTS:
-            with reading(folder / f"{name}.safetensors"):
-                parts.append(load_file(folder / f"{name}.safetensors"))
+        model, optimizer, state = (_read_tensors(folder / f"{name}.safetensors") for name in PARTS)
         progress = read_json(folder / "progress.json", Progress)
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
     if progress["step"] != _step(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: it is one of step {progress['step']}")
-    return Checkpoint(*parts, progress)
+    return Checkpoint(model, optimizer, state, progress)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with reading(file):
+        return load_file(file)
 
 
 def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:

@@ -253,7 +253,9 @@ class _Session:
             raise CheckpointError(f"the checkpoints in {self.segment.folder} were made by a run with other settings")
         parameters = dict(self.plain_model.named_parameters())
         if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in checkpoint.model.items()}:
-            raise CheckpointError(f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model")
+            raise CheckpointError(
+                f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model"
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(checkpoint.model[name])
