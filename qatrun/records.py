@@ -14,7 +14,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Step = Annotated[int, Field(ge=0)]
+Step = Annotated[int, Field(ge=0, lt=2**31)]
 Verdict = Literal["within", "inconclusive", "exceeds"]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 Strings = list[str]
@@ -44,7 +44,7 @@ class StudyEnvironment(TypedDict):
 class MetricsRow(TypedDict):
     """A line of metrics.jsonl: one optimizer step."""
 
-    step: Annotated[int, Field(ge=1)]
+    step: Annotated[int, Field(ge=1, lt=2**31)]
     phase: Literal["bf16", "qat"]
     loss: Number
     learning_rate: NotRequired[float]
