@@ -67,10 +67,12 @@ class Monitor:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)
             return []
+        if not file.is_file():
+            return [f"no forgetting probe in {self.segment.name}: the start model was not asked before the first step"]
         try:
             self.probe = Probe.load(file)
         except DamagedFileError as error:
-            return [f"no forgetting probe in {self.segment.name}, what the start model said is lost: {error}"]
+            return [f"no forgetting probe in {self.segment.name}: {error}"]
         return []
 
     def begin_step(self, step: int) -> None:
