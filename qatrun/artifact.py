@@ -11,7 +11,7 @@ grid values, so nothing is rounded twice.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from qatrun.errors import InputError, Problem
-from qatrun.model import architecture, from_tensors, load_tokenizer
+from qatrun.errors import DamagedFileError, InputError, Problem
+from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
+from qatrun.model import DTYPES, architecture, from_tensors, load_tokenizer
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
+from qatrun.records import Quantized, Versioned
 
 FOLDER = "quantized"
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
+SHOWN = 5  # wrong tensors that are named one by one
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
 
 
 def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
     """Write a frozen model (see `qatrun.quant.freeze`) as a quantized folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     frozen = quantized_linears(model)
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
@@ -47,18 +50,20 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         elif tensor.data_ptr() not in stored or owner in frozen:  # tied weights are stored once
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    with whole_file(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    with filled_folder(folder):
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     description = {
         "format_version": FORMAT_VERSION,
         "compute_dtype": dtype,
         "attn_implementation": model.config._attn_implementation,
         "plan": plan.to_dict(),
     }
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / PLAN_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / PLAN_FILE, description)
 
 
 def find(path: Path) -> Path | None:
@@ -72,59 +77,128 @@ def load(path: str | Path) -> tuple[Any, Any]:
     Returns:
         (model, tokenizer), the model in eval mode on the CPU in its compute dtype.
     Raises:
-        InputError: no quantized folder there, or one that a newer qatrun wrote or that lacks tensors.
+        InputError: no quantized folder there, one that a newer qatrun wrote, or a file in it that is not what it should be.
     """
     folder = find(Path(path))
     if folder is None:
         raise InputError(Problem(f"no quantized model at '{path}' (no {PLAN_FILE})"))
-    description = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    if description["format_version"] > FORMAT_VERSION:
-        version = description["format_version"]
-        raise InputError(Problem(f"'{path}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}"))
-    plan = QuantPlan.from_dict(description["plan"])
-    dtype: torch.dtype = getattr(torch, description["compute_dtype"])
+    description = _description(folder)
+    plan, dtype = read_plan(folder), DTYPES[description["compute_dtype"]]
     source = ModelConfig(path=str(folder), attn_implementation=description["attn_implementation"])
-    tensors = load_file(folder / WEIGHTS_FILE)
-    if missing := [name for name in _quantized_tensor_names(plan) if name not in tensors]:
-        raise InputError(Problem(f"'{path}' lacks {len(missing)} tensors, such as {missing[0]}"))
-    model = _unquantized(source, tensors, plan, dtype)
+    with reading(folder / WEIGHTS_FILE):
+        tensors = load_file(folder / WEIGHTS_FILE)
+    skeleton = architecture(source)
+    if problems := list(_problems(tensors, plan, skeleton, dtype)):
+        more = f" (and {len(problems) - 1} more such)" if len(problems) > SHOWN else ""
+        shown = problems[:1] if more else problems
+        raise DamagedFileError([Problem(f"{folder / WEIGHTS_FILE}: {problem}{more}") for problem in shown])
+    try:
+        model = _unquantized(skeleton, tensors, plan, dtype)
+    except InputError as error:
+        raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
     shared = {group: Latest() for group in plan.input_group.values()}
     for name in plan.linears:
         replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.input_group[name]]))
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    with reading(folder / "generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), load_tokenizer(source)
+
+
+def read_plan(folder: Path) -> QuantPlan:
+    """The plan of a quantized folder.
+
+    Raises:
+        InputError: plan.json is missing, torn, of a newer version or something else.
+    """
+    described = _description(folder)["plan"]
+    with reading(folder / PLAN_FILE):
+        return QuantPlan.from_dict(described)
 
 
 def size_bytes(folder: Path) -> int:
     """Size of the weights in a model folder, quantized or plain."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
-def _quantized_tensor_names(plan: QuantPlan) -> list[str]:
-    """What the folder must hold for the quantized linears, their biases aside."""
-    return [f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")]
+def _description(folder: Path) -> Quantized:
+    version = read_json(folder / PLAN_FILE, Versioned)["format_version"]
+    if version > FORMAT_VERSION:
+        message = f"'{folder}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}"
+        raise InputError(Problem(message))
+    return read_json(folder / PLAN_FILE, Quantized)
 
 
-def _unquantized(source: ModelConfig, tensors: dict[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:
+def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> Iterator[str]:
+    """A sentence on every tensor that is not what plan and architecture ask for: kernels would read past it, or take its
+    bytes for another number."""
+    expected = skeleton.state_dict()
+    for name in plan.linears:
+        weight = expected.get(f"{name}.weight")
+        if weight is None or weight.dim() != 2:
+            yield f"the plan names {name}, which is no linear of this model"
+            continue
+        transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
+        num_out, num_in = reversed(weight.shape) if transposed else weight.shape
+        per_channel = plan.roles["weight"].granularity == "per_channel"
+        yield from _codes_problems(f"{name}.codes", tensors, (num_out, num_in), plan.roles["weight"].format)
+        yield from _scale_problems(f"{name}.weight_scale", tensors, (num_out, 1) if per_channel else ())
+        yield from _scale_problems(f"{name}.input_scale", tensors, ())
+    leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
+    replaced = {f"{name}.weight" for name in plan.linears}
+    for name in tensors.keys() - leaves:
+        stored, asked = tensors[name], expected.get(name)
+        if asked is None or name in replaced:
+            yield f"{name} is no tensor of this model"
+        elif stored.shape != asked.shape or (asked.is_floating_point() and stored.dtype != dtype):
+            yield f"{name} must be {_shown(dtype, asked.shape)} ({_got(stored)})"
+        elif stored.is_floating_point() and not stored.isfinite().all():
+            yield f"{name} is not finite"
+
+
+def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], format: str) -> Iterator[str]:
+    codes, dtype = tensors.get(name), torch.int8 if format == "int8" else torch.uint8
+    if codes is None or codes.dtype != dtype or codes.shape != shape:
+        yield f"{name} must be {_shown(dtype, shape)}, codes of {format} ({_got(codes)})"
+    elif not decode(codes, format).isfinite().all():
+        yield f"{name} holds codes of {format} that are NaN or Inf"
+
+
+def _scale_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Iterator[str]:
+    scale = tensors.get(name)
+    right = scale is not None and scale.dtype == torch.float32 and scale.shape == shape
+    if scale is None or not right or not ((scale >= SMALLEST_SCALE) & scale.isfinite()).all():
+        yield f"{name} must be {_shown(torch.float32, shape)}, positive and finite ({_got(scale)})"
+
+
+def _shown(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+
+
+def _got(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "it is missing"
+    known = tensor.numel() and not tensor.is_complex()
+    values = f", {tensor.double().min().item():g} .. {tensor.double().max().item():g}" if known else ""
+    return f"got {_shown(tensor.dtype, tensor.shape)}{values}"
+
+
+def _unquantized(skeleton: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:
     """The model with grid values where quantized weights go, so that everything else is loaded as it should be."""
     quantized = set(plan.linears)
     weights: dict[str, Tensor] = {}
-    skeleton = architecture(source)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in quantized:
+        if owner not in quantized or leaf == "bias":
             weights[name] = tensor
         elif leaf == "codes":
             grid = decode(tensor, plan.roles["weight"].format).to(dtype)
             transposed = not isinstance(skeleton.get_submodule(owner), nn.Linear)
             weights[f"{owner}.weight"] = grid.t().contiguous() if transposed else grid
-        elif leaf == "bias":
-            weights[name] = tensor
     return from_tensors(skeleton, weights, dtype)
 
 
 def _quantized(
-    name: str, tensors: dict[str, Tensor], plan: QuantPlan, dtype: torch.dtype, shared_input: Latest
+    name: str, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype, shared_input: Latest
 ) -> QuantizedLinear:
     own = {leaf: tensors[f"{name}.{leaf}"] for leaf in ("weight_scale", "input_scale")}
     own["q_weight"] = decode(tensors[f"{name}.codes"], plan.roles["weight"].format).to(dtype)

@@ -3,11 +3,13 @@
 QatrunError              exit code 3
 ├── InputError           exit code 2: what the user gave is wrong; holds every problem found
 │   ├── RecipeError      a recipe, or a --set
+│   ├── DamagedFileError a file of ours that is missing, torn or something else
 │   └── MismatchError    arms that may not be compared
 └── RunError             exit code 3: the run could not go on
     ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
     ├── AlarmStop        an alarm, where the recipe says that it ends the run; saved first
     ├── CheckpointError  a checkpoint that is damaged or belongs to another run
+    ├── WriteError       a full disk, a missing permission
     └── Interrupted      SIGINT or SIGTERM; the run was saved first
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 __all__ = [
     "AlarmStop",
     "CheckpointError",
+    "DamagedFileError",
     "InputError",
     "Interrupted",
     "MismatchError",
@@ -27,6 +30,7 @@ __all__ = [
     "QatrunError",
     "RecipeError",
     "RunError",
+    "WriteError",
 ]
 
 
@@ -66,6 +70,10 @@ class RecipeError(InputError):
     """A recipe or a `--set` that cannot be run."""
 
 
+class DamagedFileError(InputError):
+    """A file that qatrun wrote and that is missing, torn or something else now."""
+
+
 class MismatchError(InputError):
     """Arms whose difference would not be the quantizer's alone."""
 
@@ -80,6 +88,10 @@ class NonFiniteError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint that is damaged or belongs to another run."""
+
+
+class WriteError(RunError):
+    """A file cannot be written: a full disk, a missing permission. What was written before is whole."""
 
 
 class AlarmStop(RunError):

@@ -80,7 +80,9 @@ def test_formats_are_known_by_name_and_mistakes_are_answered_with_the_nearest() 
 def test_errors_have_exit_codes_and_one_line_a_problem() -> None:
     exceptions = [getattr(errors, name) for name in errors.__all__ if name != "Problem"]
     assert all(issubclass(exception, QatrunError) for exception in exceptions)
-    assert {e.__name__ for e in exceptions if e.exit_code == 2} == {"InputError", "RecipeError", "MismatchError"}
+    assert {e.__name__ for e in exceptions if e.exit_code == 2} == {
+        *("InputError", "RecipeError", "MismatchError", "DamagedFileError"),
+    }
     assert {e.exit_code for e in exceptions} == {2, 3}
     error = InputError([Problem("wrong", "a.b", "x.yaml:3"), Problem("missing")])
     assert str(error) == "x.yaml:3: a.b -- wrong\nmissing"

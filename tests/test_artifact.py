@@ -141,12 +141,107 @@ def test_missing_weights_are_an_error_and_never_random(saved: Path) -> None:
         qatrun.load(saved)
 
 
-@pytest.mark.parametrize("leaf", ["codes", "weight_scale", "input_scale"])
-def test_a_missing_part_of_a_quantized_linear_is_an_error(saved: Path, leaf: str) -> None:
+UP, NORM = "model.layers.0.mlp.up_proj", "model.norm.weight"
+SCALE = r"must be float32 of shape \[\], positive and finite"
+CODES = r"up_proj\.codes must be uint8 of shape \[\d+, \d+\], codes of hif8"
+TENSORS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "codes missing": ("codes", lambda t: None, rf"{CODES} \(it is missing\)"),
+    "codes of another dtype": ("codes", lambda t: t.view(torch.int8), rf"{CODES} \(got int8"),
+    "codes as floats": ("codes", lambda t: t.float(), rf"{CODES} \(got float32"),
+    "codes transposed": ("codes", lambda t: t.t().contiguous(), rf"{CODES} \(got uint8"),
+    "codes of NaN": ("codes", lambda t: torch.full_like(t, 0x80), r"up_proj\.codes holds codes of hif8 that are NaN"),
+    "weight scale missing": ("weight_scale", lambda t: None, rf"weight_scale {SCALE} \(it is missing\)"),
+    "scale of float64": ("weight_scale", lambda t: t.double(), rf"weight_scale {SCALE} \(got float64"),
+    "scale of int32": ("weight_scale", lambda t: t.int(), rf"weight_scale {SCALE} \(got int32"),
+    "scale of another shape": (
+        "weight_scale",
+        lambda t: t.view(1),
+        rf"weight_scale {SCALE} \(got float32 of shape \[1\]",
+    ),
+    "scale of zero": ("weight_scale", torch.zeros_like, rf"weight_scale {SCALE}"),
+    "negative scale": ("input_scale", lambda t: -t, rf"input_scale {SCALE}"),
+    "scale of NaN": ("input_scale", lambda t: t * torch.nan, rf"input_scale {SCALE}"),
+    "scale of Inf": ("input_scale", lambda t: t * torch.inf, rf"input_scale {SCALE}"),
+    "scale whose reciprocal overflows": ("input_scale", lambda t: t * 0 + 1e-40, rf"input_scale {SCALE}"),
+    "empty scale": ("input_scale", lambda t: torch.ones(0), rf"input_scale {SCALE} \(got float32 of shape \[0\]\)"),
+    "a stray tensor": ("zero_point", lambda t: torch.zeros(1), r"up_proj\.zero_point is no tensor of this model"),
+    "both codes and weight": ("weight", lambda t: torch.zeros(1), r"up_proj\.weight is no tensor of this model"),
+}
+
+
+@pytest.mark.parametrize(("leaf", "change", "message"), TENSORS.values(), ids=TENSORS)
+def test_no_tensor_reaches_a_kernel_unchecked(
+    saved: Path, leaf: str, change: Callable[[Any], Any], message: str
+) -> None:
     tensors = load_file(saved / artifact.WEIGHTS_FILE)
-    del tensors[f"model.layers.0.mlp.up_proj.{leaf}"]
-    save_file(tensors, saved / artifact.WEIGHTS_FILE)
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj"):
+    changed = change(tensors.pop(f"{UP}.{leaf}", torch.ones(())))
+    save_file(tensors if changed is None else tensors | {f"{UP}.{leaf}": changed}, saved / artifact.WEIGHTS_FILE)
+    with pytest.raises(InputError, match=message) as refused:
+        qatrun.load(saved)
+    (problem,) = refused.value.problems
+    assert str(problem).startswith(f"{saved / artifact.WEIGHTS_FILE}: {UP}")
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.double(), lambda t: t * torch.nan])
+def test_other_weights_are_checked_too(saved: Path, change: Callable[[Any], Any]) -> None:
+    tensors = load_file(saved / artifact.WEIGHTS_FILE)
+    save_file(tensors | {NORM: change(tensors[NORM])}, saved / artifact.WEIGHTS_FILE)
+    with pytest.raises(InputError, match=rf"model\.safetensors: {NORM} "):
+        qatrun.load(saved)
+
+
+def test_many_wrong_tensors_are_counted(saved: Path) -> None:
+    tensors = load_file(saved / artifact.WEIGHTS_FILE)
+    wrong = {name: t.double() for name, t in tensors.items() if name.endswith("_scale")}
+    save_file(tensors | wrong, saved / artifact.WEIGHTS_FILE)
+    with pytest.raises(InputError, match=rf"\(and {len(wrong) - 1} more such\)$"):
+        qatrun.load(saved)
+
+
+def test_weights_that_are_no_safetensors_are_named(saved: Path) -> None:
+    (saved / artifact.WEIGHTS_FILE).write_bytes(b"\x00" * 100)
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        qatrun.load(saved)
+
+
+PLANS: dict[str, tuple[str, Any, str]] = {
+    "no version": ("format_version", None, "format_version: Field required"),
+    "no plan": ("plan", None, "plan: Field required"),
+    "a dtype that is a function": ("compute_dtype", "load", "compute_dtype: Input should be 'float32' or 'bfloat16'"),
+    "no linears": ("plan.linears", [], "linears: must name one or more"),
+    "linears lacking": ("plan.linears", None, "lacks linears"),
+    "a linear twice": ("plan.linears", [UP, UP], "linears: must name one or more, each once"),
+    "groups of others": ("plan.input_group", {UP: UP}, "input_group: must name a group"),
+    "no input role": ("plan.roles.input", None, "roles: must hold weight and input"),
+    "an unknown format": ("plan.roles.weight.format", "hif9", "roles.weight: role 'weight' in format 'hif9'"),
+    "a negative target": ("plan.roles.input.target_amax", -15.0, "target_amax: -15 is no value of hif8"),
+    "a granularity of activations": ("plan.roles.weight.granularity", "per_token", "no weight has a scale per_token"),
+    "an unknown scaling": ("plan.roles.weight.scaling.type", "magic", r"roles.weight.scaling.type: Input should be"),
+    "an unknown edge": ("plan.clip", "nowhere", "clip: Input should be"),
+    "a scalar for a mapping": ("plan.roles", 7, "roles: Input should be a valid"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "message"), PLANS.values(), ids=PLANS)
+def test_a_plan_that_is_none_is_refused(saved: Path, key: str, value: Any, message: str) -> None:
+    description = json.loads((saved / artifact.PLAN_FILE).read_text())
+    *parents, leaf = key.split(".")
+    place = description
+    for part in parents:
+        place = place[part]
+    place[leaf] = value
+    if value is None:
+        del place[leaf]
+    (saved / artifact.PLAN_FILE).write_text(json.dumps(description))
+    with pytest.raises(InputError, match=message) as refused:
+        qatrun.load(saved)
+    assert str(saved / artifact.PLAN_FILE) in str(refused.value)
+
+
+def test_a_plan_of_another_model_is_refused(saved: Path) -> None:
+    file = saved / artifact.PLAN_FILE
+    file.write_text(file.read_text().replace("layers.1.", "layers.7."))
+    with pytest.raises(InputError, match=r"the plan names model\.layers\.7\.\S+, which is no linear of this model"):
         qatrun.load(saved)
 
 

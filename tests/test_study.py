@@ -284,12 +284,22 @@ def test_resume_with_another_recipe_is_refused(world: Path, setting: str, shown:
     assert checksums(world) == before
 
 
-def test_overwrite_starts_from_nothing(world: Path) -> None:
-    stray = world / "runs/tiny/hif8/stray.txt"
-    stray.write_text("of the earlier study", encoding="utf-8")
+def test_overwrite_starts_from_nothing_and_leaves_what_is_no_part_of_a_study(world: Path) -> None:
+    study, copy = world / "runs/tiny", world / "runs/tiny/hif8/checkpoints/step-000040 (copy)/notes.md"
+    shutil.copytree(study / "start", study / "start-backup")
+    strangers = [study / "notes.txt", study / "hif8/plot.png", copy]
+    for file in strangers:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine", encoding="utf-8")
+    before = checksums(study)
     ran = run_qatrun("train", "tiny.yaml", "--overwrite", *SHORT, cwd=world)
     assert ran.code == 0, ran.err
-    assert not stray.exists()
+    assert [file.read_text() for file in strangers] == ["mine"] * 3
+    named = "hif8/checkpoints/step-000040 (copy)/notes.md, hif8/plot.png, notes.txt, start-backup/eval/items.parquet"
+    assert f"left in runs/tiny, as no part of the study that was thrown away: {named}" in ran.out
+    assert (study / "start-backup/result.json").is_file()
+    old = {name for name in before if "step-0000" in name and "copy" not in name}
+    assert not old & checksums(study).keys()
     assert read(world / "runs/tiny/hif8/result.json")["match"]["steps"] == 4
 
 

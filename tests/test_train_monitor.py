@@ -17,7 +17,7 @@ from qatrun.errors import AlarmStop
 from qatrun.numerics import round_to_format
 from qatrun.quant import STATISTICS, Mode, attach, make_plan
 from qatrun.recipe import AlarmConfig, QatConfig
-from qatrun.train import read_metrics, read_tensor_stats
+from qatrun.train import read_alarms, read_metrics, read_tensor_stats
 from qatrun.train.alarms import AlarmWatch, saturation_remedy
 from qatrun.train.probe import Probe
 from qatrun.train.tensors import TensorFile
@@ -287,7 +287,7 @@ class TestInTraining:
         probed = {row["step"]: row for row in read_metrics(segments.own.folder / "metrics.jsonl") if "kl_off" in row}
         assert list(probed) == [2, 3, 4, 6, 7]  # every 2 steps, and the last of each segment
         assert ["kl_on" in row for row in probed.values()] == [False, False, True, True, True]
-        kinds = [row["kind"] for row in read_metrics(segments.own.folder / "alarms.jsonl")]
+        kinds = [row["kind"] for row in read_alarms(segments.own.folder / "alarms.jsonl")]
         assert kinds[0] == "forgetting"
         assert set(kinds) == {"forgetting", "resolution"}
 

@@ -17,7 +17,8 @@ import torch
 from training import Recorder, TinyStudy, ctrl_c, differences, final_state, gpt2_with_dropout
 
 from qatrun.errors import Interrupted
-from qatrun.train import read_metrics
+from qatrun.train import loop, read_metrics
+from qatrun.train.checkpoint import write_checkpoint
 
 STEPS = 7
 
@@ -78,6 +79,29 @@ def test_a_run_stopped_after_every_step_ends_bit_identical(tmp_path: Path, case:
     assert differences(expected, found) == []
     assert [row["step"] for row in found["metrics"]] == list(range(1, STEPS + 1))
     assert any(name.startswith("state/quant/history") for name in found["tensors"])
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 7])
+def test_a_signal_while_a_checkpoint_is_written_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """It is met after the next step, or, at the end of a segment, before anything else."""
+    uninterrupted, stopped = (TinyStudy(tmp_path / name) for name in "ab")
+    uninterrupted.train_arm()
+
+    def write_and_stop(folder: Path, checkpoint: Any, *settings: Any) -> Path:
+        written = write_checkpoint(folder, checkpoint, *settings)
+        if checkpoint.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_checkpoint", write_and_stop)
+        with pytest.raises(Interrupted, match=rf"SIGTERM at step {min(step + 1, STEPS)} of \S+; saved"):
+            stopped.train_arm()
+    stopped.train_arm()
+    expected, found = (final_state(study.arms["hif8"].own) for study in (uninterrupted, stopped))
+    assert differences(expected, found) == []
 
 
 @pytest.mark.parametrize("crash_step", range(1, STEPS + 1))

@@ -15,10 +15,20 @@ from builders import VOCAB_SIZE, tiny_llama, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qatrun.data import open_data, open_probe
+from qatrun.files import sha256
 from qatrun.quant import make_plan
 from qatrun.recipe import Recipe
 from qatrun.study.segments import ArmSegments, plan_segments
-from qatrun.train import Outcome, Segment, Watched, latest_checkpoint, read_metrics, read_tensor_stats, train
+from qatrun.train import (
+    Outcome,
+    Segment,
+    Watched,
+    latest_checkpoint,
+    read_alarms,
+    read_metrics,
+    read_tensor_stats,
+    train,
+)
 from qatrun.train.metrics import CLOCK_FIELDS
 
 
@@ -148,7 +158,9 @@ def final_state(segment: Segment) -> dict[str, Any]:
             for row in read_metrics(segment.folder / "metrics.jsonl")
         ],
         "statistics": read_tensor_stats(segment.folder),
-        "alarms": read_metrics(segment.folder / "alarms.jsonl"),
+        "parts": {file.name: sha256(file) for file in (segment.folder / "tensors").glob("*")},
+        "checkpoints": sorted(folder.name for folder in (segment.folder / "checkpoints").iterdir()),
+        "alarms": read_alarms(segment.folder / "alarms.jsonl"),
     }
 
 
@@ -162,4 +174,5 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         or name not in other["tensors"]
         or not torch.equal(one["tensors"][name], other["tensors"][name])
     ]
-    return found + [part for part in ("progress", "metrics", "statistics", "alarms") if one[part] != other[part]]
+    parts = ("progress", "metrics", "statistics", "parts", "checkpoints", "alarms")
+    return found + [part for part in parts if one[part] != other[part]]

@@ -27,8 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatrun.errors import InputError, NonFiniteError, Problem
 from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
-from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices, replace_file
+from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
+from qatrun.files import replace_file
 from qatrun.recipe import EvalConfig
 
 SOFTMAX_DTYPE = "float32"

@@ -15,7 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qatrun.errors import InputError, Problem
+from qatrun.errors import DamagedFileError, Problem
+from qatrun.files import read_json, reading, replace_file, sha256
+from qatrun.records import ScoresSummary
 
 SUMMARY_FILE = "scores.json"
 ITEMS_FILE = "items.parquet"
@@ -87,7 +89,6 @@ class Scores:
 
     def save(self, folder: Path) -> None:
         """Write `items.parquet`, then `scores.json` with its checksum; each file appears whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(_items_table(self.tasks), sink)
         items = sink.getvalue().to_pybytes()
@@ -104,42 +105,38 @@ class Scores:
         """Read what `save` wrote.
 
         Raises:
-            InputError: no scores in the folder, or its two files do not belong together.
+            DamagedFileError: no scores in the folder, or its two files are torn or do not belong together.
         """
         summary_path, items_path = folder / SUMMARY_FILE, folder / ITEMS_FILE
         if not (summary_path.is_file() and items_path.is_file()):
-            raise InputError(
+            raise DamagedFileError(
                 Problem(f"no scores here ({SUMMARY_FILE} and {ITEMS_FILE} belong together)", where=str(folder))
             )
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        if hashlib.sha256(items_path.read_bytes()).hexdigest() != summary["items_sha256"]:
-            raise InputError(
+        summary = read_json(summary_path, ScoresSummary)
+        with reading(items_path):
+            checksum = sha256(items_path)
+        if checksum != summary["items_sha256"]:
+            raise DamagedFileError(
                 Problem(f"{ITEMS_FILE} is not the file that {SUMMARY_FILE} was written with", where=str(folder))
             )
         if any("num_answer_tokens" not in about for about in summary["tasks"].values()):
-            raise InputError(
+            raise DamagedFileError(
                 Problem("scored by an earlier version: delete this folder to score again", where=str(folder))
             )
-        table = pq.read_table(items_path)
-        tasks = {
-            name: TaskScore(
-                name,
-                about["metric"],
-                about["num_fewshot"],
-                about["num_truncated"],
-                about["num_answer_tokens"],
-                _task_items(table, name),
-            )
-            for name, about in summary["tasks"].items()
-        }
+        with reading(items_path):
+            table = pq.read_table(items_path)
+            tasks = {
+                name: TaskScore(
+                    name,
+                    about["metric"],
+                    about["num_fewshot"],
+                    about["num_truncated"],
+                    about["num_answer_tokens"],
+                    _task_items(table, name),
+                )
+                for name, about in summary["tasks"].items()
+            }
         return cls(tasks, summary["settings"])
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def pad_choices(rows: list[list[float]]) -> npt.NDArray[np.float64]:

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qatrun.errors import InputError, Problem
-from qatrun.formats import Role
+from qatrun.formats import FORMATS, Role
 from qatrun.numerics import Clip, Ste
-from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations, ScalingConfig
+from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
+GRANULARITIES: Mapping[Role, tuple[str, ...]] = {
+    "weight": ("per_tensor", "per_channel"),
+    "input": ("per_tensor", "per_token"),
+    "grad_output": ("per_tensor",),
+}
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,33 @@ class QuantPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
-        """The plan that `to_dict` described."""
-        roles: dict[Role, ResolvedRole] = {
-            role: ResolvedRole(**{**spec, "scaling": ScalingConfig(**spec["scaling"])})
-            for role, spec in data["roles"].items()
-        }
-        settings = {key: data[key] for key in ("clip", "ste", "saved_activations")}
-        return cls(tuple(data["linears"]), dict(data["input_group"]), roles, **settings)
+        """The plan that `to_dict` described.
+
+        Raises:
+            ValueError: it describes none; says which key is wrong.
+        """
+        if missing := [field.name for field in fields(cls) if field.name not in data]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        plan = TypeAdapter(cls).validate_python(data)
+        if problem := plan._inconsistency():
+            raise ValueError(problem)
+        return plan
+
+    def _inconsistency(self) -> str | None:
+        if not self.linears or len(set(self.linears)) < len(self.linears):
+            return "linears: must name one or more, each once"
+        if set(self.input_group) != set(self.linears):
+            return "input_group: must name a group for each of the linears"
+        if not {"weight", "input"} <= set(self.roles):
+            return "roles: must hold weight and input"
+        for role, spec in self.roles.items():
+            if spec.role != role or spec.format not in FORMATS:
+                return f"roles.{role}: role {spec.role!r} in format {spec.format!r}"
+            if spec.granularity not in GRANULARITIES[role]:
+                return f"roles.{role}.granularity: no {role} has a scale {spec.granularity}"
+            if not 0 < spec.target_amax <= FORMATS[spec.format].max_finite:
+                return f"roles.{role}.target_amax: {spec.target_amax:g} is no value of {spec.format}"
+        return None
 
 
 @dataclass(frozen=True)

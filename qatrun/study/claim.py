@@ -1,70 +1,173 @@
-"""Whose a study's folder is: what may be thrown away, and what a resume may have changed."""
+"""Whose a study's folder is: what may be thrown away, and what a resume may have changed.
+
+Lock, look, decide, change: what is refused changes nothing, and nothing changes under a process that runs the study.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from qatrun.errors import InputError, Problem
-from qatrun.evaluate.scores import replace_file
+from filelock import FileLock, Timeout
+
+from qatrun.errors import DamagedFileError, InputError, Problem
+from qatrun.files import conforming, read_json, replace_file, write_json, writing
 from qatrun.recipe import Recipe, load_recipe
+from qatrun.records import StudyEnvironment
+from qatrun.study.contents import LOCK_FILE, is_free, is_study, own_files, strangers
 from qatrun.study.environment import describe_environment
-from qatrun.study.layout import StudyFolder, write_json
+from qatrun.study.inputs import describe_inputs, input_problems
+from qatrun.study.layout import StudyFolder
 
 # Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.
 FREE_SECTIONS = {"budget", "contrasts", "diagnose", "monitor"}
+# Where a study lies: it may be moved to a larger disk.
+PLACE = {"name", "output_dir"}
+
+Say = Callable[[str], None]
 
 
-def claim(folder: StudyFolder, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this recipe's, without losing anything that a user has not given up.
+@contextmanager
+def claimed(folder: StudyFolder, recipe: Recipe, *, resume: bool, overwrite: bool, warn: Say) -> Iterator[None]:
+    """Make the folder this recipe's, and this process's for as long as the block lasts, without losing anything that a
+    user has not given up.
 
     Raises:
-        InputError: the folder holds something that neither option covers, or a resume changes more than it may.
+        InputError: another process runs the study, the folder holds something that neither option covers, or a resume
+            changes more than it may.
+        WriteError: it cannot be written to.
     """
-    if folder.path.exists() and any(folder.path.iterdir()):
-        if not folder.environment.is_file():
-            raise InputError(Problem(f"{folder.path} holds something that is no study; give another name", "name"))
+    _refuse(folder, recipe, resume=resume, overwrite=overwrite)  # before even a lock is put into a stranger's folder
+    with locked(folder):
+        _refuse(folder, recipe, resume=resume, overwrite=overwrite)
         if overwrite:
-            shutil.rmtree(folder.path)
-        elif resume:
-            _take_up(folder, recipe)
-        else:
-            raise InputError(Problem(_occupied(folder), "name"))
-    if not folder.recipe.is_file():
+            _throw_away(folder, warn)
+        _take_up(folder, recipe, warn)
+        yield
+
+
+@contextmanager
+def locked(folder: StudyFolder) -> Iterator[None]:
+    """Keep other processes from running the study.
+
+    Raises:
+        InputError: one does already.
+    """
+    with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.environment, describe_environment())
-        replace_file(folder.recipe, recipe.to_yaml().encode())
+        lock = FileLock(folder.path / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(Problem(f"another process is running the study in {folder.path}", "name")) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse(folder: StudyFolder, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Look and decide; changes nothing.
+
+    Raises:
+        InputError: as `claimed`.
+    """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise InputError(Problem(f"{folder.path} is a file; give another name", "name"))
+    if is_free(folder) or (overwrite and is_study(folder)):
+        return
+    if not is_study(folder):
+        raise InputError(Problem(f"{folder.path} holds something that is no study; give another name", "name"))
+    if not resume:
+        raise InputError(Problem(_occupied(folder), "name"))
+    if problems := _other_settings(folder, recipe) or input_problems(folder, recipe):
+        raise InputError(problems)
 
 
 def _occupied(folder: StudyFolder) -> str:
     state, more = "unfinished", "--resume to go on with it, "
-    if folder.is_finished:
+    if _is_finished(folder):
         state, more = "finished", ""
     return f"{folder.path} holds a study that is {state} ({more}--overwrite to throw it away, or another name)"
 
 
-def _take_up(folder: StudyFolder, recipe: Recipe) -> None:
-    """Let the recipe replace the saved one, where no number of an arm or seed that is there would change: arms and seeds
-    may be added, an arm that was not finished (an alarm may have stopped it) may be given up, and sections that only watch,
-    ask or judge may say something else."""
+def _is_finished(folder: StudyFolder) -> bool:
+    """Whether a resume would find nothing to do but compare again."""
+    with suppress(InputError):
+        recipe = load_recipe(folder.recipe)
+        if recipe.train.seeds is not None or recipe.contrasts:
+            return folder.seeds.is_file()
+        diagnoses = recipe.diagnose.at_end and any(recipe.resolve_arm(name).twin for name in recipe.arm_names)
+        return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
+    return False
+
+
+def _throw_away(folder: StudyFolder, warn: Say) -> None:
+    """Delete what is the study's, once no other process runs one of its seeds; what is not is left and named."""
+    with ExitStack() as locks:
+        for replica in folder.replicas:
+            locks.enter_context(locked(replica))
+        left, own = strangers(folder), own_files(folder)
+        folders = {parent for file in own for parent in file.parents if folder.path in parent.parents}
+        with writing(folder.path):
+            for file in own:
+                file.unlink(missing_ok=True)
+            for path in sorted(folders, reverse=True):
+                with suppress(OSError):  # one that is not empty
+                    path.rmdir()
+    if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        warn(f"left in {folder.path}, as no part of the study that was thrown away: {shown}")
+
+
+def _take_up(folder: StudyFolder, recipe: Recipe, warn: Say) -> None:
+    """Write what a study begins with, as far as it is not there or says something else by now."""
+    inputs = describe_inputs(recipe)
+    try:
+        environment = read_json(folder.environment, StudyEnvironment)
+        inputs |= environment.get("inputs", {})
+    except DamagedFileError as error:
+        if folder.environment.is_file():
+            warn(f"{error}; written anew: it says what the study goes on with, not what it began with")
+        environment = conforming(describe_environment(), StudyEnvironment)
+    if environment.get("inputs") != inputs:
+        write_json(folder.environment, {**environment, "inputs": inputs})
+    saved = _saved(folder)
+    if saved != recipe:
+        if saved is not None:
+            for results in (folder.comparison, folder.seeds, folder.seeds.with_suffix(".csv")):
+                results.unlink(missing_ok=True)  # they answer the earlier recipe, and say that the study is finished
+        replace_file(folder.recipe, recipe.to_yaml().encode())
+
+
+def _saved(folder: StudyFolder) -> Recipe | None:
+    """The recipe that the study has; None where there is none that can be read, which `_refuse` permits in a folder that
+    is free."""
+    with suppress(InputError):
+        return load_recipe(folder.recipe)
+    return None
+
+
+def _other_settings(folder: StudyFolder, recipe: Recipe) -> list[Problem]:
+    """Why the recipe may not replace the saved one: some number of an arm or seed that is there would change. Arms and
+    seeds may be added, an arm that was not finished (an alarm may have stopped it) may be given up, and sections that
+    only watch, ask or judge may say something else.
+
+    Raises:
+        RecipeError: the saved one cannot be read.
+    """
     if not folder.recipe.is_file():
-        return
+        return []
     saved = load_recipe(folder.recipe)
-    if saved == recipe:
-        return
-    removed = [name for name in saved.arm_names if name not in recipe.arms and _is_finished(folder, name)]
+    removed = [name for name in saved.arm_names if name not in recipe.arms and _has_result(folder, name)]
     changed = [f"arms.{name} (removed)" for name in removed] + _changes(saved, recipe)
-    if changed:
-        what = ", ".join(changed[:5])
-        message = f"{folder.path} was made with other settings: {what}; --overwrite it or give another name"
-        raise InputError(Problem(message, "name"))
-    for results in (folder.comparison, folder.seeds, folder.seeds.with_suffix(".csv")):
-        results.unlink(missing_ok=True)  # they answer the earlier recipe, and say that the study is finished
-    replace_file(folder.recipe, recipe.to_yaml().encode())
+    what = ", ".join(changed[:5])
+    message = f"{folder.path} was made with other settings: {what}; --overwrite it or give another name"
+    return [Problem(message, "name")] if changed else []
 
 
-def _is_finished(folder: StudyFolder, arm: str) -> bool:
+def _has_result(folder: StudyFolder, arm: str) -> bool:
     return any(study.arm(arm).result.is_file() for study in (folder, *folder.replicas))
 
 
@@ -81,7 +184,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 def _settled(recipe: Recipe, saved: Recipe, now: Recipe) -> dict[str, Any]:
     """What numbers depend on that are there or under way: of the arms those of both recipes, and nothing of the seeds
     where some are only added."""
-    tree = recipe.model_dump(mode="json", exclude=FREE_SECTIONS)
+    tree = recipe.model_dump(mode="json", exclude=FREE_SECTIONS | PLACE)
     tree["arms"] = {
         name: _without_free_sections(recipe.arms[name]) | {"twin": recipe.resolve_arm(name).twin}
         for name in saved.arm_names

@@ -17,17 +17,20 @@ from typing import Any, Protocol
 
 from qatrun import artifact
 from qatrun.data import open_data
-from qatrun.errors import InputError, Problem
+from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.attribution import Effect
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
-from qatrun.evaluate.scores import SUMMARY_FILE, Scores
+from qatrun.evaluate.scores import Scores
+from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES, load_tokenizer
-from qatrun.quant import QuantPlan, freeze
+from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
-from qatrun.study.evidence import DIAGNOSIS_FILE
-from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
+from qatrun.records import ArmResult, Result
+from qatrun.study.doneness import changed_weights
+from qatrun.study.inputs import check_inputs
+from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
@@ -37,6 +40,8 @@ class ScoringDisplay(Protocol):
     """Who is told how scoring goes."""
 
     def begin_scoring(self, what: str) -> None: ...
+
+    def on_warning(self, text: str) -> None: ...
 
     def on_scored(self, task: str, done: int, total: int) -> None: ...
 
@@ -56,7 +61,7 @@ def diagnose(folder: StudyFolder, display: ScoringDisplay) -> dict[str, Any]:
         raise InputError(Problem(f"{folder.path} has no quantized arm with a BF16 twin to diagnose", "study"))
     worst = max(found.values(), key=lambda arm: len(arm["findings"]))
     result = {"sentence": worst["sentence"], "arms": found}
-    write_json(folder.path / DIAGNOSIS_FILE, result)
+    write_json(folder.diagnosis, result)
     return result
 
 
@@ -104,12 +109,11 @@ class _Diagnosis:
         }
 
     def _known_perplexities(self, mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
-        of_arm = read_json(mine.result)["perplexity"]
         values = {
-            "start": read_json(self.folder.start.result)["perplexity"]["on"],
-            "twin": read_json(twin.result)["perplexity"]["on"],
-            "on": of_arm["on"],
-            "off": of_arm["off"],
+            "start": _perplexity(self.folder.start, "on"),
+            "twin": _perplexity(twin, "on"),
+            "on": _perplexity(mine, "on"),
+            "off": _perplexity(mine, "off"),
         }
         return {name: math.log(value) for name, value in values.items()}
 
@@ -122,27 +126,31 @@ class _Diagnosis:
         ):
             place = self._calibrated_place(mine, weights)
             file = place / "log_perplexity.json"
-            if not (file.is_file() and (place / SUMMARY_FILE).is_file()):
+            try:
+                Scores.load(place)
+                values[name] = read_json(file, float)
+            except DamagedFileError:  # not scored yet, or torn
                 self.display.begin_scoring(what)
                 histograms = records if name == "fresh" else ()
-                write_json(file, self._score_calibrated(mine, weights, place, histograms))
-            values[name] = read_json(file)
+                values[name] = self._score_calibrated(mine, weights, place, histograms)
+                write_json(file, values[name])
         return values
 
     def _calibrated_place(self, mine: ArmFolder, weights: ArmFolder) -> Path:
         """Beside the weights; of a twin the same for all arms that differ in how scales are found while training only."""
         asked = self.recipe.diagnose
-        settings = [calibrated_plan(_plan(mine)).to_dict(), asked.calibration_sequences]
-        settings += [] if asked.items is None else [asked.items]
-        return (
-            weights.path
-            / f"eval-calibrated-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
-        )
+        plan = calibrated_plan(artifact.read_plan(mine.quantized))
+        settings = [plan.to_dict(), asked.calibration_sequences, *([] if asked.items is None else [asked.items])]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return weights.path / f"eval-calibrated-{digest[:8]}"
 
     def _score_calibrated(
         self, mine: ArmFolder, weights: ArmFolder, place: Path, records: Sequence[TensorRecord]
     ) -> float:
-        plan = _plan(mine)
+        check_inputs(self.folder, self.recipe)
+        if changed := changed_weights(weights, read_json(weights.result, ArmResult)):
+            raise DamagedFileError(f"{', '.join(changed)}: train with --resume makes it again")
+        plan = artifact.read_plan(mine.quantized)
         tokenizer = load_tokenizer(self.arm.model)
         batches = calibration_batches(self.arm, tokenizer, self.recipe.diagnose.calibration_sequences)
         valid = open_data(self.arm.data, tokenizer, self.arm.train.seed).valid
@@ -151,7 +159,7 @@ class _Diagnosis:
         if scales:
             shown = dict(list(scales.items())[:SHOWN])
             tensors = input_histograms(model, valid.input_ids[: self.arm.train.micro_batch_size], shown, plan)
-            write_json(mine.path / "histograms.json", {"tensors": tensors})
+            write_json(mine.histograms, {"tensors": tensors})
         freeze(model, DTYPES[self.arm.model.compute_dtype])
         items = self.recipe.diagnose.items
         score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items)
@@ -161,7 +169,7 @@ class _Diagnosis:
         return found.nll_mean
 
     def _alarms(self) -> dict[str, int]:
-        return first_alarms(self.folder.arm(self.arm.name).path)
+        return first_alarms(self.folder.arm(self.arm.name))
 
     def _since(self, causes: Sequence[str], records: Sequence[TensorRecord]) -> int | None:
         """The first step that showed the first cause."""
@@ -210,14 +218,17 @@ class _Diagnosis:
 
 def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
     """Model -> KL from the start model at the last probe, nats per token; empty where there was none."""
-    of_arm, of_twin = last_probe(mine.path), last_probe(twin.path)
+    of_arm, of_twin = last_probe(mine), last_probe(twin)
     if of_arm is None or of_twin is None or "kl_on" not in of_arm:
         return {}
     return {"start": 0.0, "twin": of_twin["kl_off"], "off": of_arm["kl_off"], "on": of_arm["kl_on"]}
 
 
-def _plan(arm: ArmFolder) -> QuantPlan:
-    return QuantPlan.from_dict(read_json(arm.quantized / artifact.PLAN_FILE)["plan"])
+def _perplexity(folder: ArmFolder, quantizers: str) -> float:
+    value = read_json(folder.result, Result)["perplexity"].get(quantizers, 0.0)
+    if not value > 0:
+        raise DamagedFileError(f"{folder.result} says no perplexity with quantizers {quantizers}")
+    return value
 
 
 def _cost(effect: Effect, *, text: bool = False) -> str:

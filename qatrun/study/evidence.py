@@ -21,12 +21,12 @@ from qatrun.evaluate.replication import (
     worst_verdict,
 )
 from qatrun.evaluate.scores import Scores
+from qatrun.files import read_json
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.schema import START
-from qatrun.study.layout import ArmFolder, StudyFolder, read_json
-from qatrun.train import read_metrics
-
-DIAGNOSIS_FILE = "diagnosis.json"
+from qatrun.records import ArmResult, Result, StudyDiagnosis
+from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.records import losses
 
 
 def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class _Evidence:
         return {
             "tasks": {task: {"accuracy": score.accuracy} for task, score in tasks.items()},
             "all_tasks": {"accuracy": float(self._correct(START, self._tasks).mean())},
-            "perplexity": read_json(self.studies[0].start.result)["perplexity"]["on"],
+            "perplexity": read_json(self.studies[0].start.result, Result)["perplexity"]["on"],
         }
 
     def of_arm(self, name: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class _Evidence:
             "verdict": worst_verdict(task["verdict"] for task in tasks.values()),
             "tasks": tasks,
             "all_tasks": self._of_tasks(name, twin, self._tasks, None),
-            "perplexity": [read_json(study.arm(name).result)["perplexity"]["on"] for study in self.studies],
+            "perplexity": [read_json(study.arm(name).result, ArmResult)["perplexity"]["on"] for study in self.studies],
             "loss_ape_percent": {"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
             "findings": self._findings(name),
         }
@@ -162,8 +162,8 @@ class _Evidence:
 
     def _findings(self, name: str) -> list[list[str]] | None:
         """What the diagnosis of each seed found; None unless all are diagnosed."""
-        files = [study.path / DIAGNOSIS_FILE for study in self.studies]
-        arms = [read_json(file)["arms"] for file in files if file.is_file()]
+        files = [study.diagnosis for study in self.studies]
+        arms = [read_json(file, StudyDiagnosis)["arms"] for file in files if file.is_file()]
         found = [list(of_seed[name]["findings"]) for of_seed in arms if name in of_seed]
         return found if len(found) == len(files) else None
 
@@ -177,9 +177,10 @@ class _Losses:
 
     @classmethod
     def read(cls, folder: ArmFolder) -> _Losses:
-        rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        rows = losses(folder, read_json(folder.result, ArmResult)["match"]["steps"])
         return cls(
-            {row["step"]: row["loss"] for row in rows}, frozenset(row["step"] for row in rows if row["phase"] == "qat")
+            {step: row["loss"] for step, row in rows.items()},
+            frozenset(step for step, row in rows.items() if row["phase"] == "qat"),
         )
 
     def of_steps(self, steps: Collection[int]) -> dict[int, float]:

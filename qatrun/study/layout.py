@@ -18,17 +18,17 @@ A study that asks contrasts of one seed has seeds.json and seeds.csv beside the 
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qatrun import artifact
 from qatrun.errors import InputError
-from qatrun.evaluate.scores import SUMMARY_FILE, replace_file
+from qatrun.evaluate.scores import SUMMARY_FILE
 from qatrun.recipe.wording import suggestion
 
 EVAL, EVAL_OFF = "eval", "eval-quantizers-off"
+_REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ class ArmFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def alarms(self) -> Path:
+        return self.path / "alarms.jsonl"
+
+    @property
+    def histograms(self) -> Path:
+        return self.path / "histograms.json"
 
     @property
     def result(self) -> Path:
@@ -87,14 +95,16 @@ class StudyFolder:
         return self.path / "seeds.json"
 
     @property
-    def is_finished(self) -> bool:
-        return self.comparison.is_file() or self.seeds.is_file()
+    def diagnosis(self) -> Path:
+        return self.path / "diagnosis.json"
 
     @property
     def replicas(self) -> tuple[StudyFolder, ...]:
         """The studies of its seeds, by seed; none where it is run with one."""
         found = {
-            int(file.parent.name.removeprefix("seed-")): file.parent for file in self.path.glob("seed-*/recipe.yaml")
+            int(match.group(1)): file.parent
+            for file in self.path.glob("seed-*/recipe.yaml")
+            if (match := _REPLICA.fullmatch(file.parent.name))  # not a copy that someone made beside them
         }
         return tuple(StudyFolder(found[seed]) for seed in sorted(found))
 
@@ -121,13 +131,3 @@ def no_such_study(study: str | None, output_dir: Path) -> InputError:
     if study is None:
         return InputError(f"no study in {output_dir} yet")
     return InputError(f"no study {study!r} in {output_dir}{suggestion(study, names)}")
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qatrun.study.claim import locked
 from qatrun.study.diagnose import ScoringDisplay, diagnose
 from qatrun.study.layout import StudyFolder, newest_study, no_such_study
 from qatrun.study.page import write_page
@@ -28,9 +29,18 @@ def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay)
     """Folder -> its diagnosis: of the study, or of each of its seeds. Pages are written anew."""
     folder = named_study(study, output_dir)
     studies = folder.replicas or (folder,)
-    found = {str(one.path): diagnose(one, display) for one in studies}
-    for one in {*studies, folder}:
-        write_page(one)
+    found: dict[str, Any] = {}
+    with locked(folder):
+        for one in studies:
+            try:
+                found[str(one.path)] = diagnose(one, display)
+            except KeyboardInterrupt:
+                display.on_warning(
+                    f"stopped by Ctrl-C: models scored for {one.path} are saved; qatrun diagnose goes on from there"
+                )
+                raise
+        for one in {*studies, folder}:
+            write_page(one)
     return found
 
 

@@ -5,24 +5,32 @@ Files that a study does not have, an older one or one that was not diagnosed, le
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from qatrun.artifact import PLAN_FILE
 from qatrun.errors import InputError, Problem
-from qatrun.evaluate.scores import replace_file
+from qatrun.files import read_json, reading, replace_file
+from qatrun.records import (
+    Environment,
+    Histograms,
+    Result,
+    Seeds,
+    ShownQuantized,
+    StudyComparison,
+    StudyDiagnosis,
+)
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
-from qatrun.study.evidence import DIAGNOSIS_FILE
-from qatrun.study.layout import ArmFolder, StudyFolder, read_json
-from qatrun.train import read_metrics, read_tensor_stats
+from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.train import read_alarms, read_metrics, read_tensor_stats
+
+T = TypeVar("T")
 
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
-HISTOGRAMS_FILE, ALARMS_FILE = "histograms.json", "alarms.jsonl"
 
 
 def write_page(folder: StudyFolder) -> Path:
@@ -47,18 +55,17 @@ def read_study(folder: StudyFolder) -> StudyContent:
     return StudyContent(
         name=f"{parent.name}/{folder.name}" if parent.recipe.is_file() else folder.name,
         recipe=recipe_text,
-        environment=_optional(folder.environment) or {},
-        comparison=_optional(folder.comparison),
-        diagnosis=_optional(folder.path / DIAGNOSIS_FILE),
+        environment=_optional(folder.environment, Environment) or {},
+        comparison=_optional(folder.comparison, StudyComparison),
+        diagnosis=_optional(folder.diagnosis, StudyDiagnosis),
         arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
         model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
-        summary=_optional(folder.seeds),
+        summary=_optional(folder.seeds, Seeds),
     )
 
 
 def _write(folder: StudyFolder, document: Document) -> Path:
     csv_folder = folder.path / CSV_FOLDER
-    csv_folder.mkdir(exist_ok=True)
     for name, text in document.csv.items():
         replace_file(csv_folder / name, text.encode())
     for stale in set(csv_folder.glob("*.csv")) - {csv_folder / name for name in document.csv}:
@@ -69,13 +76,13 @@ def _write(folder: StudyFolder, document: Document) -> Path:
 
 def _read_seeds(folder: StudyFolder) -> SeedsContent:
     recipe_text, recipe = _read_recipe(folder)
-    seeds = read_json(folder.seeds)
+    seeds = read_json(folder.seeds, Seeds)
     pages = {seed: write_page(folder.replica(seed)) for seed in seeds["seeds"] if folder.replica(seed).recipe.is_file()}
     model = recipe.get("model")
     return SeedsContent(
         name=folder.name,
         recipe=recipe_text,
-        environment=_optional(folder.environment) or {},
+        environment=_optional(folder.environment, Environment) or {},
         seeds=seeds,
         pages={seed: page.relative_to(folder.path).as_posix() for seed, page in pages.items()},
         model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
@@ -83,10 +90,9 @@ def _read_seeds(folder: StudyFolder) -> SeedsContent:
 
 
 def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
-    record = _optional(folder.result) or {}
-    histograms = _optional(folder.path / HISTOGRAMS_FILE) or {}
-    description = _optional(folder.quantized / PLAN_FILE)
-    alarms = folder.path / ALARMS_FILE
+    record: Mapping[str, Any] = _optional(folder.result, Result) or {}
+    histograms = _optional(folder.histograms, Histograms)
+    description = _optional(folder.quantized / PLAN_FILE, ShownQuantized)
     return ArmContent(
         name=folder.path.name,
         index=index,
@@ -94,8 +100,8 @@ def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
         record=record,
         metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else (),
         tensors=read_tensor_stats(folder.path),
-        histograms=histograms.get("tensors", ()),
-        alarms=read_metrics(alarms) if alarms.is_file() else (),
+        histograms=histograms["tensors"] if histograms else (),
+        alarms=read_alarms(folder.alarms),
         plan=description["plan"] if description else None,
     )
 
@@ -105,25 +111,24 @@ def _arm_names(folder: StudyFolder, recipe: Mapping[str, Any]) -> list[str]:
     begun = {file.parent.name for file in folder.path.glob("*/metrics.jsonl")}
     begun |= {file.parent.name for file in folder.path.glob("*/result.json")}
     arms = {name for name in begun if name != "start" and not name.startswith("trunk-")}
-    known = [str(name) for name in recipe.get("arms") or {} if str(name) in arms]
+    named = recipe.get("arms")
+    known = [str(name) for name in (named if isinstance(named, Mapping) else ()) if str(name) in arms]
     return [*known, *sorted(arms - set(known))]
 
 
 def _read_recipe(folder: StudyFolder) -> tuple[str, Mapping[str, Any]]:
     """The recipe's text, and what it says; that is empty where an older or later version wrote what is no YAML."""
-    text = folder.recipe.read_text(encoding="utf-8") if folder.recipe.is_file() else ""
+    text = ""
+    if folder.recipe.is_file():
+        with reading(folder.recipe):
+            text = folder.recipe.read_text(encoding="utf-8")
     try:
         parsed = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         parsed = None
     return text, parsed if isinstance(parsed, Mapping) else {}
 
 
-def _optional(file: Path) -> Any:
+def _optional(file: Path, kind: type[T]) -> T | None:
     """What a JSON file holds; None where there is none."""
-    if not file.is_file():
-        return None
-    try:
-        return read_json(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(Problem(f"{file} cannot be read: {error}")) from error
+    return read_json(file, kind) if file.is_file() else None

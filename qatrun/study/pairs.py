@@ -12,9 +12,11 @@ from typing import Any
 from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
+from qatrun.files import read_json
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
-from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, no_such_study, read_json
-from qatrun.train import read_metrics
+from qatrun.records import ArmResult, Cost, Result
+from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, no_such_study
+from qatrun.study.records import losses
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Pair:
     comparison: Comparison
     loss_ape_percent: Mapping[str, float]
     perplexity: Mapping[str, float]
-    cost: Mapping[str, Mapping[str, float]]
+    cost: Mapping[str, Cost]
     sizes: Mapping[str, int]
     coverage: str | None
     mismatches: Sequence[str]
@@ -58,9 +60,11 @@ def compare_arms(
         MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
     """
     scores = {"twin": Scores.load(twin.eval), "arm": Scores.load(arm.eval)}
-    arm_off = Scores.load(arm.eval_off) if arm.eval_off.is_dir() else None
-    start_scores = Scores.load(start.eval) if start is not None and start.eval.is_dir() else None
     records = {"twin": _record(twin), "arm": _record(arm)}
+    of_start = read_json(start.result, Result) if start is not None and start.result.is_file() else None
+    # Scores that a record speaks of are not left out because they are gone.
+    arm_off = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(records["arm"], "off") else None
+    start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
     problems = setting_mismatches(scores["twin"], scores["arm"]) + _training_mismatches(records["twin"], records["arm"])
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
@@ -68,7 +72,7 @@ def compare_arms(
     if unknown:
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
-        "start": _perplexity(read_json(start.result), "on") if start is not None and start.result.is_file() else None,
+        "start": _perplexity(of_start, "on"),
         "twin": _perplexity(records["twin"], "on"),
         "arm": _perplexity(records["arm"], "on"),
         "arm_off": _perplexity(records["arm"], "off"),
@@ -77,7 +81,7 @@ def compare_arms(
         arm=arm.path.name,
         twin=twin.path.name,
         comparison=compare(start_scores, scores["twin"], scores["arm"], arm_off, budgets),
-        loss_ape_percent=_loss_ape(twin, arm),
+        loss_ape_percent=_loss_ape(twin, arm, records["arm"]),
         perplexity={key: value for key, value in perplexity.items() if value is not None},
         cost={key: record["cost"] for key, record in records.items() if record is not None},
         sizes=records["arm"]["sizes"] if records["arm"] else {},
@@ -86,34 +90,35 @@ def compare_arms(
     )
 
 
-def _record(folder: ArmFolder) -> dict[str, Any] | None:
+def _record(folder: ArmFolder) -> ArmResult | None:
     """What training wrote about an arm; None for a folder that only holds scores, and for the start model."""
-    record = read_json(folder.result) if folder.result.is_file() else {}
-    return record if "match" in record else None
+    if not folder.result.is_file() or "match" not in read_json(folder.result, Result):
+        return None
+    return read_json(folder.result, ArmResult)
 
 
-def _perplexity(record: Mapping[str, Any] | None, quantizers: str) -> float | None:
+def _perplexity(record: Result | ArmResult | None, quantizers: str) -> float | None:
     return record["perplexity"].get(quantizers) if record is not None else None
 
 
-def _training_mismatches(twin: Mapping[str, Any] | None, arm: Mapping[str, Any] | None) -> list[Problem]:
+def _training_mismatches(twin: ArmResult | None, arm: ArmResult | None) -> list[Problem]:
     if twin is None or arm is None:
         return [Problem("no training record of both (result.json), so nothing shows that they match")]
+    of_twin, of_arm = dict(twin["match"]), dict(arm["match"])
     return [
-        Problem(f"the twin has {twin['match'].get(key)!r}, the arm {arm['match'].get(key)!r}", key)
-        for key in dict.fromkeys((*twin["match"], *arm["match"]))
-        if twin["match"].get(key) != arm["match"].get(key)
+        Problem(f"the twin has {of_twin.get(key)!r}, the arm {of_arm.get(key)!r}", key)
+        for key in of_twin | of_arm
+        if of_twin.get(key) != of_arm.get(key)
     ]
 
 
-def _loss_ape(twin: ArmFolder, arm: ArmFolder) -> dict[str, float]:
-    if not (twin.metrics.is_file() and arm.metrics.is_file()):
-        return {}
-    of_twin = {row["step"]: row["loss"] for row in read_metrics(twin.metrics)}
+def _loss_ape(twin: ArmFolder, arm: ArmFolder, record: ArmResult | None) -> dict[str, float]:
+    num_steps = 0 if record is None else record["match"]["steps"]
+    of_twin, of_arm = losses(twin, num_steps), losses(arm, num_steps)
     errors = [
-        (row["phase"], 100 * abs(row["loss"] - of_twin[row["step"]]) / of_twin[row["step"]])
-        for row in read_metrics(arm.metrics)
-        if row["step"] in of_twin
+        (row["phase"], 100 * abs(row["loss"] - of_twin[step]["loss"]) / of_twin[step]["loss"])
+        for step, row in of_arm.items()
+        if of_twin
     ]
     after = [error for phase, error in errors if phase == "qat"]
     means = {"all_steps": [error for _, error in errors], "after_switch": after}

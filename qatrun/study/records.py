@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from qatrun.recipe import AlarmConfig
-from qatrun.train import read_metrics, read_tensor_stats
+from qatrun.records import MetricsRow
+from qatrun.study.layout import ArmFolder
+from qatrun.train import read_alarms, read_metrics, read_tensor_stats
 
 SHOWN = 5
 CLIPS = 0.001  # the share of a tensor's values that counts as clipping where no alarm has a threshold
@@ -83,17 +84,22 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
     return sorted(records, key=lambda r: (-r.clip_fraction, np.inf if r.sqnr_db is None else r.sqnr_db))
 
 
-def first_alarms(folder: Path) -> dict[str, int]:
+def first_alarms(folder: ArmFolder) -> dict[str, int]:
     """Kind of alarm -> step of its first, of those that were raised, in that order."""
-    file = folder / "alarms.jsonl"
     first: dict[str, int] = {}
-    for row in read_metrics(file) if file.is_file() else []:
+    for row in read_alarms(folder.alarms):
         first.setdefault(row["kind"], row["step"])
     return first
 
 
-def last_probe(folder: Path) -> dict[str, Any] | None:
+def last_probe(folder: ArmFolder) -> MetricsRow | None:
     """The last row of metrics with a forgetting probe, or None."""
-    file = folder / "metrics.jsonl"
-    rows = read_metrics(file) if file.is_file() else []
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     return next((row for row in reversed(rows) if "kl_off" in row), None)
+
+
+def losses(folder: ArmFolder, num_steps: int) -> dict[int, MetricsRow]:
+    """Step -> its row of metrics, of a run of so many steps; empty unless all of them are there: a mean over what is left
+    of a record would be another number."""
+    rows = {row["step"]: row for row in (read_metrics(folder.metrics) if folder.metrics.is_file() else ())}
+    return rows if rows.keys() == set(range(1, num_steps + 1)) else {}

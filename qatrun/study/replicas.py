@@ -7,8 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from qatrun.files import read_json, write_json, writing
 from qatrun.recipe import Recipe
-from qatrun.study.layout import StudyFolder, read_json, write_json
+from qatrun.records import Result
+from qatrun.study.doneness import scores_lost
+from qatrun.study.layout import StudyFolder
 from qatrun.study.preflight import Preflight
 
 
@@ -27,7 +30,8 @@ def replica_preflight(checked: Preflight, recipe: Recipe) -> Preflight:
 def share_start(source: StudyFolder, target: StudyFolder) -> None:
     """Give another seed the scores of the start model, which has seen no seed. Its perplexity goes with them: the
     held-out text is the same whatever the seed (`open_data`)."""
-    if source.path == target.path or target.start.result.is_file() or not source.start.result.is_file():
+    if source.path == target.path or not scores_lost(target.start) or scores_lost(source.start):
         return
-    shutil.copytree(source.start.eval, target.start.eval, dirs_exist_ok=True)
-    write_json(target.start.result, read_json(source.start.result))
+    with writing(target.start.path):
+        shutil.copytree(source.start.eval, target.start.eval, dirs_exist_ok=True)
+    write_json(target.start.result, read_json(source.start.result, Result))

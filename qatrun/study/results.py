@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qatrun.evaluate.replication import worst_verdict
-from qatrun.evaluate.scores import replace_file
+from qatrun.files import replace_file, write_json
 from qatrun.report import comparison_text
 from qatrun.report.seeds_table import seeds_text
-from qatrun.study.layout import StudyFolder, write_json
+from qatrun.study.layout import StudyFolder
 from qatrun.study.pairs import Pair
 
 

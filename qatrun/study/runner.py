@@ -8,15 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from qatrun.errors import InputError, Problem
-from qatrun.evaluate.scores import replace_file
+from qatrun.errors import InputError, WriteError
+from qatrun.files import replace_file
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.seeds_table import seeds_text
-from qatrun.study.claim import claim
+from qatrun.study.claim import claimed
 from qatrun.study.display import Display
 from qatrun.study.evidence import summarize
 from qatrun.study.layout import StudyFolder
@@ -48,10 +47,10 @@ def run_study(
     Args:
         resume: go on with a study of the same recipe, or of one with more arms or seeds; what is finished is only compared
             again.
-        overwrite: throw away what the folder holds.
+        overwrite: throw away the study that the folder holds.
     Raises:
         InputError: the recipe cannot run, or its folder holds something that neither option covers.
-        RunError: training could not go on.
+        RunError: training could not go on, or a file could not be written.
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
@@ -61,8 +60,10 @@ def run_study(
         raise InputError(problems)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
-    claim(folder, recipe, resume=resume, overwrite=overwrite)
-    with _locked(folder):
+    with (
+        claimed(folder, recipe, resume=resume, overwrite=overwrite, warn=display.on_warning),
+        _saying_how_to_go_on(folder, display),
+    ):
         result = _run_all(recipe, checked, folder, display, trackers)
         return replace(result, page=write_page(folder))
 
@@ -82,8 +83,7 @@ def _run_replica(
     folder: StudyFolder, seed: int, recipe: Recipe, checked: Preflight, display: Display, trackers: Sequence[str]
 ) -> None:
     replica = folder.replica(seed)
-    claim(replica, recipe, resume=True, overwrite=False)
-    with _locked(replica):
+    with claimed(replica, recipe, resume=True, overwrite=False, warn=display.on_warning):
         for other in folder.replicas:
             share_start(other, replica)
         run_single(recipe, replica_preflight(checked, recipe), replica, display, trackers)
@@ -100,9 +100,14 @@ def _conclude(folder: StudyFolder, recipe: Recipe) -> StudyResult:
 
 
 @contextmanager
-def _locked(folder: StudyFolder) -> Iterator[None]:
+def _saying_how_to_go_on(folder: StudyFolder, display: Display) -> Iterator[None]:
+    """Ctrl-C between two steps of training is met by the loop; elsewhere, and on a full disk, a user wants to know what
+    is lost."""
+    saved = f"what was finished in {folder.path} is saved"
     try:
-        with FileLock(folder.path / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(Problem(f"another process is running the study in {folder.path}", "name")) from None
+        yield
+    except KeyboardInterrupt:
+        display.on_warning(f"stopped by Ctrl-C: {saved}; --resume goes on from there")
+        raise
+    except (WriteError, OSError) as error:
+        raise WriteError(f"{error}; {saved}: --resume goes on from there once it can be written") from error

@@ -5,28 +5,33 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from qatrun import artifact
 from qatrun.data import Batch, open_data, open_probe
+from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, load_tokenizer, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
+from qatrun.records import ArmResult, Environment, TrunkResult
 from qatrun.report import readable_size
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
+from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
-from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
-from qatrun.study.matching import matched_settings
+from qatrun.study.inputs import check_inputs
+from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.matching import match_of
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, plan_segments
-from qatrun.train import Outcome, Segment, Watched, train
+from qatrun.train import Outcome, Segment, Watched, has_checkpoint, train
 
 
 def run_single(
@@ -57,31 +62,54 @@ class _Study:
         """Score the model before training, so that what all arms lost shows."""
         arm = self.checked.arms[self.recipe.arm_names[0]]
         record = self.folder.start
-        if record.result.is_file():
+        if record.result.is_file() and not (lost := scores_lost(record)):
             return
+        if record.result.is_file():
+            self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
-        valid = open_data(arm.data, tokenizer, arm.train.seed).valid
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
-        value = self._score(model, tokenizer, valid, record.eval, "start model")
+        value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
         write_json(record.result, {"arm": "start", "perplexity": {"on": value}})
 
     def train_arm(self, segments: ArmSegments) -> None:
-        """Train an arm, its trunk first, export and score it; what is there already is left as it is."""
+        """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
         arm, folder = segments.own.arm, ArmFolder(segments.own.folder)
-        if folder.result.is_file():
+        record = finished(folder, self.display)
+        if record is None:
+            record = self._train_and_export(segments, folder)
+        elif not (lost := scores_lost(folder)):
             self.display.note(f"{arm.name}: done already")
             return
-        if segments.trunk is not None and not (segments.trunk.folder / "result.json").is_file():
-            outcome = self._train(segments.trunk)[1]
-            gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
-            write_json(segments.trunk.folder / "result.json", vars(outcome))
-        model, outcome = self._train(segments.own)
-        tokenizer = load_tokenizer(arm.model)
-        sizes = self._export(model, tokenizer, segments.own, folder)
+        else:
+            self.display.on_warning(f"{arm.name}: scored again, because {lost}")
+        valid = self._held_out(arm, load_tokenizer(arm.model))
+        write_json(folder.result, {**record, "perplexity": self._score_arm(arm, folder, valid)})
+
+    def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
+        """From the newest checkpoints on; the record of the arm, without perplexities."""
+        arm, own, trunk = segments.own.arm, segments.own, segments.trunk
+        if trunk is not None and not has_checkpoint(own.folder / "checkpoints"):
+            self._train_trunk(trunk)
+        model, outcome = self._train(own)
+        sizes = self._export(model, load_tokenizer(arm.model), own, folder)
         del model
         gc.collect()
-        valid = open_data(arm.data, tokenizer, arm.train.seed).valid
-        write_json(folder.result, self._record(segments.own, outcome, sizes, self._score_arm(arm, folder, valid)))
+        return self._record(own, outcome, sizes, weights_of(folder))
+
+    def _train_trunk(self, trunk: Segment) -> None:
+        """Train a trunk unless that is done; once more where its checkpoints are damaged, which gives the same."""
+        result = ArmFolder(trunk.folder).result
+        try:
+            read_json(result, TrunkResult)
+            if has_checkpoint(trunk.folder / "checkpoints"):
+                return
+            self.display.on_warning(f"{trunk.folder} holds no whole checkpoint to branch from: trained again")
+        except DamagedFileError as error:
+            if result.is_file():
+                self.display.on_warning(f"{error}; made again")
+        outcome = self._train(trunk)[1]
+        gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
+        write_json(result, asdict(outcome))
 
     def compare(self) -> StudyResult:
         """Compare every quantized arm with its twin, and keep what comes out."""
@@ -92,9 +120,9 @@ class _Study:
         )
         result = StudyResult(self.folder.path, pairs)
         write_comparison(self.folder, result)
-        matches = {name: read_json(self.folder.arm(name).result)["match"] for name in self.checked.arms}
+        matches = {name: read_json(self.folder.arm(name).result, ArmResult)["match"] for name in self.checked.arms}
         arms = {name: {key: match[key] for key in ("seed", "data_hash")} for name, match in matches.items()}
-        write_json(self.folder.environment, read_json(self.folder.environment) | {"arms": arms})
+        write_json(self.folder.environment, {**read_json(self.folder.environment, Environment), "arms": arms})
         return result
 
     def answer_contrasts(self, result: StudyResult) -> StudyResult:
@@ -107,6 +135,7 @@ class _Study:
 
     def _train(self, segment: Segment) -> tuple[Any, Outcome]:
         arm = segment.arm
+        check_inputs(self.folder, self.recipe)
         tokenizer = load_tokenizer(arm.model)
         model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)
@@ -114,6 +143,10 @@ class _Study:
         self.display.begin_training(segment.name, first_step, segment.last_step)
         outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
         return model, outcome
+
+    def _held_out(self, arm: Arm, tokenizer: Any) -> Batch:
+        check_inputs(self.folder, self.recipe)
+        return open_data(arm.data, tokenizer, arm.train.seed).valid
 
     def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
         """The probe's text, and its mini-benchmark if the recipe wants one."""
@@ -133,7 +166,8 @@ class _Study:
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
         dtype = DTYPES[segment.arm.model.compute_dtype]
-        save_model(model, tokenizer, folder.path, dtype)
+        with filled_folder(folder.path):
+            save_model(model, tokenizer, folder.path, dtype)
         sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
         if segment.plan is not None:
             freeze(model, dtype)
@@ -165,16 +199,17 @@ class _Study:
         return perplexity(model, valid.input_ids, batch_size=batch_size, labels=valid.labels).perplexity
 
     def _record(
-        self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], perplexities: Mapping[str, float]
-    ) -> dict[str, Any]:
+        self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]
+    ) -> ArmResult:
         arm = segment.arm
         covered = self.checked.coverages.get(arm.name)
         return {
             "arm": arm.name,
             "twin": arm.twin,
-            "match": {**matched_settings(arm), "data_hash": outcome.data_hash},
+            "match": match_of(arm, outcome.data_hash),
             "cost": {"seconds": outcome.seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
             "coverage": str(covered) if covered is not None else None,
-            "perplexity": dict(perplexities),
+            "perplexity": {},
             "sizes": dict(sizes),
+            "weights": dict(weights),
         }

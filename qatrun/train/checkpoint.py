@@ -13,23 +13,29 @@ is used, so a damaged one is found out and the one before it taken.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qatrun.errors import CheckpointError
+from qatrun.errors import CheckpointError, DamagedFileError, Problem
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.records import Progress
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
+PARTS = ("model", "optimizer", "state")
+FILES = {*(f"{name}.safetensors" for name in PARTS), "progress.json"}
+_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Checkpoint:
     Attributes:
         model: parameter name -> tensor, tied ones once.
         optimizer: "<moment>/<parameter name>" -> tensor.
-        state: "rng/..." and "quant/..." -> tensor.
+        state: "rng/...", "quant/..." and "monitor/..." -> tensor.
         progress: plain data; has "step", the number of optimizer steps done.
     """
 
@@ -57,41 +63,53 @@ class Checkpoint:
         return {name.removeprefix("quant/"): t for name, t in self.state.items() if name.startswith("quant/")}
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int) -> Path:
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_every: int = 1) -> Path:
     """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep_last` up to it. Later ones are dropped
-    too: they are damaged, else the run would have gone on from them."""
+    too: they are damaged, else the run would have gone on from them. So are earlier ones that `save_every` does not
+    give: a run that was stopped there keeps the same ones as a run that was not.
+
+    Raises:
+        WriteError: a full disk, a missing permission; the earlier ones are as they were.
+    """
     target = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / INCOMPLETE
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in ("model", "optimizer", "state"):
-        tensors = {key: value.contiguous() for key, value in getattr(checkpoint, name).items()}
-        save_file(tensors, temporary / f"{name}.safetensors")
-    (temporary / "progress.json").write_text(json.dumps(checkpoint.progress), encoding="utf-8")
-    manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for file in temporary.iterdir():
-        _flush_to_disk(file)
-    _flush_to_disk(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    _flush_to_disk(folder)
+    with writing(target):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _write_files(temporary, checkpoint)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is wanted
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        flush_to_disk(folder)
     there = _checkpoint_folders(folder)
-    kept = there[: there.index(target) + 1][-keep_last:]
-    for old in set(there) - set(kept):
+    due = [path for path in there[: there.index(target)] if _step(path) % save_every == 0]
+    for old in set(there) - set([*due, target][-keep_last:]):
         shutil.rmtree(old)
     return target
 
 
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    with filled_folder(folder):
+        for name in PARTS:
+            tensors = {key: value.contiguous() for key, value in getattr(checkpoint, name).items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        (folder / "progress.json").write_text(json.dumps(checkpoint.progress), encoding="utf-8")
+        manifest = {name: sha256(folder / name) for name in sorted(FILES)}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for file in (*folder.iterdir(), folder):
+        flush_to_disk(file)
+
+
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint in a folder, and a sentence on each newer one that is damaged."""
-    warnings: list[str] = []
-    for candidate in reversed(_checkpoint_folders(folder)):
-        try:
-            return read_checkpoint(candidate), warnings
-        except CheckpointError as error:
-            warnings.append(f"{error}; going back to the checkpoint before it")
-    return None, warnings
+    return _newest(folder, read_checkpoint)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether any checkpoint in a folder is whole."""
+    return _newest(folder, _check_files)[0] is not None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -101,14 +119,51 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        damaged = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
-    except (OSError, ValueError) as error:
+        _check_files(folder)
+        model, optimizer, state = (_read_tensors(folder / f"{name}.safetensors") for name in PARTS)
+        progress = read_json(folder / "progress.json", Progress)
+    except DamagedFileError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
+    if progress["step"] != _step(folder):
+        raise CheckpointError(f"checkpoint {folder} is damaged: it is one of step {progress['step']}")
+    return Checkpoint(model, optimizer, state, progress)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with reading(file):
+        return load_file(file)
+
+
+def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
+    warnings: list[str] = []
+    for candidate in reversed(_checkpoint_folders(folder)):
+        try:
+            return read(candidate), warnings
+        except CheckpointError as error:
+            warnings.append(f"{error}; going back to the checkpoint before it")
+    return None, warnings
+
+
+def _check_files(folder: Path) -> Path:
+    """The folder itself.
+
+    Raises:
+        CheckpointError: a file is missing, or is not what the manifest says.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST, dict[str, str])
+        if missing := sorted(FILES - manifest.keys()):
+            raise DamagedFileError(Problem(f"{MANIFEST} lacks {', '.join(missing)}"))
+        damaged = []
+        for name in sorted(FILES):
+            with reading(folder / name):
+                if sha256(folder / name) != manifest[name]:
+                    damaged.append(name)
+    except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
     if damaged:
         raise CheckpointError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
-    model, optimizer, state = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "state"))
-    return Checkpoint(model, optimizer, state, json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return folder
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -145,17 +200,9 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    """In order of their steps; a copy that someone made beside them is none."""
+    return sorted((path for path in folder.glob("step-*") if _FOLDER.fullmatch(path.name)), key=_step)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -34,7 +34,7 @@ from qatrun.train.checkpoint import (
     write_checkpoint,
 )
 from qatrun.train.memory import peak_memory_bytes, reset_peak_memory
-from qatrun.train.metrics import MetricsFile, PendingRows
+from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.schedule import learning_rate_at, mode_at
@@ -65,6 +65,7 @@ def train(
         NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
         Interrupted: a signal asked for it; the state was saved.
         CheckpointError: the checkpoint belongs to another run.
+        WriteError: a full disk, a missing permission; the last checkpoint is good.
     """
     reset_peak_memory()
     with bfloat16_products(), stop_on_signals() as request:
@@ -73,13 +74,14 @@ def train(
         try:
             while session.step < segment.last_step:
                 session.run_step()
-                at_end = session.step == segment.last_step
-                due = at_end or session.step % segment.arm.train.save_every == 0
-                if due or request.name or session.monitor.stop:
+                stop = request.name  # looked at once: a signal that comes later is met after the next step
+                if session.due or stop or session.monitor.stop:
                     session.save()
                 session.monitor.raise_if_stopped()
-                if request.name:
-                    raise Interrupted(f"{request.name} at step {session.step} of {segment.name}; saved")
+                if stop and not session.at_end:
+                    raise Interrupted(f"{stop} at step {session.step} of {segment.name}; saved")
+            if request.name:
+                raise Interrupted(f"{request.name} at step {session.step} of {segment.name}; saved")
         finally:
             session.close()
     return Outcome(session.step, stream.data_hash, session.seconds, max(session.earlier_peak, peak_memory_bytes()))
@@ -112,28 +114,42 @@ class _Session:
         if trackers:
             self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(segment.arm))
         self.step, self.seconds, self.earlier_peak = 0, 0.0, 0
-        self.metrics: MetricsFile | None = None
+        self.metrics: RowsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.monitor = Monitor(segment, model, self.quant, watched, self._autocast)
         self.observed_steps = _observed_steps(self.quant, config.global_batch_size // config.micro_batch_size)
 
+    @property
+    def at_end(self) -> bool:
+        return self.step == self.segment.last_step
+
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint is written after this step whatever happens."""
+        return self.at_end or self.step % self.segment.arm.train.save_every == 0
+
     def start_or_resume(self) -> None:
         """Take up the newest checkpoint of this segment, else the last one of its trunk, else the pretrained model."""
         own = self._latest_checkpoint(self.segment.folder)
         torch.manual_seed(self.segment.arm.train.seed)
-        inherited = None
         if own is not None:
             self._restore(own, from_trunk=False)
         elif self.segment.trunk is not None:
             trunk = self._latest_checkpoint(self.segment.trunk)
             if trunk is None:
                 raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
-            inherited = self.segment.trunk / "metrics.jsonl"
             self._restore(trunk, from_trunk=True)
-        self.segment.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(self.segment.folder / "metrics.jsonl", from_step=self.step, inherited=inherited)
-        for text in self.monitor.start(self.step):
+        file, of_trunk = self.segment.folder / "metrics.jsonl", self.segment.trunk
+        inherited = None if of_trunk is None else of_trunk / "metrics.jsonl"
+        rows, lost = surviving_metrics(file, inherited, self.step)
+        self.metrics = RowsFile(file, rows)
+        if lost:
+            self.listener.on_warning(
+                f"{file} has lost {len(lost)} of the first {self.step} steps (the first of them step {lost[0]}): the loss "
+                f"of {self.segment.name} is compared with no other, and its curves have a gap"
+            )
+        for text in self.monitor.start(self.step, own):
             self.listener.on_warning(text)
 
     def run_step(self) -> None:
@@ -206,8 +222,9 @@ class _Session:
             "data": self.stream.position(),
             "seconds": self.seconds,
             "peak_memory_bytes": max(self.earlier_peak, peak_memory_bytes()),
-            "monitor": self.monitor.save(self.step),
+            "monitor": self.monitor.save(self.step, due=self.due),
         }
+        state |= self.monitor.tensors()
         if self.quant is not None:
             state |= {f"quant/{name}": tensor for name, tensor in self.quant.tensors().items()}
             progress["quant"] = self.quant.counters()
@@ -217,7 +234,8 @@ class _Session:
             state=state,
             progress=progress,
         )
-        write_checkpoint(self.segment.folder / "checkpoints", checkpoint, self.segment.arm.train.keep_last)
+        config = self.segment.arm.train
+        write_checkpoint(self.segment.folder / "checkpoints", checkpoint, config.keep_last, config.save_every)
 
     def close(self) -> None:
         """Let go of files and trackers."""
@@ -235,8 +253,13 @@ class _Session:
     def _restore(self, checkpoint: Checkpoint, *, from_trunk: bool) -> None:
         if not from_trunk and checkpoint.progress["identity"] != self.segment.identity:
             raise CheckpointError(f"the checkpoints in {self.segment.folder} were made by a run with other settings")
+        parameters = dict(self.plain_model.named_parameters())
+        if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in checkpoint.model.items()}:
+            raise CheckpointError(
+                f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model"
+            )
         with torch.no_grad():
-            for name, parameter in self.plain_model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(checkpoint.model[name])
         restore_optimizer(self.plain_model, self.optimizer, checkpoint.optimizer)
         restore_rng(checkpoint.state)

@@ -5,51 +5,80 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from qatrun.files import read_rows, replace_file, writing
+from qatrun.records import AlarmRow, MetricsRow
+
 # What no two runs agree on, however equal they are otherwise.
 CLOCK_FIELDS = ("seconds", "tokens_per_second")
 
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file in order; a last line that a crash cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+Row = Mapping[str, Any]
 
 
-class MetricsFile:
-    """Appends rows to `metrics.jsonl`, each flushed so that a reader sees the run as it goes."""
+def read_metrics(file: Path) -> list[MetricsRow]:
+    """The rows of a metrics file in order; a last line that a crash cut short is left out.
 
-    def __init__(self, file: Path, *, from_step: int, inherited: Path | None = None) -> None:
-        """Continue after `from_step` steps: what the file, or a new arm's trunk's, says of later ones is dropped."""
-        source = file if file.is_file() else inherited
-        rows = read_metrics(source) if source is not None and source.is_file() else []
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= from_step)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        temporary.replace(file)
+    Raises:
+        DamagedFileError: it is missing, or holds something else.
+    """
+    return read_rows(file, MetricsRow)
+
+
+def read_alarms(file: Path) -> list[AlarmRow]:
+    """The rows of alarms.jsonl, as `read_metrics` those of metrics.jsonl; none where there is no file."""
+    return read_rows(file, AlarmRow) if file.is_file() else []
+
+
+def surviving_metrics(file: Path, inherited: Path | None, last_step: int) -> tuple[list[MetricsRow], list[int]]:
+    """What is left of the record of the first `last_step` steps: a row for each, the trunk's where the arm's own file
+    lacks it.
+
+    Returns:
+        (rows in order, steps of which there is none).
+    """
+    rows: dict[int, MetricsRow] = {}
+    for source in filter(None, (inherited, file)):
+        if source.is_file():
+            rows |= {row["step"]: row for row in read_rows(source, MetricsRow, skip_damaged=True)}
+    steps = range(1, last_step + 1)
+    return [rows[step] for step in steps if step in rows], [step for step in steps if step not in rows]
+
+
+def surviving_alarms(file: Path, inherited: Path | None, last_step: int) -> list[AlarmRow]:
+    """What a new arm's trunk, or the arm's own file, says of the first `last_step` steps."""
+    source = file if file.is_file() or inherited is None else inherited
+    rows = read_rows(source, AlarmRow, skip_damaged=True) if source.is_file() else []
+    return [row for row in rows if row["step"] <= last_step]
+
+
+class RowsFile:
+    """Appends rows to a .jsonl file, each flushed so that a reader sees the run as it goes."""
+
+    def __init__(self, file: Path, rows: Iterable[Row]) -> None:
+        """Begin with these rows, whatever the file held."""
+        replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = file
         self._stream: TextIO = file.open("a", encoding="utf-8")
 
-    def append(self, row: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
+    def append(self, row: Row) -> None:
+        with writing(self._file):
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
-        os.fsync(self._stream.fileno())
+        with writing(self._file):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        self._stream.close()
+        with writing(self._file):
+            self._stream.close()
 
 
 class PendingRows:

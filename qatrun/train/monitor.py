@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from qatrun.errors import AlarmStop
+from qatrun.errors import AlarmStop, DamagedFileError
 from qatrun.quant import Mode, ScaleState
 from qatrun.train.alarms import Alarm, AlarmWatch
-from qatrun.train.metrics import MetricsFile
+from qatrun.train.checkpoint import Checkpoint
+from qatrun.train.metrics import RowsFile, surviving_alarms
 from qatrun.train.probe import FILE, Probe
 from qatrun.train.segment import Segment, Watched
 from qatrun.train.tensors import TensorFile
 
+_STEPS, _TABLES = "monitor/steps", "monitor/tables"
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -40,29 +42,37 @@ class Monitor:
         self.stop: Alarm | None = None
         self._tables: list[tuple[int, Tensor]] = []
         self._tensors: TensorFile | None = None
-        self._alarms: MetricsFile | None = None
+        self._alarms: RowsFile | None = None
 
-    def start(self, step: int) -> list[str]:
+    def start(self, step: int, checkpoint: Checkpoint | None) -> list[str]:
         """Open the files after `step` steps. At step 0 the start model is asked about the probe's text.
 
+        Args:
+            checkpoint: the segment's own that it goes on from, or None.
         Returns:
             Sentences on what cannot be watched.
         """
         folder, trunk = self.segment.folder, self.segment.trunk
         inherited = None if trunk is None else trunk / "alarms.jsonl"
-        self._alarms = MetricsFile(folder / "alarms.jsonl", from_step=step, inherited=inherited)
+        alarms = folder / "alarms.jsonl"
+        self._alarms = RowsFile(alarms, surviving_alarms(alarms, inherited, step))
         if self.quant is not None:
-            self._tensors = TensorFile(folder, self.quant.names, from_step=step)
+            state = {} if checkpoint is None else checkpoint.state
+            pending = (state[_STEPS], state[_TABLES]) if _STEPS in state else None
+            self._tensors = TensorFile(folder, self.quant.names, from_step=step, pending=pending)
         if self.config.probe is None or self.watched.text is None:
             return []
         file = (trunk or folder) / FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)
-        elif file.is_file():
-            self.probe = Probe.load(file)
-        else:
+            return []
+        if not file.is_file():
             return [f"no forgetting probe in {self.segment.name}: the start model was not asked before the first step"]
+        try:
+            self.probe = Probe.load(file)
+        except DamagedFileError as error:
+            return [f"no forgetting probe in {self.segment.name}: {error}"]
         return []
 
     def begin_step(self, step: int) -> None:
@@ -102,13 +112,24 @@ class Monitor:
             self.stop = alarms[0]
         return alarms
 
-    def save(self, step: int) -> dict[str, Any]:
-        """Write what a checkpoint of this moment stands on; returns what it must hold, as plain data."""
+    def save(self, step: int, *, due: bool) -> dict[str, Any]:
+        """Write what a checkpoint of this moment stands on; returns what it must hold, as plain data, besides `tensors`.
+
+        Args:
+            due: whether it would be written in a run that is not stopped, too.
+        """
         assert self._alarms is not None
         self._alarms.sync()
-        if self._tensors is not None:
+        if self._tensors is not None and due:
             self._tensors.write(step)
+        elif self._tensors is not None:
+            self._tensors.show()
         return self.watch.counters()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides: statistics since the last part, where it is written between two."""
+        pending = None if self._tensors is None else self._tensors.pending()
+        return {} if pending is None else {_STEPS: pending[0], _TABLES: pending[1]}
 
     def raise_if_stopped(self) -> None:
         """

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qatrun.files import reading, whole_file
+
 FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
@@ -52,14 +54,17 @@ class Probe:
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, partial)
-        partial.replace(file)
+        with whole_file(file) as partial:
+            save_file({name: value.contiguous() for name, value in vars(self).items()}, partial)
 
     @classmethod
     def load(cls, file: Path) -> Probe:
-        return cls(**load_file(file))
+        """
+        Raises:
+            DamagedFileError: it is missing, torn or something else.
+        """
+        with reading(file):
+            return cls(**load_file(file))
 
     @torch.no_grad()
     def divergence(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> float:

@@ -1,26 +1,35 @@
 """Statistics of every quantized tensor at every step, on disk as Parquet.
 
-    tensors/step-000500.parquet     the steps after the previous checkpoint, up to this one
+    tensors/step-000500.parquet     the steps after the previous part, up to this one
+    tensors/unfinished.parquet      the steps since then, of a run that was stopped between two parts
 
-A part is written with each checkpoint, whole or not at all, and parts later than the checkpoint that a run goes on from
-are dropped; so a resumed run has the same parts as one that was never stopped. A row is a step and a tensor and takes a
-few bytes: 10,000 steps of 182 linears come to well under 1 GB.
+A part is written with each checkpoint that is due, whole or not at all, and parts later than the checkpoint that a run
+goes on from are dropped. What a run that is stopped has seen since its last part is in its checkpoint, too; so a resumed
+run writes the same parts as one that was never stopped. A row is a step and a tensor and takes a few bytes: 10,000 steps
+of 182 linears come to well under 1 GB.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
+from qatrun.files import reading, whole_file
 from qatrun.quant import STATISTICS
 
-FOLDER = "tensors"
+FOLDER, UNFINISHED = "tensors", "unfinished.parquet"
+_PART = re.compile(r"step-\d+\.parquet")
 Table = npt.NDArray[np.float32]
+Pending = tuple[Tensor, Tensor]
 
 SCHEMA = pa.schema(
     [("step", pa.int32()), ("tensor", pa.dictionary(pa.int32(), pa.string()))]
@@ -31,15 +40,19 @@ SCHEMA = pa.schema(
 class TensorFile:
     """Collects the rows of a segment and writes them a part at a time."""
 
-    def __init__(self, folder: Path, names: Sequence[str], *, from_step: int) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], *, from_step: int, pending: Pending | None = None) -> None:
         """Go on after `from_step` steps: parts that say something of later ones are dropped.
 
         Args:
             folder: of the segment.
             names: of the quantized tensors, in the order of the tables.
+            pending: as `pending` gave it at that step.
         """
         self._folder, self._names = folder / FOLDER, list(names)
         self._rows: list[tuple[int, Table]] = []
+        if pending is not None:
+            steps, tables = pending
+            self._rows = list(zip(steps.tolist(), tables.numpy(), strict=True))
         for part in _parts(self._folder):
             if _last_step(part) > from_step:
                 part.unlink()
@@ -48,30 +61,58 @@ class TensorFile:
         """Keep one step's statistics, [num_tensors, len(STATISTICS)] float32, NaN where nothing was measured."""
         self._rows.append((step, table))
 
-    def write(self, step: int) -> None:
-        """Write what was added since the last part, up to this step."""
+    def pending(self) -> Pending | None:
+        """What no part holds yet: steps [num] and their tables [num, num_tensors, len(STATISTICS)]; None if nothing."""
         if not self._rows:
-            return
+            return None
+        steps, tables = zip(*self._rows, strict=True)
+        return torch.tensor(steps), torch.from_numpy(np.stack(tables))
+
+    def write(self, step: int) -> None:
+        """Write what was added since the last part, up to this step, as a part."""
+        if self._rows:
+            self._write(self._folder / f"step-{step:06d}.parquet")
+            self._rows.clear()
+        (self._folder / UNFINISHED).unlink(missing_ok=True)
+
+    def show(self) -> None:
+        """Write what was added since the last part for readers of a run that is stopped here."""
+        if self._rows:
+            self._write(self._folder / UNFINISHED)
+
+    def _write(self, file: Path) -> None:
         steps = np.repeat(np.array([step for step, _ in self._rows], dtype=np.int32), len(self._names))
         indices = np.tile(np.arange(len(self._names), dtype=np.int32), len(self._rows))
         values = np.concatenate([table for _, table in self._rows])
         columns = [pa.array(column, from_pandas=True) for column in values.T]  # from_pandas: NaN becomes null
         tensors = pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(self._names))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / ".partial"
-        pq.write_table(pa.table([pa.array(steps), tensors, *columns], schema=SCHEMA), partial, compression="zstd")
-        partial.replace(self._folder / f"step-{step:06d}.parquet")
-        self._rows.clear()
+        with whole_file(file) as partial:
+            pq.write_table(pa.table([pa.array(steps), tensors, *columns], schema=SCHEMA), partial, compression="zstd")
 
 
 def read_tensor_stats(folder: Path) -> pa.Table:
-    """All rows of a segment's folder, in order; none where nothing was recorded."""
-    parts = [pq.read_table(part, schema=SCHEMA) for part in _parts(folder / FOLDER)]
-    return pa.concat_tables(parts).unify_dictionaries() if parts else SCHEMA.empty_table()
+    """All rows of a segment's folder, in order; none where nothing was recorded.
+
+    Raises:
+        DamagedFileError: a part is torn or something else.
+    """
+    parts = _parts(folder / FOLDER)
+    tables = [_read(part) for part in parts]
+    unfinished = folder / FOLDER / UNFINISHED
+    if unfinished.is_file():
+        table, last = _read(unfinished), _last_step(parts[-1]) if parts else 0
+        tables.append(table.filter(pc.greater(table["step"], last)))  # a part may have come since it was written
+    return pa.concat_tables(tables).unify_dictionaries() if tables else SCHEMA.empty_table()
+
+
+def _read(part: Path) -> pa.Table:
+    with reading(part):
+        return pq.read_table(part, schema=SCHEMA)
 
 
 def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.parquet"), key=_last_step)
+    """The parts in order; a copy that someone made beside them is none."""
+    return sorted((part for part in folder.glob("step-*.parquet") if _PART.fullmatch(part.name)), key=_last_step)
 
 
 def _last_step(part: Path) -> int:

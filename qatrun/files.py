@@ -1,0 +1,198 @@
+"""Files of ours: written whole or not at all, and read by one reader that says which file is not what it should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from qatrun.errors import DamagedFileError, Problem, QatrunError, WriteError
+
+T = TypeVar("T")
+
+# How safetensors and tokenizers (Rust), and Arrow, name an error of the operating system in their own exceptions.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence what the operating system has against a write, whichever library met it.
+
+    Raises:
+        WriteError: a full disk, a missing permission, a file where a folder should be.
+    """
+    try:
+        yield
+    except QatrunError:
+        raise
+    except Exception as error:
+        reason = _os_reason(error)
+        if reason is None:
+            raise
+        raise WriteError(f"cannot write {path}: {reason}") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it becomes when the block has ended: whole, on the disk, and with the mode
+    of any new file.
+
+    Raises:
+        WriteError: it cannot be written; what was there before is still there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.chmod(_new_file_mode())  # safetensors would have it readable by its owner alone
+            flush_to_disk(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def filled_folder(folder: Path) -> Iterator[None]:
+    """Let a library write its files into a folder; weights get the mode of any new file.
+
+    Raises:
+        WriteError: they cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        for file in folder.glob("*.safetensors"):
+            file.chmod(_new_file_mode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON whole or not at all.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    replace_file(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Say in one sentence that a file of ours is not what it should be, whatever its library makes of that.
+
+    Raises:
+        DamagedFileError: anything that went wrong while reading.
+    """
+    try:
+        yield
+    except QatrunError:
+        raise
+    except Exception as error:  # torn or nonsensical content makes every parser fail in its own way
+        raise DamagedFileError(Problem(f"{file} cannot be read: {_reason(error)}")) from error
+
+
+def read_json(file: Path, kind: type[T]) -> T:
+    """What a JSON file holds, as it stands.
+
+    Args:
+        kind: what it must be, such as a TypedDict of `qatrun.records`; keys that are not named there are let through.
+    Raises:
+        DamagedFileError: it is missing, torn or something else.
+    """
+    with reading(file):
+        return conforming(json.loads(file.read_text(encoding="utf-8")), kind)
+
+
+def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[T]:
+    """The rows of a .jsonl file in order; a last line that a crash cut short is left out.
+
+    Args:
+        kind: as of `read_json`, of each row.
+        skip_damaged: leave out every line that cannot be read.
+    Raises:
+        DamagedFileError: it is missing, or a line is something else.
+    """
+    rows: list[T] = []
+    with reading(file):
+        *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(conforming(json.loads(line), kind))
+            except (ValueError, RecursionError) as error:
+                if not skip_damaged:
+                    raise ValueError(f"line {number}: {_reason(error)}") from error
+    return rows
+
+
+def conforming(value: Any, kind: type[T]) -> T:
+    """The value itself.
+
+    Raises:
+        ValueError: it is not of that kind.
+    """
+    hashable: Any = kind
+    _adapter(hashable).validate_python(value, strict=True)
+    checked: T = value
+    return checked
+
+
+def sha256(file: Path) -> str:
+    """Checksum of a file's content, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or what a folder lists, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _new_file_mode() -> int:
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _os_reason(error: Exception) -> str | None:
+    """What the operating system said; None where it is another kind of error."""
+    found = _OS_ERROR.search(str(error))
+    if found is not None:
+        return os.strerror(int(found.group(1) or found.group(2)))
+    return str(error) if isinstance(error, OSError) else None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().split("\n")[0] or type(error).__name__

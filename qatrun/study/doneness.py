@@ -1,0 +1,53 @@
+"""What of an arm is done, and still there as it was scored: the rest is made again, which gives the same."""
+
+from __future__ import annotations
+
+from qatrun.errors import DamagedFileError, InputError
+from qatrun.evaluate.scores import Scores
+from qatrun.files import read_json, sha256
+from qatrun.records import ArmResult, Result
+from qatrun.study.display import Display
+from qatrun.study.layout import ArmFolder
+
+
+def finished(folder: ArmFolder, display: Display) -> ArmResult | None:
+    """The record of an arm that is trained and whose weights are those that were scored; else None, and why is said."""
+    if not folder.result.is_file():
+        return None
+    try:
+        record = read_json(folder.result, ArmResult)
+    except DamagedFileError as error:
+        display.on_warning(f"{error}; made again from the last checkpoint")
+        return None
+    if changed := changed_weights(folder, record):
+        display.on_warning(f"{', '.join(changed)}: made again from the last checkpoint")
+        return None
+    return record
+
+
+def weights_of(folder: ArmFolder) -> dict[str, str]:
+    """Weights file, relative to the arm's folder -> its checksum, of all that is scored."""
+    files = [*folder.path.glob("model*.safetensors"), *folder.quantized.glob("model*.safetensors")]
+    return {file.relative_to(folder.path).as_posix(): sha256(file) for file in sorted(files)}
+
+
+def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
+    """A phrase on each weights file that is not what was scored."""
+    now = weights_of(folder)
+    return [
+        f"{folder.path / name} {'is not what was scored' if name in now else 'is gone'}"
+        for name, checksum in record.get("weights", {}).items()
+        if now.get(name) != checksum
+    ]
+
+
+def scores_lost(folder: ArmFolder) -> str:
+    """Why the scores of the start model or of an arm must be made again; empty where they need not."""
+    try:
+        perplexity = read_json(folder.result, Result)["perplexity"]
+        Scores.load(folder.eval)
+        if "off" in perplexity:
+            Scores.load(folder.eval_off)
+    except InputError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,112 @@
+"""What a study is made from, by content: text and model must not change under it, else its parts are not of one piece.
+Checksums of all of it are kept in environment.json.
+
+What comes from the hub is not looked at: it is fetched by revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from qatrun.errors import DamagedFileError, InputError, Problem
+from qatrun.files import read_json, sha256
+from qatrun.recipe import Recipe
+from qatrun.records import StudyEnvironment
+from qatrun.study.layout import StudyFolder
+
+# What a model's folder is read for. That of another study's arm holds more, which may change.
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.bin",
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+    "*.py",
+)
+
+
+def describe_inputs(recipe: Recipe) -> dict[str, str]:
+    """Path, as the recipe has it, of each text and model that lies here -> SHA-256 of its content."""
+    found = {path: _files(Path(path).expanduser(), key, Path(recipe.output_dir)) for path, key in _keys(recipe).items()}
+    return {path: _digest(Path(path).expanduser(), files) for path, files in found.items() if files}
+
+
+def input_problems(folder: StudyFolder, recipe: Recipe) -> list[Problem]:
+    """What has changed since the study began. Where that is not known, an earlier version having begun it, nothing."""
+    try:
+        began = read_json(folder.environment, StudyEnvironment).get("inputs", {})
+    except DamagedFileError:
+        return []  # which the claim says
+    keys = _keys(recipe)
+    return [
+        Problem(
+            f"{path} has changed since {folder.path} was begun with it, and what is there would not belong together with "
+            "what comes: put it back as it was, --overwrite the study or give another name",
+            keys[path],
+        )
+        for path, digest in describe_inputs(recipe).items()
+        if began.get(path, digest) != digest
+    ]
+
+
+def check_inputs(folder: StudyFolder, recipe: Recipe) -> None:
+    """Make sure, before text or model is read again, that they are what the study began with.
+
+    Raises:
+        InputError: one of them has changed.
+    """
+    if problems := input_problems(folder, recipe):
+        raise InputError(problems)
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    """Path of every text and model -> its key in the recipe."""
+    keys: dict[str, str] = {}
+    for name in recipe.arm_names:
+        arm = recipe.resolve_arm(name)
+        keys.setdefault(arm.model.path, "model.path")
+        for key in ("train", "valid", "probe"):
+            source = getattr(arm.data, key)
+            if source is not None:
+                keys.setdefault(source.path, f"data.{key}.path")
+    return keys
+
+
+def _files(path: Path, key: str, output_dir: Path) -> list[Path]:
+    """Of a folder, those that are read; the studies in it, and hidden files, are no text."""
+    if path.is_file():
+        return [path]
+    if key == "model.path":
+        return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    studies = output_dir.resolve()
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and studies not in file.resolve().parents
+    )
+
+
+def _digest(path: Path, files: list[Path]) -> str:
+    """Of a file, its own; of a folder, of the names and contents of its files."""
+    if files == [path]:
+        return _digest_of(path, *_signature(path))
+    lines = [f"{file.relative_to(path)} {_digest_of(file, *_signature(file))}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _signature(file: Path) -> tuple[int, ...]:
+    """Changes whenever the file does: nobody can set back the time of its last change."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@cache
+def _digest_of(file: Path, *_signature: int) -> str:
+    return sha256(file)
