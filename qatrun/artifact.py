@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import InputError, Problem
-from qatrun.model import architecture, from_tensors, load_tokenizer
+from qatrun.model import architecture, from_tensors
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
+from qatrun.tokenizer import load_tokenizer
 
 FOLDER = "quantized"
 PLAN_FILE = "plan.json"

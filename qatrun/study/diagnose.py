@@ -23,13 +23,14 @@ from qatrun.evaluate.attribution import Effect
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import SUMMARY_FILE, Scores
-from qatrun.model import DTYPES, load_tokenizer
+from qatrun.model import DTYPES
 from qatrun.quant import QuantPlan, freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.study.evidence import DIAGNOSIS_FILE
 from qatrun.study.layout import ArmFolder, StudyFolder, read_json, write_json
 from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
+from qatrun.tokenizer import load_tokenizer
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
 
 

@@ -13,7 +13,7 @@ from qatrun import artifact
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
-from qatrun.model import DTYPES, load_model, load_tokenizer, on_device, save_model
+from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
 from qatrun.report import readable_size
@@ -26,6 +26,7 @@ from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.tokenizer import load_tokenizer
 from qatrun.train import Outcome, Segment, Watched, train
 
 
