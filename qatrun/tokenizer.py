@@ -4,6 +4,7 @@ run, and one that parts no documents trains on text that nobody wrote."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,11 +28,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(location(model), revision=model.revision)
         else:
             tokenizer = AutoTokenizer.from_pretrained(location(model), **options)
+        tokenizer(["a text"])
     except InputError:
         raise
     except Exception as error:  # `tokenizers` raises no other type for a file that it does not understand
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(Problem(f"{model.path}: no tokenizer: {reason[0]}", key="model.path")) from error
+        raise InputError(Problem(f"{model.path}: no tokenizer: {_reason(model, error)}", key="model.path")) from error
     num_rows = getattr(load_config(model).get_text_config(), "vocab_size", None)
     if problems := [
         Problem(f"{model.path}: {message}", key="model.path") for message in _mistakes(tokenizer, num_rows)
@@ -39,6 +40,14 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise InputError(problems)
     tokenizer.num_embeddings = num_rows
     return tokenizer
+
+
+def _reason(model: ModelConfig, error: Exception) -> str:
+    folder = Path(location(model))
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        return "the folder holds no tokenizer.json, and no other vocabulary that transformers reads"
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"its files are damaged, or of a newer version ({said[0]})"
 
 
 def _mistakes(tokenizer: Any, num_rows: int | None) -> Iterator[str]:

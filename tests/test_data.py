@@ -171,7 +171,9 @@ def test_a_missing_file(tmp_path: Path, ending: str, streaming: bool) -> None:
 def test_a_file_of_a_kind_that_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.docx"
     file.write_text("text\nw1\n", encoding="utf-8")
-    assert message_of(file).startswith(f"data.train.path -- '{file}' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet (")
+    assert message_of(file).startswith(
+        f"data.train.path -- '{file}' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet ("
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
