@@ -22,11 +22,12 @@ from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.model import DTYPES, architecture, from_tensors, load_tokenizer
+from qatrun.model import DTYPES, architecture, from_tensors
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
 from qatrun.records import Quantized, Versioned
+from qatrun.tokenizer import load_tokenizer
 
 FOLDER = "quantized"
 PLAN_FILE = "plan.json"

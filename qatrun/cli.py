@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from qatrun.errors import InputError, QatrunError
+from qatrun.paths import expand_path
 
 app = typer.Typer(
     name="qatrun",
@@ -27,14 +28,28 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 err = Console(highlight=False, soft_wrap=not sys.stderr.isatty(), stderr=True)
 
+
+def expanded(written: str | Path) -> str:
+    """A path as it is meant, whichever option or argument it comes by; hub ids and names stay as they are."""
+    try:
+        return expand_path(str(written))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def expanded_path(written: str | Path) -> Path:
+    """`expanded`, for what can only be a file or a folder."""
+    return Path(expanded(written))
+
+
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
 ]
 StudyArgument = Annotated[
-    str | None, typer.Argument(metavar="STUDY", help="A study's name or folder; default: the newest.")
+    str | None, typer.Argument(metavar="STUDY", parser=expanded, help="A study's name or folder; default: the newest.")
 ]
-OutputDirOption = Annotated[Path, typer.Option(help="Where studies lie.")]
+OutputDirOption = Annotated[Path, typer.Option(parser=expanded_path, metavar="PATH", help="Where studies lie.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -123,16 +138,29 @@ def check(
 @app.command(name="eval")
 def evaluate(
     path: Annotated[
-        str, typer.Argument(help="A model: an arm of a study, a quantized folder, or any Hugging Face model.")
+        str,
+        typer.Argument(
+            parser=expanded,
+            metavar="PATH",
+            help="A model: an arm of a study, a quantized folder, or any Hugging Face model.",
+        ),
     ],
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated; default: the study's, else the three benchmarks.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per leaf task (MMLU has 57).")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples, for every task.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder laid out like the hub to take questions from.")] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(parser=expanded, metavar="PATH", help="Folder laid out like the hub to take questions from."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per forward.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for scores and samples, which `compare` reads.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=expanded_path, metavar="PATH", help="Folder for scores and samples, which `compare` reads."
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
@@ -153,9 +181,16 @@ def evaluate(
 
 @app.command()
 def compare(
-    twin: Annotated[str, typer.Argument(help="The BF16 arm, or a folder with scores.")],
-    arm: Annotated[str, typer.Argument(help="The arm to judge, or a folder with scores.")],
-    study: Annotated[str | None, typer.Option(help="Study to take arms from; default: the newest.")] = None,
+    twin: Annotated[
+        str, typer.Argument(parser=expanded, metavar="TWIN", help="The BF16 arm, or a folder with scores.")
+    ],
+    arm: Annotated[
+        str, typer.Argument(parser=expanded, metavar="ARM", help="The arm to judge, or a folder with scores.")
+    ],
+    study: Annotated[
+        str | None,
+        typer.Option(parser=expanded, metavar="STUDY", help="Study to take arms from; default: the newest."),
+    ] = None,
     output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
     anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
@@ -220,8 +255,11 @@ def recipes() -> None:
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
-    output: Annotated[Path | None, typer.Option(help="File to write; default: <model's name>.yaml here.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", parser=expanded, help="A model folder or hub id.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=expanded_path, metavar="PATH", help="File to write; default: <model's name>.yaml here."),
+    ] = None,
 ) -> None:
     """Write a commented recipe for a model, to be edited."""
     from qatrun.recipe import template

@@ -1,4 +1,4 @@
-"""Load a model, its tokenizer or only its architecture, and save them as a Hugging Face folder.
+"""Load a model or only its architecture, and save them as a Hugging Face folder.
 
 OpenPangu-Embedded checkpoints name a `model_type` that transformers does not know and remote code that does not load in
 transformers 5. They are Llamas with a bias on q/k/v/o: their config is read as a LlamaConfig, so no remote code runs.
@@ -16,15 +16,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file
 
 from qatrun import demo
 from qatrun.errors import InputError, Problem
+from qatrun.hub import ask_once
 from qatrun.recipe import ModelConfig
 
 PANGU_MODEL_TYPE = "PanguEmbedded"
@@ -37,14 +36,14 @@ def load_config(model: ModelConfig) -> Any:
     Raises:
         InputError: no such folder or hub id, or an architecture that is unknown without remote code.
     """
-    raw = _config_json(model)
+    raw = config_json(model)
     if raw.get("model_type") == PANGU_MODEL_TYPE:
         fields = {key: value for key, value in raw.items() if key not in {"model_type", "auto_map", "architectures"}}
         bias = fields.pop("bias", True)
         return LlamaConfig(**fields, attention_bias=bias, architectures=["LlamaForCausalLM"])
     try:
         return AutoConfig.from_pretrained(
-            _location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+            location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(Problem(f"{model.path}: {_first_line(error)}", key="model.path")) from error
@@ -59,7 +58,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
     config = load_config(model)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            _location(model),
+            location(model),
             config=config,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -109,22 +108,6 @@ def from_tensors(empty: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     return model.eval()
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer. A model without a pad token keeps none: packed sequences need no padding.
-
-    Raises:
-        InputError: there is none that can be read.
-    """
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
-        if _config_json(model).get("model_type") == PANGU_MODEL_TYPE and not model.trust_remote_code:
-            # Its tokenizer class is remote code too; tokenizer.json holds the same tokenizer.
-            return PreTrainedTokenizerFast.from_pretrained(_location(model), revision=model.revision)
-        return AutoTokenizer.from_pretrained(_location(model), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(Problem(f"{model.path}: no tokenizer: {_first_line(error)}", key="model.path")) from error
-
-
 def on_device(model: Any) -> Any:
     """The model where it runs fastest here: the GPU if there is one."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,15 +139,21 @@ def _make_savable(generation: GenerationConfig) -> None:
         generation.do_sample = True
 
 
-def _location(model: ModelConfig) -> str:
+def location(model: ModelConfig) -> str:
+    """Where transformers finds it: a folder or a hub id."""
     return str(demo.MODEL_DIR) if model.path == demo.BUILTIN else model.path
 
 
-def _config_json(model: ModelConfig) -> dict[str, Any]:
-    """config.json as it stands, from a folder, the hub's cache or the hub."""
-    location = _location(model)
+def config_json(model: ModelConfig) -> dict[str, Any]:
+    """config.json as it stands, from a folder, the hub's cache or the hub.
+
+    Raises:
+        InputError: there is none, or it is no JSON.
+    """
+    if not Path(location(model)).is_dir():
+        ask_once()
     try:
-        path = cached_file(location, "config.json", revision=model.revision)
+        path = cached_file(location(model), "config.json", revision=model.revision)
     except (OSError, ValueError) as error:
         raise InputError(Problem(_not_found(model.path), key="model.path")) from error
     if path is None:

@@ -57,7 +57,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qatrun import artifact, demo
 from qatrun.data import IGNORE_INDEX, open_probe
 from qatrun.evaluate.perplexity import perplexity
-from qatrun.model import load_model, load_tokenizer, save_model
+from qatrun.model import load_model, save_model
 from qatrun.quant import ScaleState
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
@@ -67,6 +67,7 @@ from qatrun.study.diagnose import diagnose
 from qatrun.study.layout import StudyFolder, read_json, write_json
 from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
+from qatrun.tokenizer import load_tokenizer
 from qatrun.train import read_metrics
 
 FORMATS = ("hif8", "fp8_e4m3", "int8")

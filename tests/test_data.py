@@ -16,8 +16,8 @@ from training import write_texts
 
 import qatrun.data.documents
 from qatrun import demo
-from qatrun.data import IGNORE_INDEX, Batch, PackedStream, check_source, open_data, open_dataset
-from qatrun.data.packing import encode_conversation
+from qatrun.data import IGNORE_INDEX, Batch, PackedStream, check_data, open_data, open_dataset
+from qatrun.data.encoding import encode_conversation
 from qatrun.errors import InputError
 from qatrun.recipe import DataConfig, Source
 
@@ -128,23 +128,20 @@ def message_of(path: Path | str, **settings: Any) -> str:
 )
 def test_a_check_of_the_demo_says_what_opening_it_says(settings: dict[str, Any]) -> None:
     source = Source(path=demo.BUILTIN, **settings)
-
-    def said(look: Callable[[Source, str], object]) -> str | None:
-        try:
-            look(source, "data.train")
-        except InputError as error:
-            return str(error)
-        return None
-
-    assert said(check_source) == said(open_dataset)
-    assert (said(check_source) is None) == (settings == {"split": "finetune"})
+    try:
+        open_dataset(source, "data.train")
+        said = []
+    except InputError as error:
+        said = [*error.problems]
+    assert check_data(DataConfig(train=source), None) == said
+    assert (not said) == (settings == {"split": "finetune"})
 
 
 def test_a_check_of_the_demo_writes_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     texts = demo.documents("valid")
     monkeypatch.setattr(demo, "documents", lambda _: (written.append(text) or text for text in texts))
-    check_source(Source(path=demo.BUILTIN, split="valid"), "data.train")
+    check_data(DataConfig(train=Source(path=demo.BUILTIN, split="valid")), TOKENIZER)
     assert len(written) == 1
 
 
@@ -152,7 +149,7 @@ def test_a_check_of_the_demo_writes_one_document(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, streaming: bool) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"texts": "w1", "label": 3}])
     message = message_of(file, streaming=streaming)
-    assert message == f"data.train.text_column -- no column 'text' in {file} (did you mean 'texts'?)"
+    assert message == f"data.train.text_column -- no column 'text' in {file}, row 1 (did you mean 'texts'?)"
     assert "columns: texts, label" in message_of(file, text_column="zzz", streaming=streaming)
 
 
@@ -172,9 +169,11 @@ def test_a_missing_file(tmp_path: Path, ending: str, streaming: bool) -> None:
 
 
 def test_a_file_of_a_kind_that_is_not_read(tmp_path: Path) -> None:
-    file = tmp_path / "a.csv"
+    file = tmp_path / "a.docx"
     file.write_text("text\nw1\n", encoding="utf-8")
-    assert message_of(file) == f"data.train.path -- '{file}' is none of .txt, .json, .jsonl, .parquet"
+    assert message_of(file).startswith(
+        f"data.train.path -- '{file}' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet ("
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -410,7 +409,7 @@ def with_template(template: str | None) -> Any:
     "template", [PLAIN, MARKED, MARKED.replace("{% generation", "{%- generation"), MARKED.replace("% gen", "%gen")]
 )
 def test_the_loss_counts_the_answers_alone(template: str) -> None:
-    ids, counted = encode_conversation(with_template(template), CONVERSATION, "key")
+    ids, counted = encode_conversation(with_template(template), template, CONVERSATION)
     assert TOKENIZER.decode(ids) == "w91 w1 w2 w93 w92 w3 w93 w91 w4 w93 w92 w5 w6 w93"
     assert [TOKENIZER.decode([token]) for token, flag in zip(ids, counted, strict=True) if flag] == [
         *("w3", "w93"),
@@ -422,7 +421,7 @@ def test_an_answer_may_share_a_token_with_its_prompt() -> None:
     """A prompt that ends in a line feed before an answer that begins with one: many tokenizers have a token for both."""
     glued = PLAIN.replace("w92 {% endif %}", "w9{% endif %}").replace("'w92 ' }}", "'w9' }}")
     ids, counted = encode_conversation(
-        with_template(glued), [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "8 w2"}], "key"
+        with_template(glued), glued, [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "8 w2"}]
     )
     assert TOKENIZER.decode(ids) == "w91 w1 w93 w98 w2 w93"
     assert counted == [False, False, False, False, True, True]
@@ -431,7 +430,7 @@ def test_an_answer_may_share_a_token_with_its_prompt() -> None:
 def test_a_template_that_rewrites_is_refused_unless_marked(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"messages": CONVERSATION}] * 20)
     message = message_of(file, messages_column="messages", tokenizer=with_template(REWRITING))
-    assert message.startswith("data.train.messages_column -- the chat template rewrites")
+    assert message.startswith(f"data.train.messages_column -- {file}, row 1: the chat template rewrites")
     marked = MARKED.replace("{{ m.content }} w93 {% else", "{{ m.content if loop.last else 'w99' }} w93 {% else")
     opened(file, messages_column="messages", tokenizer=with_template(marked))
 

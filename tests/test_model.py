@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
-from qatrun.model import architecture, from_tensors, load_config, load_model, load_tokenizer, save_model
+from qatrun.model import architecture, from_tensors, load_config, load_model, save_model
 from qatrun.quant import attach, make_plan
 from qatrun.recipe import ModelConfig
+from qatrun.tokenizer import load_tokenizer
 
 MODELS = {
     "tied": tiny_llama,

@@ -212,8 +212,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:9: arms.i.qat.format -- target_amax 200 is above the largest int8 value (at most 127)",
     ]),
     "regular expression that does not compile": ("  format: hif8", "  targets:\n  - up_proj\n  - 're:mlp.('", [
-        "r.yaml:9: qat.targets[1] -- invalid regular expression 're:mlp.(': missing ), unterminated subpattern "
-        "at position 4",
+        "r.yaml:9: qat.targets[1] -- invalid regular expression 're:mlp.(': missing ) at position 5",
     ]),
     "pattern twice": ("  format: hif8", "  targets: [up_proj, down_proj, up_proj]", [
         "r.yaml:7: qat.targets -- duplicate pattern 'up_proj'",

@@ -1,37 +1,66 @@
-"""Whether a source holds the column that a recipe names: its first row says so."""
+"""The column that a recipe takes from a row, checked: a document, or a problem that names the row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from qatrun import demo
+from qatrun.data.turns import Turn, conversation
 from qatrun.demo.world import NUM_DOCUMENTS, Split
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import Source
 
-Row = Mapping[str, Any]
+
+class Document(NamedTuple):
+    """One document: text or a conversation, and the row it is from, for messages."""
+
+    content: str | list[Turn]
+    where: str
 
 
-def check_source(source: Source, key: str) -> None:
-    """Make sure that a source can be opened and that its column holds text or conversations. Of the demo's documents only
-    the first is written.
+def column_key(source: Source, key: str) -> str:
+    """The recipe's key that names the column."""
+    return f"{key}.{'messages_column' if source.messages_column else 'text_column'}"
+
+
+def as_document(values: Any, where: str, source: Source, key: str) -> Document | None:
+    """The document in a row; None where the row holds none (null or empty).
 
     Args:
+        values: the row's columns.
+        where: names the row.
         key: the source's key in the recipe, for messages.
     Raises:
-        InputError: as for `open_dataset`.
+        InputError: no such column, or one that holds something else than text or a conversation.
     """
-    if source.path == demo.BUILTIN:
-        check_column(source, {"text": next(demo_texts(source, key))}, key)
-        return
-    from qatrun.data.documents import open_dataset  # `datasets` takes half a second, which the demo need not wait for
+    if not isinstance(values, Mapping):
+        raise InputError(Problem(f"{where}: no mapping of columns to values (got {values!r:.60})", key=f"{key}.path"))
+    column = source.messages_column or source.text_column
+    key = column_key(source, key)
+    if column not in values:
+        close = get_close_matches(column, values, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(values)}"
+        raise InputError(Problem(f"no column '{column}' in {where} ({hint})", key=key))
+    content = values[column]
+    if content is None or content in ("", []):
+        return None
+    try:
+        return Document(
+            conversation(content, source.roles) if source.messages_column else _text(content, column), where
+        )
+    except ValueError as error:
+        raise InputError(Problem(f"{where}: {error}", key=key)) from None
 
-    open_dataset(source, key)
+
+def all_held_out(num_rows: int | None, key: str) -> Problem:
+    """What is wrong where nothing is left to train on."""
+    which = "the one document is" if num_rows == 1 else f"all {num_rows} documents are" if num_rows else "all of it is"
+    return Problem(f"{which} held out for perplexity, and none is left to train on: give data.valid", key=f"{key}.path")
 
 
-def demo_texts(source: Source, key: str) -> Iterator[str]:
+def demo_documents(source: Source, key: str) -> Iterator[Document | None]:
     """The demo's documents, each written when it is asked for.
 
     Raises:
@@ -39,26 +68,12 @@ def demo_texts(source: Source, key: str) -> Iterator[str]:
     """
     if source.split not in NUM_DOCUMENTS:
         raise InputError(Problem(f"the demo has {', '.join(NUM_DOCUMENTS)} (got '{source.split}')", key=f"{key}.split"))
-    return demo.documents(cast(Split, source.split))
+    texts = demo.documents(cast(Split, source.split))
+    return (as_document({"text": text}, f"{source.path}, row {n}", source, key) for n, text in enumerate(texts, 1))
 
 
-def check_column(source: Source, first: Row, key: str) -> str:
-    """The column that a recipe takes from a source.
-
-    Args:
-        first: the source's first row.
-        key: the source's key in the recipe, for messages.
-    Raises:
-        InputError: no such column, or one that holds something else than text or conversations.
-    """
-    column = source.messages_column or source.text_column
-    key = f"{key}.{'messages_column' if source.messages_column else 'text_column'}"
-    if column not in first:
-        close = get_close_matches(column, first, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(first)}"
-        raise InputError(Problem(f"no column '{column}' in {source.path} ({hint})", key=key))
-    kind, what = (list, "conversations") if source.messages_column else (str, "text")
-    if first[column] is not None and not isinstance(first[column], kind):
-        message = f"column '{column}' in {source.path} holds no {what} (first row: {first[column]!r:.60})"
-        raise InputError(Problem(message, key=key))
-    return column
+def _text(content: Any, column: str) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"column '{column}' holds no text (got {content!r:.60})")
+    content.encode()  # half of a surrogate pair, which JSON can spell, is no character
+    return content

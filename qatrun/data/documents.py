@@ -6,21 +6,19 @@ read and permuted within themselves. A position is plain data and small: a strea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
 
-from qatrun import demo
-from qatrun.data.columns import Row, check_column, demo_texts
-from qatrun.errors import InputError, Problem
+from qatrun.data.columns import Document, all_held_out
+from qatrun.data.dataset import FEATURES, Record, document_of, open_dataset, record
+from qatrun.errors import InputError
 from qatrun.recipe import Source
 
 STREAM_BLOCK = 1000
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class Documents(Protocol):
@@ -34,8 +32,8 @@ class Documents(Protocol):
     key: str
     epoch: int
 
-    def take(self, count: int) -> list[Row]:
-        """The next rows, `count` of them or, at the end of an epoch, fewer; never none."""
+    def take(self, count: int) -> list[Document | None]:
+        """The next rows, `count` of them or, at the end of an epoch, fewer; never none. None for a row without text."""
 
     def position(self) -> dict[str, Any]:
         """Where the next `take` begins, as plain data."""
@@ -47,20 +45,24 @@ class Documents(Protocol):
 class MapDocuments:
     """Rows of a data set that knows its length; its first `skip` rows are left out (held out)."""
 
-    def __init__(self, dataset: datasets.Dataset, key: str, *, seed: int, shuffle: bool, skip: int = 0) -> None:
-        self.dataset, self.key, self.seed, self.shuffle = dataset, key, seed, shuffle
+    def __init__(self, dataset: datasets.Dataset, source: Source, key: str, *, seed: int, skip: int = 0) -> None:
+        self.dataset, self.source, self.key, self.seed = dataset, source, key, seed
         self.indices = np.arange(skip, len(dataset))
         self.epoch, self.index = 0, 0
         self._order = self._order_of_epoch()
 
-    def take(self, count: int) -> list[Row]:
+    def take(self, count: int) -> list[Document | None]:
         if self.index == len(self._order):
             self.epoch, self.index = self.epoch + 1, 0
             self._order = self._order_of_epoch()
         chosen = self._order[self.index : self.index + count]
         self.index += len(chosen)
         columns = self.dataset[chosen]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = zip(*columns.values(), strict=True)
+        return [
+            document_of(dict(zip(columns, row, strict=True)), self.source, self.key, int(index))
+            for index, row in zip(chosen, rows, strict=True)
+        ]
 
     def position(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index}
@@ -70,26 +72,26 @@ class MapDocuments:
         self._order = self._order_of_epoch()
 
     def _order_of_epoch(self) -> np.ndarray[Any, Any]:
-        return (
-            np.random.default_rng([self.seed, self.epoch]).permutation(self.indices) if self.shuffle else self.indices
-        )
+        if not self.source.shuffle:
+            return self.indices
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.indices)
 
 
 class StreamDocuments:
     """Rows of a stream, shuffled block by block; its first `skip` rows are left out (held out) in every epoch."""
 
-    def __init__(self, stream: datasets.IterableDataset, key: str, *, seed: int, shuffle: bool, skip: int = 0) -> None:
-        self.stream, self.key, self.seed, self.shuffle = (stream.skip(skip) if skip else stream), key, seed, shuffle
+    def __init__(self, stream: datasets.IterableDataset, source: Source, key: str, *, seed: int, skip: int = 0) -> None:
+        self.stream, self.source, self.key, self.seed = (stream.skip(skip) if skip else stream), source, key, seed
         self.start = self.stream.state_dict()
         self.epoch, self.num_blocks = 0, 0
         self._begin_block(self.start)
 
-    def take(self, count: int) -> list[Row]:
+    def take(self, count: int) -> list[Document | None]:
         if self.index == len(self._block):
             self._begin_block(self.stream.state_dict())
         rows = self._block[self.index : self.index + count]
         self.index += len(rows)
-        return rows
+        return [document_of(row, self.source, self.key) for row in rows]
 
     def position(self) -> dict[str, Any]:
         return {
@@ -110,13 +112,13 @@ class StreamDocuments:
             self.epoch, start = self.epoch + 1, self.start
             rows = self._read_block(start)
         if not rows:
-            raise InputError(Problem("no rows are left beyond those held out", key=f"{self.key}.path"))
+            raise InputError(all_held_out(None, self.key))
         self.num_blocks += 1
         order = np.random.default_rng([self.seed, self.num_blocks]).permutation(len(rows))
-        self._block = [rows[i] for i in order] if self.shuffle else rows
+        self._block = [rows[i] for i in order] if self.source.shuffle else rows
         self._block_start, self.index = start, 0
 
-    def _read_block(self, start: dict[str, Any]) -> list[Row]:
+    def _read_block(self, start: dict[str, Any]) -> list[Record]:
         self.stream.load_state_dict(start)
         return list(islice(self.stream, STREAM_BLOCK))
 
@@ -128,54 +130,17 @@ def open_documents(source: Source, key: str, *, seed: int, skip: int = 0) -> Doc
         key: the source's key in the recipe, for messages.
         skip: rows at the start that are held out.
     Raises:
-        InputError: no such data set, split or column, or no rows.
+        InputError: as for `open_dataset`, or no rows are left.
     """
     dataset = open_dataset(source, key)
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamDocuments(dataset, key, seed=seed, shuffle=source.shuffle, skip=skip)
+        return StreamDocuments(dataset, source, key, seed=seed, skip=skip)
     if len(dataset) <= skip:
-        raise InputError(Problem(f"only {len(dataset)} rows, and {skip} are held out", key=f"{key}.path"))
-    return MapDocuments(dataset, key, seed=seed, shuffle=source.shuffle, skip=skip)
+        raise InputError(all_held_out(len(dataset), key))
+    return MapDocuments(dataset, source, key, seed=seed, skip=skip)
 
 
-def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.IterableDataset:
-    """The data set of a source, its column checked. Fetches no more than it must: a stream only its first row.
-
-    Raises:
-        InputError: as for `open_documents`, or a column that holds something else than text or conversations.
-    """
-    try:
-        dataset = _load(source, key)
-        first = next(iter(dataset.take(1)), None)
-    except StopIteration:  # how `datasets` takes an empty JSON file
-        first = None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = "split" if isinstance(error, ValueError) and "split" in str(error) else "path"
-        raise InputError(Problem(f"{source.path}: {_reason(error)}", key=f"{key}.{where}")) from error
-    if first is None:
-        raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path"))
-    return dataset.select_columns([check_column(source, first, key)])
-
-
-def _reason(error: Exception) -> str:
-    """The first line that says what is wrong; `datasets` wraps a file it cannot read in an error that does not."""
-    told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-    return str(told).strip().split("\n")[0]
-
-
-def _load(source: Source, key: str) -> Any:
-    if source.path == demo.BUILTIN:
-        return datasets.Dataset.from_dict({"text": list(demo_texts(source, key))})
-    options: dict[str, Any] = {"split": source.split, "streaming": source.streaming}
-    path = Path(source.path).expanduser()
-    if path.suffix in BUILDERS and not path.is_file():
-        raise InputError(Problem(f"no such file '{source.path}'", key=f"{key}.path"))
-    try:
-        if path.is_file():
-            if path.suffix == ".txt":
-                options["sample_by"] = "paragraph"
-            return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), **options)
-        return datasets.load_dataset(str(path) if path.is_dir() else source.path, source.subset, **options)
-    except KeyError:
-        endings = ", ".join(BUILDERS)
-        raise InputError(Problem(f"'{source.path}' is none of {endings}", key=f"{key}.path")) from None
+def of_rows(rows: Sequence[Document | None], source: Source, key: str) -> Documents:
+    """Documents that are at hand, in their order."""
+    dataset = datasets.Dataset.from_list([record(row, source) for row in rows], features=FEATURES)
+    return MapDocuments(dataset, source.model_copy(update={"shuffle": False}), key, seed=0)

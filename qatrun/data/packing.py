@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatrun.data.columns import Row
+from qatrun.data.columns import Document
 from qatrun.data.documents import Documents, open_documents
+from qatrun.data.encoding import Tokens, encoder
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import DataConfig, Source
 
 IGNORE_INDEX = -100
 TOKENIZE_AT_ONCE = 64
-GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\b")
-# Token ids of a document, and which of them the loss counts.
-Tokens = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class PackedStream:
     def __init__(
         self,
         documents: Documents,
-        encode: Callable[[Sequence[Row]], list[Tokens]],
+        encode: Callable[[Sequence[Document]], list[Tokens]],
         seq_len: int,
         rows_at_once: int = TOKENIZE_AT_ONCE,
     ) -> None:
@@ -91,13 +88,13 @@ class PackedStream:
             rows = self.documents.take(self.rows_at_once)
             self.num_rows += len(rows)
             before = len(self._ids)
-            for document, mask in self.encode(rows):
-                self._ids += document
+            for ids, mask in self.encode([row for row in rows if row is not None]):
+                self._ids += ids
                 self._counted += mask
             if len(self._ids) > before:
                 epoch_with_text = self.documents.epoch
             elif self.documents.epoch > epoch_with_text + 1:
-                raise InputError(Problem("the data set has rows but no text to train on", f"{self.documents.key}.path"))
+                raise InputError(Problem("it has rows but no text to train on", f"{self.documents.key}.path"))
 
     def position(self) -> dict[str, Any]:
         """Everything that `seek` needs to go on bit for bit, as plain data."""
@@ -129,21 +126,11 @@ def open_data(config: DataConfig, tokenizer: Any, seed: int) -> Data:
     held out, the same ones whatever the seed.
 
     Raises:
-        InputError: no such data set, split or column; no chat template; too little text.
+        InputError: no such data set, split or column; no chat template; too little text, or none that the loss counts.
     """
-    if config.valid is not None:
-        valid, _ = _held_out(config, config.valid, "data.valid", tokenizer)
-        skip = 0
-    else:
-        valid, skip = _held_out(config, config.train, "data.train", tokenizer)
-        if len(valid.input_ids) < config.valid_sequences:
-            message = (
-                f"{config.train.path} fills {len(valid.input_ids)} sequences of {config.seq_len} tokens, not the "
-                f"{config.valid_sequences} that are held out of it: hold out fewer, or give data.valid"
-            )
-            raise InputError(Problem(message, key="data.valid_sequences"))
+    valid, skip = hold_out(config, tokenizer, _in_order)
     documents = open_documents(config.train, "data.train", seed=seed, skip=skip)
-    return Data(PackedStream(documents, _encoder(config.train, "data.train", tokenizer), config.seq_len), valid)
+    return Data(PackedStream(documents, encoder(config.train, "data.train", tokenizer), config.seq_len), valid)
 
 
 def open_probe(config: DataConfig, tokenizer: Any, count: int) -> Tensor:
@@ -152,81 +139,56 @@ def open_probe(config: DataConfig, tokenizer: Any, count: int) -> Tensor:
     Raises:
         InputError: as `open_data`.
     """
-    chosen = next((name for name in ("probe", "valid", "train") if getattr(config, name) is not None), "train")
-    held_out = count if chosen == "probe" else min(count, config.valid_sequences)
-    enough = config.model_copy(update={"valid_sequences": held_out})
-    return _held_out(enough, getattr(config, chosen), f"data.{chosen}", tokenizer)[0].input_ids
+    if config.probe is not None:
+        probe = _first_sequences(config.probe, "data.probe", count, config.seq_len, tokenizer, _in_order)[0]
+    else:
+        held_out = min(count, config.valid_sequences)
+        probe = hold_out(config.model_copy(update={"valid_sequences": held_out}), tokenizer, _in_order)[0]
+    return probe.input_ids
 
 
-def _held_out(config: DataConfig, source: Source, key: str, tokenizer: Any) -> tuple[Batch, int]:
+def hold_out(config: DataConfig, tokenizer: Any, open_: Callable[[Source, str], Documents]) -> tuple[Batch, int]:
+    """The held-out sequences of a recipe, and how many rows of the training text they take.
+
+    Args:
+        open_: the documents of a source, by its key, in their order.
+    Raises:
+        InputError: too little text, or none that the loss counts.
+    """
+    name = "train" if config.valid is None else "valid"
+    source, key = config.valid or config.train, f"data.{name}"
+    valid, num_rows = _first_sequences(source, key, config.valid_sequences, config.seq_len, tokenizer, open_)
+    if not valid.num_targets:
+        message = f"no token of the {len(valid.input_ids)} held-out sequences is counted by the loss; hold out more"
+        raise InputError(Problem(message, key="data.valid_sequences"))
+    if config.valid is not None:
+        return valid, 0
+    if len(valid.input_ids) < config.valid_sequences:
+        message = (
+            f"{source.path} fills {len(valid.input_ids)} sequences of {config.seq_len} tokens, not the "
+            f"{config.valid_sequences} that are held out of it: hold out fewer, or give data.valid"
+        )
+        raise InputError(Problem(message, key="data.valid_sequences"))
+    return valid, num_rows
+
+
+def _in_order(source: Source, key: str) -> Documents:
+    return open_documents(source.model_copy(update={"shuffle": False}), key, seed=0)
+
+
+def _first_sequences(
+    source: Source, key: str, count: int, seq_len: int, tokenizer: Any, open_: Callable[[Source, str], Documents]
+) -> tuple[Batch, int]:
     """The first sequences of a source, at most one pass over it, and how many rows they took."""
-    documents = open_documents(source.model_copy(update={"shuffle": False}), key, seed=0)
+    documents = open_(source, key)
     # Row by row, so that no more documents are held out than these sequences come from.
-    stream = PackedStream(documents, _encoder(source, key, tokenizer), config.seq_len, rows_at_once=1)
+    stream = PackedStream(documents, encoder(source, key, tokenizer), seq_len, rows_at_once=1)
     taken: list[Batch] = []
-    while len(taken) < config.valid_sequences:
+    while len(taken) < count:
         batch = stream.take(1)
         if documents.epoch > 0:
             break
         taken.append(batch)
     if not taken:
-        raise InputError(
-            Problem(f"{source.path} does not fill one sequence of {config.seq_len} tokens", key=f"{key}.path")
-        )
-    held_out = Batch(torch.cat([b.input_ids for b in taken]), torch.cat([b.labels for b in taken]))
-    return held_out, stream.num_rows
-
-
-def _encoder(source: Source, key: str, tokenizer: Any) -> Callable[[Sequence[Row]], list[Tokens]]:
-    if source.messages_column is None:
-        column = source.text_column
-
-        def encode(rows: Sequence[Row]) -> list[Tokens]:
-            texts = [row[column] for row in rows if row[column]]  # empty and missing ones are no documents
-            return [(ids, [True] * len(ids)) for ids in encode_texts(tokenizer, texts)]
-
-        return encode
-    if not tokenizer.chat_template:
-        raise InputError(Problem("the tokenizer has no chat template", key=f"{key}.messages_column"))
-    messages = source.messages_column
-    return lambda rows: [
-        encode_conversation(tokenizer, row[messages], f"{key}.messages_column") for row in rows if row[messages]
-    ]
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text with the tokenizer's own special tokens and one EOS at the end."""
-    eos = tokenizer.eos_token_id
-    # A document may be longer than the model's context: it is cut into sequences afterwards.
-    encoded: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
-    return [ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
-
-
-def encode_conversation(tokenizer: Any, messages: Sequence[Mapping[str, str]], key: str) -> Tokens:
-    """Token ids of a conversation under the chat template; the loss counts the assistant's answers only.
-
-    Answers are found by the template's generation markers where it has them, else by templating the conversation up to
-    each answer, which needs a template that never rewrites what went before.
-
-    Raises:
-        InputError: the template has no markers and does rewrite.
-    """
-    conversation = list(messages)
-    if GENERATION_MARKER.search(tokenizer.chat_template):
-        encoded = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
-    text, answers = "", []
-    for turn, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        asked = tokenizer.apply_chat_template(conversation[:turn], add_generation_prompt=True, tokenize=False)
-        answered = tokenizer.apply_chat_template(conversation[: turn + 1], tokenize=False)
-        if not asked.startswith(text) or not answered.startswith(asked):
-            message_ = "the chat template rewrites earlier turns; mark the answers in it with {% generation %}"
-            raise InputError(Problem(message_, key=key))
-        answers.append(range(len(asked), len(answered)))
-        text = answered
-    # Tokenised as a whole: cut at an answer, a token that spans prompt and answer would fall apart.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    counted = [any(start in answer for answer in answers) for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), counted
+        raise InputError(Problem(f"{source.path} does not fill one sequence of {seq_len} tokens", key=f"{key}.path"))
+    return Batch(torch.cat([b.input_ids for b in taken]), torch.cat([b.labels for b in taken])), stream.num_rows

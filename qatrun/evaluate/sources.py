@@ -17,11 +17,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard, constants, get_session
+from huggingface_hub import DatasetCard, constants
 
 from qatrun import demo
-
-_PROBE_TIMEOUT_S = 5.0
+from qatrun.hub import hub_is_reachable
 
 
 class TaskError(Exception):
@@ -179,18 +178,6 @@ def _card_sizes(dataset_path: str) -> Mapping[str, Mapping[str, int]]:
         }
         for config in configs
     }
-
-
-@functools.cache
-def hub_is_reachable() -> bool:
-    """One short request; left to itself the hub's client retries for half a minute per data set."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
-    except Exception:  # whatever the HTTP client in use raises, the hub is out of reach
-        return False
-    return True
 
 
 @contextmanager

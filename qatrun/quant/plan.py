@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, Role
 from qatrun.numerics import Clip, Ste
-from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations
+from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations, matching_names
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 GRANULARITIES: Mapping[Role, tuple[str, ...]] = {
@@ -188,11 +187,11 @@ def _matching(linears: Mapping[str, nn.Module], patterns: Sequence[str], key: st
     """Names that any pattern matches: a name, a glob, or `re:` and a regular expression that matches in full."""
     matched: set[str] = set()
     for pattern in patterns:
-        if pattern.startswith("re:"):
-            expression = re.compile(pattern[3:])
-            hits = {name for name in linears if expression.fullmatch(name)}
-        else:
-            hits = {name for name in linears if fnmatchcase(name, pattern)}
+        try:
+            hits = matching_names(pattern, linears)
+        except ValueError as error:
+            problems.append(Problem(str(error), key=key))
+            continue
         if not hits:
             close = get_close_matches(pattern, linears, n=1, cutoff=0.5)
             nearest = f"did you mean '{close[0]}'?" if close else f"names look like '{next(iter(linears), 'none')}'"

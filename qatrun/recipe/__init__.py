@@ -3,6 +3,7 @@
 from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
+from qatrun.recipe.patterns import matching_names
 from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
@@ -43,6 +44,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "locate",
+    "matching_names",
     "parse_recipe",
     "shipped_recipes",
     "template",

@@ -15,13 +15,19 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from qatrun.errors import Problem
 from qatrun.recipe.merge import deep_merge
 
 KeyPath = tuple[str | int, ...]
+
+MAX_VALUES = 50_000
+MAX_INTEGER = 2**63 - 1
+STANDARD_TAG = "tag:yaml.org,2002:"
+MERGE_TAG = f"{STANDARD_TAG}merge"
+COLLECTION_TAGS = (f"{STANDARD_TAG}map", f"{STANDARD_TAG}seq")
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,7 @@ class _Reader:
         self.place_of_line = place_of_line
         self.places: dict[KeyPath, Place] = {}
         self.mistakes: list[Mistake] = []
+        self.num_values = 0
         self.yaml = YAML(typ="safe", pure=True)
 
     def read_text(self, text: str, path: KeyPath = ()) -> Any:
@@ -210,25 +217,67 @@ class _Reader:
         return InvalidYamlError(Mistake(self.place(path, line), f"not valid YAML: {problem}"))
 
     def _read(self, node: Node, path: KeyPath, line: int) -> Any:
+        self._count(path, line)
         self.places[path] = self.place(path, line)
+        if isinstance(node, ScalarNode):
+            return self._read_scalar(node, path, line)
+        if node.tag not in COLLECTION_TAGS:
+            raise self._invalid(path, line, f"no recipe takes the tag {_shown_tag(node)}")
         if isinstance(node, MappingNode):
             return self._read_mapping(node, path)
-        if isinstance(node, SequenceNode):
-            return [self._read(item, (*path, i), _line(item)) for i, item in enumerate(node.value)]
-        return self.yaml.constructor.construct_object(node)
+        return [self._read(item, (*path, i), _line(item)) for i, item in enumerate(node.value)]
+
+    def _read_scalar(self, node: ScalarNode, path: KeyPath, line: int) -> Any:
+        try:
+            value = self.yaml.constructor.construct_object(node)
+        except MarkedYAMLError:
+            raise self._invalid(path, line, f"no recipe takes the tag {_shown_tag(node)}") from None
+        except Exception:  # ruamel.yaml lets out whatever its conversion of a tagged value raises
+            raise self._invalid(path, line, f"'{node.value:.40}' is no {_shown_tag(node)}") from None
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise self._invalid(path, line, f"a whole number of {len(node.value)} digits")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self._invalid(path, line, "half of a surrogate pair, which is no character")
+        return value
 
     def _read_mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node, is_merged in self._pairs(node, path):
             key, line = str(key_node.value), _line(key_node)
-            if key in values:
+            if key not in values:
+                lines[key] = line
+                values[key] = self._read(value_node, (*path, key), line)
+            elif not is_merged:
                 message = f"duplicate key (first on line {lines[key]})"
                 self.mistakes.append(Mistake(self.place((*path, key), line), message))
-                continue
-            lines[key] = line
-            values[key] = self._read(value_node, (*path, key), line)
         return values
+
+    def _pairs(self, node: MappingNode, path: KeyPath) -> Iterator[tuple[ScalarNode, Node, bool]]:
+        """Keys and values, a mapping's own first, then those that `<<` merges into it: the first one of a key holds."""
+        merged: list[Node] = []
+        for key_node, value_node in node.value:
+            self._count(path, _line(key_node))
+            if not isinstance(key_node, ScalarNode):
+                raise self._invalid(path, _line(key_node), "a key must be a word or a number")
+            if key_node.tag != MERGE_TAG:
+                yield key_node, value_node, False
+            else:
+                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+        for other in merged:
+            if not isinstance(other, MappingNode):
+                raise self._invalid((*path, "<<"), _line(other), "`<<` merges a mapping, or a list of them")
+            yield from ((key, value, True) for key, value, _ in self._pairs(other, path))
+
+    def _count(self, path: KeyPath, line: int) -> None:
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise self._invalid(path, line, f"more than {MAX_VALUES:,} values (aliases of aliases?)")
+
+
+def _shown_tag(node: Node) -> str:
+    """`!!int`, as it is written."""
+    return str(node.tag).replace(STANDARD_TAG, "!!")
 
 
 def _line(node: Node) -> int:

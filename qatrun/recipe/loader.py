@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qatrun.errors import Problem, RecipeError
+from qatrun.paths import expand_path
 from qatrun.recipe.document import (
     Document,
     InvalidYamlError,
@@ -29,6 +30,7 @@ from qatrun.recipe.shipped import find_recipe
 from qatrun.recipe.wording import shown
 
 _YAML_SUFFIXES = (".yaml", ".yml")
+MAX_BYTES = 1_000_000
 _FIRST_OVERRIDE = 1_000  # sorts the `--set`s behind the files
 
 
@@ -67,8 +69,12 @@ def _read(path_or_name: str | os.PathLike[str], overrides: Sequence[str], mistak
 
 
 def _recipe_file(path_or_name: str) -> str:
-    if path_or_name.endswith(_YAML_SUFFIXES) or Path(path_or_name).is_file():
-        return path_or_name
+    try:
+        file = expand_path(path_or_name)
+    except ValueError as error:
+        raise RecipeError(f"the name of a recipe {error}") from None
+    if file.endswith(_YAML_SUFFIXES) or os.path.isfile(file):  # noqa: PTH113  # False for a name that no file can have
+        return file
     path = find_recipe(path_or_name).path
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -92,22 +98,31 @@ def _parent_file(file: str, parent: Any, place: Place, mistakes: list[Mistake]) 
     if not isinstance(parent, str):
         mistakes.append(Mistake(place, f"must be a file or the name of a shipped recipe (got {shown(parent)})"))
         return None
-    if parent.endswith(_YAML_SUFFIXES):
-        return str(Path(file).parent / parent)
     try:
+        if parent.endswith(_YAML_SUFFIXES):
+            return str(Path(file).parent / expand_path(parent))
         return _recipe_file(parent)
-    except RecipeError as error:
-        mistakes.extend(Mistake(place, problem.message) for problem in error.problems)
+    except (RecipeError, ValueError) as error:
+        mistakes.append(Mistake(place, str(error)))
         return None
 
 
 def _read_file(file: str, named_at: Place, source: int, mistakes: list[Mistake]) -> Document:
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        with Path(file).open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         mistakes.append(Mistake(named_at, f"{reason}: '{file}'" if source else reason))
         raise _error(mistakes) from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8 text (byte 0x{content[error.start]:02x})"
+        raise _error([*mistakes, Mistake(Place(f"{file}:{line}", (source, line)), message)]) from None
+    if len(content) > MAX_BYTES:
+        raise _error([*mistakes, Mistake(Place(file, (source, 0)), f"no recipe is larger than {MAX_BYTES:,} bytes")])
     try:
         document, found = read_yaml(text, file, source)
     except InvalidYamlError as error:

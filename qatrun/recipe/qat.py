@@ -6,7 +6,6 @@ unless it states its own, and `target_amax` from its format. `QatConfig.role` gi
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, overload
 
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from pydantic import field_serializer as serialized_by
 
 from qatrun.formats import Role, get_format
+from qatrun.recipe.patterns import check_pattern
 
 FormatName = Literal["hif8", "fp8_e4m3", "fp8_e5m2", "int8"]
 Granularity = Literal["per_tensor", "per_channel", "per_token"]
@@ -27,15 +27,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def _regex_compiles(pattern: str) -> str:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"invalid regular expression '{pattern}': {error}") from None
-    return pattern
-
-
 def _no_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
     repeated = [pattern for position, pattern in enumerate(patterns) if pattern in patterns[:position]]
     if repeated:
@@ -43,7 +34,7 @@ def _no_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns
 
 
-Pattern = Annotated[str, Field(min_length=1), AfterValidator(_regex_compiles)]
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], Field(strict=False), AfterValidator(_no_duplicates)]
 
 

@@ -82,6 +82,10 @@ def _source_findings(key: str, source: Source) -> Iterator[Finding]:
     if source.messages_column is not None and "text_column" in source.model_fields_set:
         message = "text_column and messages_column exclude each other: give one"
         yield _finding(message, f"{key}.messages_column", f"{key}.text_column")
+    if source.roles is not None and source.messages_column is None:
+        yield _finding(
+            "roles are those of conversations: give messages_column", f"{key}.roles", f"{key}.messages_column"
+        )
 
 
 def _qat_findings(qat: QatConfig) -> Iterator[Finding]:

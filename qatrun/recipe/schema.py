@@ -25,6 +25,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from qatrun.paths import expand_path
 from qatrun.recipe.merge import deep_merge
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section
@@ -73,6 +74,7 @@ FolderName = Annotated[str, AfterValidator(_plain_folder_name)]
 ArmName = Annotated[FolderName, AfterValidator(_not_reserved)]
 Overrides = Annotated[dict[str, Any], BeforeValidator(_null_is_empty)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Location = Annotated[str, AfterValidator(expand_path)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
@@ -82,7 +84,7 @@ TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pa
 class ModelConfig(Section):
     """The model to start from."""
 
-    path: NonEmpty = Field(
+    path: Location = Field(
         description="Hugging Face hub id, local folder, or `builtin:demo`", examples=["Qwen/Qwen3-0.6B"]
     )
     revision: NonEmpty | None = Field(None, description="hub branch, tag or commit; null: the default branch")
@@ -97,8 +99,9 @@ class ModelConfig(Section):
 class Source(Section):
     """Where text comes from."""
 
-    path: NonEmpty = Field(
-        description="hub id, local .txt/.json/.jsonl/.parquet file or folder, or `builtin:demo`",
+    path: Location = Field(
+        description="hub id, local file (.txt, .json, .jsonl, .csv, .tsv or .parquet; all but .parquet may end in .gz, .zst "
+        "or .bz2) or folder of such files, or `builtin:demo`",
         examples=["HuggingFaceFW/fineweb"],
     )
     subset: NonEmpty | None = Field(None, description="hub configuration, such as `sample-10BT`")
@@ -109,15 +112,23 @@ class Source(Section):
         description="column of conversations, instead of `text_column`: chat template applied, loss on the assistant's "
         "answers only; null: plain text",
     )
+    roles: dict[NonEmpty, NonEmpty] | None = Field(
+        None,
+        description="role in the conversations -> role of the chat template; null: as they are written, but `human` and "
+        "`gpt` of ShareGPT's `from`/`value` turns are user and assistant",
+        examples=[{"human": "user", "bot": "assistant"}],
+    )
     streaming: bool = Field(False, description="read while training instead of downloading first")
     shuffle: bool = Field(True, description="shuffle documents by `train.seed`")
 
     @model_serializer(mode="wrap")
-    def _text_column_only_if_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _only_what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # The default does not conflict with `messages_column`; written out it would.
         values: dict[str, Any] = serialize(self)
         if "text_column" not in self.model_fields_set:
             values.pop("text_column", None)
+        if self.roles is None:  # a study made before there were roles goes on
+            values.pop("roles", None)
         return values
 
 
@@ -178,7 +189,7 @@ class EvalConfig(Section):
         description="lm-eval task or group -> few-shot examples; null: not this one of the recipe that is extended",
         examples=[{"hellaswag": 10}],
     )
-    data_dir: NonEmpty | None = Field(
+    data_dir: Location | None = Field(
         None, description="folder laid out like the hub (`org/name`) to take benchmark data from; null: the hub"
     )
     limit: Count | None = Field(None, description="items per leaf task (MMLU has 57); null: all")
@@ -249,7 +260,7 @@ class Recipe(Section):
         "of `b` over the items of all tasks, paired by item and seed; default: none",
         examples=[{"does the window help": ["max-64", "latest"]}],
     )
-    output_dir: NonEmpty = Field("runs", description="folder that studies are written under")
+    output_dir: Location = Field("runs", description="folder that studies are written under")
 
     @field_validator("budget")
     @classmethod

@@ -24,7 +24,7 @@ from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import Scores
 from qatrun.files import read_json, write_json
-from qatrun.model import DTYPES, load_tokenizer
+from qatrun.model import DTYPES
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records import ArmResult, Result
@@ -33,6 +33,7 @@ from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
+from qatrun.tokenizer import load_tokenizer
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
 
 

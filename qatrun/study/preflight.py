@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from qatrun.data import check_source
+from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.model import architecture, load_tokenizer
+from qatrun.model import architecture
 from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
-from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
+from qatrun.recipe import Arm, Recipe, ResolvedRole
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.matching import matched_settings
+from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
@@ -107,11 +108,13 @@ def preflight(recipe: Recipe) -> Preflight:
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
     models: dict[str, nn.Module | None] = {}
+    tokenizers: dict[str, Any] = {}
+    checked_data: set[tuple[str, str]] = set()
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
             models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
-            _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
+            tokenizers[key] = _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
         model, qat = models[key], arm.qat
         plan = None
         if model is not None and qat is not None:
@@ -121,8 +124,9 @@ def preflight(recipe: Recipe) -> Preflight:
             coverages[name] = coverage(model, plan)
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
-    for source, key, name in _sources(arms):
-        _collect(partial(check_source, source, key), problems, name, recipe)
+        if (data := (key, arm.data.model_dump_json())) not in checked_data:
+            checked_data.add(data)
+            problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key])]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -191,20 +195,6 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
 
 def _comparable_settings(arm: Arm) -> dict[str, Any]:
     return {**matched_settings(arm), "data": arm.data.model_dump()}
-
-
-def _sources(arms: Mapping[str, Arm]) -> list[tuple[Source, str, str]]:
-    """Every distinct data source, its key, and the first arm that reads it."""
-    found: dict[tuple[str, str], tuple[Source, str, str]] = {}
-    for name, arm in arms.items():
-        for key, source in (
-            ("data.train", arm.data.train),
-            ("data.valid", arm.data.valid),
-            ("data.probe", arm.data.probe),
-        ):
-            if source is not None:
-                found.setdefault((key, source.model_dump_json()), (source, key, name))
-    return list(found.values())
 
 
 def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:

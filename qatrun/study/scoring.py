@@ -9,9 +9,10 @@ from qatrun import artifact
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
-from qatrun.model import load_config, load_model, load_tokenizer, on_device
+from qatrun.model import load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.study.layout import StudyFolder
+from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
 DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}

@@ -15,7 +15,7 @@ from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.files import filled_folder, read_json, write_json
-from qatrun.model import DTYPES, load_model, load_tokenizer, on_device, save_model
+from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
 from qatrun.records import ArmResult, Environment, TrunkResult
@@ -31,6 +31,7 @@ from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.tokenizer import load_tokenizer
 from qatrun.train import Outcome, Segment, Watched, has_checkpoint, train
 
 
