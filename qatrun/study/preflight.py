@@ -16,7 +16,7 @@ from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.model import architecture, load_tokenizer
-from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
+from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
 from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.matching import matched_settings
@@ -105,6 +105,7 @@ def preflight(recipe: Recipe) -> Preflight:
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
     models: dict[str, nn.Module | None] = {}
+    surveys: dict[str, Survey] = {}
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
@@ -113,10 +114,11 @@ def preflight(recipe: Recipe) -> Preflight:
         model, qat = models[key], arm.qat
         plan = None
         if model is not None and qat is not None:
-            plan = _collect(partial(make_plan, model, qat), problems, name, recipe)
+            seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
+            plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
         plans[name] = plan
         if model is not None and plan is not None:
-            coverages[name] = coverage(model, plan)
+            coverages[name] = coverage(model, plan, surveys[key])
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
     for source, key, name in _sources(arms):
