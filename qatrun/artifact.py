@@ -66,7 +66,7 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in (path, path / FOLDER) if (folder / PLAN_FILE).is_file()), None)
 
 
-def load(path: str | Path) -> tuple[Any, Any]:
+def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Open a quantized folder, or a run's folder that holds one: quantizers on, scales frozen.
 
     Returns:
@@ -83,7 +83,11 @@ def load(path: str | Path) -> tuple[Any, Any]:
         raise InputError(Problem(f"'{path}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}"))
     plan = QuantPlan.from_dict(description["plan"])
     dtype: torch.dtype = getattr(torch, description["compute_dtype"])
-    source = ModelConfig(path=str(folder), attn_implementation=description["attn_implementation"])
+    source = ModelConfig(
+        path=str(folder),
+        attn_implementation=description["attn_implementation"],
+        trust_remote_code=trust_remote_code,
+    )
     tensors = load_file(folder / WEIGHTS_FILE)
     if missing := [name for name in _quantized_tensor_names(plan) if name not in tensors]:
         raise InputError(Problem(f"'{path}' lacks {len(missing)} tensors, such as {missing[0]}"))

@@ -15,7 +15,7 @@ from qatrun.data import check_source
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.model import architecture, load_tokenizer
+from qatrun.model import architecture, check_model, load_tokenizer, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
 from qatrun.recipe import Arm, Recipe, ResolvedRole, Source
 from qatrun.study.estimate import disk_bytes, memory_bytes
@@ -109,8 +109,10 @@ def preflight(recipe: Recipe) -> Preflight:
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
-            models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
-            _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
+            empty = models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
+            if empty is not None:
+                _collect(partial(check_model, arm.model, empty), problems, name, recipe)
+                _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
         model, qat = models[key], arm.qat
         plan = None
         if model is not None and qat is not None:
@@ -134,7 +136,7 @@ def preflight(recipe: Recipe) -> Preflight:
         plans=plans,
         coverages=coverages,
         num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
-        config=getattr(first, "config", None),
+        config=text_config(first) if first is not None else None,
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
     )
@@ -163,7 +165,7 @@ def tracker_problems(names: Sequence[str]) -> list[Problem]:
 
 
 def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and arm.data.seq_len > context:
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
 
