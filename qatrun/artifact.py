@@ -72,7 +72,7 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in (path, path / FOLDER) if (folder / PLAN_FILE).is_file()), None)
 
 
-def load(path: str | Path) -> tuple[Any, Any]:
+def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Open a quantized folder, or a run's folder that holds one: quantizers on, scales frozen.
 
     Returns:
@@ -85,7 +85,11 @@ def load(path: str | Path) -> tuple[Any, Any]:
         raise InputError(Problem(f"no quantized model at '{path}' (no {PLAN_FILE})"))
     description = _description(folder)
     plan, dtype = read_plan(folder), DTYPES[description["compute_dtype"]]
-    source = ModelConfig(path=str(folder), attn_implementation=description["attn_implementation"])
+    source = ModelConfig(
+        path=str(folder),
+        attn_implementation=description["attn_implementation"],
+        trust_remote_code=trust_remote_code,
+    )
     with reading(folder / WEIGHTS_FILE):
         tensors = load_file(folder / WEIGHTS_FILE)
     skeleton = architecture(source)

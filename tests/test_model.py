@@ -159,7 +159,7 @@ def test_weights_of_another_shape_are_an_error(tmp_path: Path) -> None:
         (None, "holds no config.json"),
         ("{not json", "is no JSON"),
         ('{"model_type": "unheard_of"}', "unheard_of"),
-        ('{"model_type": "llama"}', "no file named"),
+        ('{"model_type": "llama"}', "neither model.safetensors nor pytorch_model.bin is there"),
     ],
 )
 def test_a_folder_that_is_no_model_is_one_problem(tmp_path: Path, content: str | None, message: str) -> None:

@@ -2,7 +2,8 @@
 
 from qatrun.quant.attach import attach, calibrate, detach, freeze, quantized_linears, replace_linear
 from qatrun.quant.linear import FakeQuantLinear
-from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan, named_linears
+from qatrun.quant.linears import Survey, named_linears, survey
+from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Quantizer
 from qatrun.quant.slot import Latest
@@ -18,6 +19,7 @@ __all__ = [
     "QuantizedLinear",
     "Quantizer",
     "ScaleState",
+    "Survey",
     "attach",
     "calibrate",
     "coverage",
@@ -27,4 +29,5 @@ __all__ = [
     "named_linears",
     "quantized_linears",
     "replace_linear",
+    "survey",
 ]

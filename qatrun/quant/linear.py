@@ -46,20 +46,6 @@ class _FakeQuantMatmul(torch.autograd.Function):
         return *ctx.module.gradients(grads[0], on_x, on_w, (x_dtype, w_dtype, b_dtype)), None, None
 
 
-class _Observe(torch.autograd.Function):
-    """Identity whose backward records the amax of the output gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, module: FakeQuantLinear) -> Tensor:
-        ctx.module = module
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.module.observe_gradient(grads[0])
-        return grads[0], None
-
-
 class FakeQuantLinear(nn.Module):
     """A linear that shares another's parameters and trains through quantizers.
 
@@ -158,8 +144,9 @@ class FakeQuantLinear(nn.Module):
             in_graph: Tensor = operators.observe(y, x.detach(), self.weight.detach(), self.number)
             return in_graph
         self.observe(x, self.weight)
-        if "grad_output" in self.quantizers and torch.is_grad_enabled():
-            y = _Observe.apply(y, self)
+        if "grad_output" in self.quantizers and y.requires_grad:
+            # Seen as it is for y as it is now: a model may go on to change it in place.
+            y.register_hook(self.observe_gradient)
         return y
 
 

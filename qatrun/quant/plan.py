@@ -12,17 +12,15 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, Role
 from qatrun.numerics import Clip, Ste
+from qatrun.quant.linears import TIED, Survey, described, named_linears, survey
 from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations, matching_names
 
-LINEAR_TYPES = (nn.Linear, Conv1D)
 GRANULARITIES: Mapping[Role, tuple[str, ...]] = {
     "weight": ("per_tensor", "per_channel"),
     "input": ("per_tensor", "per_token"),
@@ -114,6 +112,7 @@ class Coverage:
 
     Attributes:
         uncovered_experts: names of 3-D expert parameters, which no plan can quantize yet.
+        unfit: linear -> why no plan can quantize it; the output head aside.
     """
 
     num_quantized: int
@@ -121,6 +120,7 @@ class Coverage:
     quantized_weights: int
     linear_weights: int
     uncovered_experts: tuple[str, ...]
+    unfit: Mapping[str, str]
 
     @property
     def flops_share(self) -> float:
@@ -130,57 +130,57 @@ class Coverage:
         text = f"{self.num_quantized} of {self.num_linears} linears, {self.flops_share:.0%} of linear FLOPs quantized"
         if self.uncovered_experts:
             text += f"; not covered: {len(self.uncovered_experts)} expert tensors such as {self.uncovered_experts[0]}"
+        if self.unfit:
+            text += f"; left in BF16: {described(self.unfit)}"
         return text
 
 
-def named_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear of the model by name, lm_head included, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
-
-
-def make_plan(model: nn.Module, qat: QatConfig) -> QuantPlan:
+def make_plan(model: nn.Module, qat: QatConfig, seen: Survey | None = None) -> QuantPlan:
     """The plan that a recipe's `qat` section means for this model.
 
+    Linears that cannot be quantized are left out. So are the output head and what else is tied to the embeddings, unless
+    `targets` names them.
+
+    Args:
+        seen: the model's survey, where it was made already.
     Raises:
         InputError: a pattern of `targets` or `ignore` that matches no linear, or nothing left to quantize.
     """
     linears = named_linears(model)
-    head = _output_head_name(model, linears)
+    seen = survey(model) if seen is None else seen
     problems: list[Problem] = []
     if qat.targets is None:
-        chosen = {name for name in linears if name != head}
+        chosen = {name for name in linears if name != seen.head and name not in seen.tied}
     else:
         chosen = _matching(linears, qat.targets, "qat.targets", problems)
     chosen -= _matching(linears, qat.ignore, "qat.ignore", problems)
     chosen -= _edge_blocks(linears, qat.skip_blocks.first, qat.skip_blocks.last)
+    unfit = {name: seen.unfit[name] for name in linears if name in chosen and name in seen.unfit}
+    chosen -= unfit.keys()
     if not problems and not chosen:
-        problems.append(Problem("nothing is left to quantize after ignore and skip_blocks", key="qat.targets"))
+        cannot = f"; cannot be quantized: {described(unfit)}" if unfit else ""
+        problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
     roles: dict[Role, ResolvedRole] = {spec.role: spec for spec in qat.roles}
     names = tuple(name for name in linears if name in chosen)
-    first_reader = _first_reader_of_same_input(model, linears)
-    return QuantPlan(
-        names, {name: first_reader[name] for name in names}, roles, qat.clip, qat.ste, qat.saved_activations
-    )
+    input_group = {name: seen.first_reader[name] for name in names}
+    return QuantPlan(names, input_group, roles, qat.clip, qat.ste, qat.saved_activations)
 
 
-def coverage(model: nn.Module, plan: QuantPlan) -> Coverage:
+def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:
     """What share of the model's linears and linear FLOPs the plan quantizes."""
+    seen = survey(model) if seen is None else seen
     sizes = {name: module.get_parameter("weight").numel() for name, module in named_linears(model).items()}
+    tied = {name: TIED for name in seen.tied if name not in plan.linears}
     return Coverage(
         num_quantized=len(plan.linears),
         num_linears=len(sizes),
         quantized_weights=sum(sizes[name] for name in plan.linears),
         linear_weights=sum(sizes.values()),
         uncovered_experts=tuple(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n),
+        unfit={name: reason for name, reason in (tied | dict(seen.unfit)).items() if name != seen.head},
     )
-
-
-def _output_head_name(model: nn.Module, linears: Mapping[str, nn.Module]) -> str | None:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    return next((name for name, module in linears.items() if module is head), None)
 
 
 def _matching(linears: Mapping[str, nn.Module], patterns: Sequence[str], key: str, problems: list[Problem]) -> set[str]:
@@ -205,33 +205,3 @@ def _edge_blocks(linears: Mapping[str, nn.Module], first: int, last: int) -> set
     block = {name: int(m.group(1)) for name in linears if (m := re.search(r"\.(\d+)\.", name))}
     num_blocks = max(block.values(), default=-1) + 1
     return {name for name, index in block.items() if index < first or index >= num_blocks - last}
-
-
-def _first_reader_of_same_input(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Linear -> first linear that is called with the very same tensor (q for q/k/v, gate for gate/up).
-
-    Found by running two tokens through the architecture on the meta device, which costs no memory and no arithmetic.
-    An architecture that cannot run there (its forward looks at values) gets one quantizer a linear, which computes
-    the same numbers.
-    """
-    alone = {name: name for name in linears}
-    config = getattr(model, "config", None)
-    if config is None:
-        return alone
-    readers: dict[str, str] = {}
-    seen: list[tuple[torch.Tensor, str]] = []  # holds the tensors, so that an address is not used twice
-
-    def note(name: str, tensor: torch.Tensor) -> None:
-        readers[name] = next((reader for other, reader in seen if other is tensor), name)
-        seen.append((tensor, readers[name]))
-
-    with torch.device("meta"), torch.no_grad():
-        try:
-            skeleton = type(model)(config).eval()
-            for name, module in named_linears(skeleton).items():
-                module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
-            tokens = torch.zeros(1, 2, dtype=torch.long)
-            skeleton(input_ids=tokens, attention_mask=torch.ones(1, 1, 2, 2, dtype=torch.bool), use_cache=False)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError):
-            return alone
-    return alone | readers

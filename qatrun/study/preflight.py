@@ -15,8 +15,8 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.model import architecture
-from qatrun.quant import Coverage, QuantPlan, coverage, make_plan
+from qatrun.model import architecture, check_model, text_config
+from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
 from qatrun.recipe import Arm, Recipe, ResolvedRole
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
@@ -110,18 +110,23 @@ def preflight(recipe: Recipe) -> Preflight:
     models: dict[str, nn.Module | None] = {}
     tokenizers: dict[str, Any] = {}
     checked_data: set[tuple[str, str]] = set()
+    surveys: dict[str, Survey] = {}
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
-            models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
-            tokenizers[key] = _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
+            empty = models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
+            tokenizers[key] = None
+            if empty is not None:
+                _collect(partial(check_model, arm.model, empty), problems, name, recipe)
+                tokenizers[key] = _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
         model, qat = models[key], arm.qat
         plan = None
         if model is not None and qat is not None:
-            plan = _collect(partial(make_plan, model, qat), problems, name, recipe)
+            seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
+            plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
         plans[name] = plan
         if model is not None and plan is not None:
-            coverages[name] = coverage(model, plan)
+            coverages[name] = coverage(model, plan, surveys[key])
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
@@ -138,7 +143,7 @@ def preflight(recipe: Recipe) -> Preflight:
         plans=plans,
         coverages=coverages,
         num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
-        config=getattr(first, "config", None),
+        config=text_config(first) if first is not None else None,
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
     )
@@ -167,7 +172,7 @@ def tracker_problems(names: Sequence[str]) -> list[Problem]:
 
 
 def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and arm.data.seq_len > context:
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
 

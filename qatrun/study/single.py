@@ -183,7 +183,7 @@ class _Study:
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         if arm.qat is not None:
-            model, tokenizer = artifact.load(folder.path)
+            model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
             values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
         model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
         if arm.qat is None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
-from qatrun.model import DTYPES
+from qatrun.model import DTYPES, text_config
 from qatrun.numerics import bfloat16_products, recomputed_products
 from qatrun.quant import Mode, ScaleState, attach
 from qatrun.recipe import Arm
@@ -321,7 +321,7 @@ class _Session:
         )
 
     def _warn_if_guessing(self, loss: float) -> None:
-        uniform = math.log(self.plain_model.config.vocab_size)
+        uniform = math.log(text_config(self.plain_model).vocab_size)
         if loss > UNIFORM_GUESS_SHARE * uniform:
             self.listener.on_warning(
                 f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only "

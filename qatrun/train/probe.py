@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatrun.files import reading, whole_file
+from qatrun.model import text_config
 
 FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
@@ -80,7 +81,7 @@ class Probe:
 def _logits(model: Any, input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Iterator[Tensor]:
     """[batch, seq_len, vocab] float32 of as many sequences at once as memory permits."""
     device = next(model.parameters()).device
-    at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
+    at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * text_config(model).vocab_size))
     was_training = model.training
     model.eval()
     try:

@@ -1,0 +1,27 @@
+"""Models from folders and the hub: looked at before they are loaded, loaded, and saved as Hugging Face folders."""
+
+from qatrun.model.config import PANGU_MODEL_TYPE, config_json, load_config, location, text_config
+from qatrun.model.export import save_model
+from qatrun.model.load import (
+    DTYPES,
+    architecture,
+    check_model,
+    from_tensors,
+    load_model,
+    on_device,
+)
+
+__all__ = [
+    "DTYPES",
+    "PANGU_MODEL_TYPE",
+    "architecture",
+    "check_model",
+    "config_json",
+    "from_tensors",
+    "load_config",
+    "load_model",
+    "location",
+    "on_device",
+    "save_model",
+    "text_config",
+]
