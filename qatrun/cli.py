@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from qatrun.errors import InputError, QatrunError
+from qatrun import boundary, terminal
+from qatrun.errors import InputError
 from qatrun.paths import expand_path
 
 app = typer.Typer(
@@ -24,9 +23,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-# In a log or a pipe one line stays one line.
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-err = Console(highlight=False, soft_wrap=not sys.stderr.isatty(), stderr=True)
+out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
 
 
 def expanded(written: str | Path) -> str:
@@ -51,6 +48,20 @@ StudyArgument = Annotated[
 ]
 OutputDirOption = Annotated[Path, typer.Option(parser=expanded_path, metavar="PATH", help="Where studies lie.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _trust(context: typer.Context, trust: bool) -> bool:
+    if trust:
+        from qatrun.evaluate.trust import trusting_task_code
+
+        context.with_resource(trusting_task_code())
+    return trust
+
+
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-task-code", callback=_trust, help="Run code that comes with task files (!function, Jinja)."),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,9 +90,11 @@ def train(
     fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
     strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
     track: Annotated[list[str] | None, typer.Option(help="Tracker of Accelerate's, such as tensorboard.")] = None,
+    trust_task_code: TrustOption = False,
 ) -> None:
     """Train every arm of a recipe, score them and compare them."""
     loaded = _load_recipe(recipe, set_)
+    boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.report.seeds_table import seeds_table
@@ -111,12 +124,13 @@ def check(
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
+    trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
     if schema:
         from qatrun.recipe import json_schema
 
-        out.print_json(data=json_schema())
+        out.print_data(json_schema())
         return
     if recipe is None:
         raise InputError("name a recipe to check, or give --schema")
@@ -127,7 +141,7 @@ def check(
 
     checked = preflight(loaded)
     if json_:
-        out.print_json(data=checked.to_dict())
+        out.print_data(checked.to_dict())
     else:
         out.print(dry_run(checked.to_dict()))
     if checked.problems:
@@ -162,6 +176,7 @@ def evaluate(
         ),
     ] = None,
     json_: JsonOption = False,
+    trust_task_code: TrustOption = False,
 ) -> None:
     """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
     _quiet_libraries()
@@ -174,7 +189,7 @@ def evaluate(
     with TerminalDisplay(err) as display:
         scored = score_path(path, config, display, output)
     if json_:
-        out.print_json(data=scored)
+        out.print_data(scored)
     else:
         out.print(score_table(scored))
 
@@ -206,7 +221,7 @@ def compare(
         raise InputError("--json and --csv exclude each other")
     took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
     if json_:
-        out.print_json(data=pair.to_dict())
+        out.print_data(pair.to_dict())
     elif csv:
         sys.stdout.write(comparison_csv([pair]))
     else:
@@ -217,7 +232,10 @@ def compare(
 
 @app.command()
 def diagnose(
-    study: StudyArgument = None, output_dir: OutputDirOption = Path("runs"), json_: JsonOption = False
+    study: StudyArgument = None,
+    output_dir: OutputDirOption = Path("runs"),
+    json_: JsonOption = False,
+    trust_task_code: TrustOption = False,
 ) -> None:
     """Say what a drop is made of: forgetting, quantization noise or stale scales; scores two more models for each arm."""
     _quiet_libraries()
@@ -228,7 +246,7 @@ def diagnose(
     with TerminalDisplay(err) as display:
         found = diagnose_study(study, output_dir, display)
     if json_:
-        out.print_json(data=found)
+        out.print_data(found)
         return
     for folder, diagnosis in found.items():
         for name, arm in diagnosis["arms"].items():
@@ -273,18 +291,13 @@ def init(
 
 
 def main() -> None:
-    """Entry point: every error that is the user's to mend is printed without a traceback."""
-    try:
-        app(prog_name="qatrun")
-    except QatrunError as error:
-        err.out(str(error))
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:  # a full disk, a missing permission, a file where a folder should be
-        err.out(str(error))
-        raise SystemExit(QatrunError.exit_code) from None
-    except Exception:  # a mistake of ours, or memory that ran out: 1 would read as "the verdict failed"
-        traceback.print_exc()
-        raise SystemExit(QatrunError.exit_code) from None
+    """Entry point: every error ends in a sentence and an exit code."""
+    terminal.prepare()
+    code = boundary.exit_code_of(lambda: app(prog_name="qatrun", standalone_mode=False), err.out)
+    if (lost := terminal.finish()) is not None:
+        err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
+        code = code or 3
+    raise SystemExit(code)
 
 
 def _load_recipe(recipe: str, overrides: list[str] | None) -> Any:

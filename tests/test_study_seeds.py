@@ -184,7 +184,7 @@ def test_csv_says_the_same(finished: Path) -> None:
     assert rows[0]["effect_mean_pp"] == ""
 
 
-@pytest.mark.parametrize("width", [80, 110])
+@pytest.mark.parametrize("width", [40, 80, 110])
 def test_table_says_which_interval_it_judges_by_and_cuts_no_number(finished: Path, width: int) -> None:
     summary = read(finished / "runs/many/seeds.json")
     console = Console(width=width, record=True, file=(finished / "table").open("w"))

@@ -3,6 +3,9 @@
 plan.py        what the tasks of a recipe would score, and what is missing
 leaves.py      one task: its splits, its metrics
 registry.py    names of tasks -> lm-eval's configurations
+task_file.py   a user's task file: checked, and searched for code
+templates.py   their templates in Jinja's sandbox
+trust.py       whether code that comes with a task file may run
 tasks.py       names in a recipe -> lm-eval tasks
 sources.py     where their questions come from: built in, a local folder, the hub
 harness.py     lm-eval around a model in memory -> Scores

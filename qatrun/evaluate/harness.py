@@ -29,6 +29,7 @@ from qatrun.errors import InputError, NonFiniteError, Problem
 from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
+from qatrun.evaluate.templates import sandboxed_templates
 from qatrun.files import replace_file
 from qatrun.recipe import EvalConfig
 
@@ -64,7 +65,7 @@ def score(
     """
     results: dict[str, Any] = {}
     scores: dict[str, TaskScore] = {}
-    with quiet(), evaluation_mode(model):
+    with quiet(), sandboxed_templates(), evaluation_mode(model):
         tasks = _build(config)
         lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
         for task in tasks:
@@ -88,7 +89,7 @@ def _build(config: EvalConfig) -> list[BuiltTask]:
     tasks = []
     for name, num_fewshot in config.tasks.items():
         with seeded():  # some tasks shuffle their choices
-            tasks.append(build_task(name, num_fewshot, data_dir=data_dir))
+            tasks.append(build_task(name, num_fewshot, data_dir=data_dir, limit=config.limit))
     return tasks
 
 

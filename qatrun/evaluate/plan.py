@@ -68,10 +68,12 @@ def check_fewshot(leaf: LeafTask, num_fewshot: int, rows: Callable[[str], Rows |
 
 def _plan(name: str, num_fewshot: int, data_dir: Path | None, limit: int | None) -> TaskPlan:
     try:
-        leaves = _leaves(name)
+        leaves, is_file = _leaves(name)
         sources = [find_source(leaf.config, data_dir) for leaf in leaves]
         for leaf, source in zip(leaves, sources, strict=True):
             check_fewshot(leaf, num_fewshot, source.rows)
+            if is_file:
+                _check_first_row(leaf, source)
         sizes = [_num_items(leaf, source, limit) for leaf, source in zip(leaves, sources, strict=True)]
         known = [size for size in sizes if size is not None]
         num_items = sum(known) if len(known) == len(sizes) else None
@@ -80,12 +82,22 @@ def _plan(name: str, num_fewshot: int, data_dir: Path | None, limit: int | None)
         return TaskPlan(name, num_fewshot, metric="", num_items=None, source="", missing=str(error))
 
 
-def _leaves(name: str) -> tuple[LeafTask, ...]:
+def _leaves(name: str) -> tuple[tuple[LeafTask, ...], bool]:
+    """The leaves, and whether they are from a file of the user's."""
     if name in demo.TASKS:
-        return (demo_leaf(name),)
+        return (demo_leaf(name),), False
     from qatrun.evaluate.registry import find_task  # lm-eval brings `datasets` along, which the demo need not wait for
 
-    return find_task(name).leaves
+    found = find_task(name)
+    return found.leaves, found.file is not None
+
+
+def _check_first_row(leaf: LeafTask, source: Source) -> None:
+    from qatrun.evaluate.templates import check_templates
+
+    rows = source.rows(leaf.scored_split)
+    if rows:
+        check_templates(leaf, rows[0])
 
 
 def _num_items(leaf: LeafTask, source: Source, limit: int | None) -> int | None:

@@ -14,17 +14,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
 from qatrun import demo
 from qatrun.evaluate.leaves import LeafTask, demo_leaf, metric_of
 from qatrun.evaluate.sources import TaskError
+from qatrun.evaluate.task_file import STOCK_FOLDER, check_leaf, is_plain_name, read_task_file
+from qatrun.evaluate.trust import task_code_is_trusted
 
-STOCK_FOLDER = Path(lm_eval.tasks.__file__).parent
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata"})
 _WRAPPER = "qatrun"
 
@@ -35,11 +34,13 @@ class RegisteredTask:
 
     Attributes:
         members: what a group that stands for it would list, each a mapping with the one key `task` or `group`.
+        file: the user's file that it is from; None for lm-eval's own and the demo's.
     """
 
     manager: TaskManager
     members: tuple[Mapping[str, str], ...]
     leaves: tuple[LeafTask, ...]
+    file: Path | None
 
     @property
     def metric(self) -> str:
@@ -55,36 +56,50 @@ class RegisteredTask:
         return loaded
 
 
-@functools.cache
 def find_task(name: str) -> RegisteredTask:
     """Look a task up.
 
     Raises:
-        TaskError: unknown (the message names the nearest), or not scored in a way that can be compared.
+        TaskError: unknown (the message names the nearest), not scored in a way that can be compared, or a file with code
+            that is not trusted.
     """
-    for manager, key in _places(name):
+    file = Path(name).expanduser() if Path(name).suffix in {".yaml", ".yml"} else None
+    return _find_task(name, file, Path.cwd() if file is not None else None, task_code_is_trusted())
+
+
+@functools.cache
+def _find_task(name: str, file: Path | None, _folder: Path | None, _trusted: bool) -> RegisteredTask:
+    missing = KeyError(name)
+    for manager, key in _places(name, file):
         if key in manager.task_index:
             try:
-                return _register(manager, key)
-            except KeyError:  # a member lives in a folder that this index did not read
-                continue
+                return _register(manager, key, file)
+            except KeyError as error:  # a member lives in a folder that this index did not read
+                missing = error
+            except RecursionError:
+                raise TaskError(f"{file}: its groups hold each other") from None
+    if file is not None:
+        raise TaskError(f"{file}: no task {missing} in it or among lm-eval's")
     known = [*demo.TASKS, *_stock_index().task_index]
     close = get_close_matches(name, known, n=1)
     raise TaskError(f"unknown task '{name}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
 
 
-def _places(name: str) -> Iterator[tuple[TaskManager, str]]:
+def _places(name: str, file: Path | None) -> Iterator[tuple[TaskManager, str]]:
     if name in demo.TASKS:
         yield _index_with(dict(demo_leaf(name).config)), name
-    elif Path(name).suffix in {".yaml", ".yml"}:
-        path = Path(name).expanduser().resolve()
-        if not path.is_file():
+    elif file is not None:
+        if not file.is_file():
             raise TaskError(f"no such file: {name}")
-        config = load_yaml(path, resolve_func=False)
-        key = str(config.get("group") or config.get("task"))
+        config = read_task_file(file)
+        key = config.get("group") or config.get("task")
+        if not isinstance(key, str):
+            raise TaskError(f"{file}: task: missing, or no text: a task file names its task or group")
+        # As it was just read: lm-eval would read the file anew whenever it makes the task, and run its functions.
+        path = file if task_code_is_trusted() else None
         yield _index_with(config, path), key
         yield _index_with(config, path, include_defaults=True), key
-    else:
+    elif is_plain_name(name):
         yield from ((_folder_index(folder), name) for folder in _likely_folders(name))
         yield _stock_index(), name
 
@@ -108,11 +123,12 @@ def _stock_index() -> TaskManager:
 
 def _index_with(config: dict[str, Any], path: Path | None = None, *, include_defaults: bool = False) -> TaskManager:
     manager = TaskManager(include_defaults=include_defaults)
+    manager.task_index.pop(config.get("group") or config.get("task"), None)  # the user's goes before lm-eval's
     TaskIndex.process_cfg(config, path, manager.task_index)
     return manager
 
 
-def _register(manager: TaskManager, key: str) -> RegisteredTask:
+def _register(manager: TaskManager, key: str, file: Path | None) -> RegisteredTask:
     """Raises KeyError where the index lacks a member."""
     entry = manager.task_index[key]
     names = sorted(entry.tags) if entry.kind.name == "TAG" else [key]
@@ -120,9 +136,13 @@ def _register(manager: TaskManager, key: str) -> RegisteredTask:
     leaves = tuple(
         LeafTask(config["task"], config) for name in names for config in _expand(manager.task_index, name, {})
     )
+    if not leaves:
+        raise TaskError(f"'{key}' is a group of no tasks")
     for leaf in leaves:
         leaf.check_comparable()
-    return RegisteredTask(manager, tuple({kind: name} for name in names), leaves)
+        if file is not None:
+            check_leaf(leaf, file)
+    return RegisteredTask(manager, tuple({kind: name} for name in names), leaves, file)
 
 
 def _expand(
@@ -131,7 +151,9 @@ def _expand(
     """Configurations of the leaves below a member of a group; a member's own overrides win over its group's."""
     if isinstance(member, str):
         member = {"task": member}
-    name = member.get("group", member["task"])
+    name = member.get("group") or member.get("task") if isinstance(member, Mapping) else None
+    if not isinstance(name, str):
+        raise TaskError(f"a group lists names, or mappings with one, not {member!r:.60}")
     overrides = {**inherited, **{key: value for key, value in member.items() if key not in _GROUP_KEYS}}
     entry = index.get(name)
     if entry is not None and entry.kind.name == "TAG":

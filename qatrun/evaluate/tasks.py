@@ -6,6 +6,7 @@ Prompts, splits and metrics are lm-eval's; only where the rows are read from is 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.plan import Rows, check_fewshot, plan_tasks
-from qatrun.evaluate.registry import find_task
+from qatrun.evaluate.registry import RegisteredTask, find_task
 from qatrun.evaluate.sources import (
     BuiltinSource,
     DatasetsSource,
@@ -27,6 +28,7 @@ from qatrun.evaluate.sources import (
     find_source,
     local_folder,
 )
+from qatrun.evaluate.templates import sandboxed_templates, template_error
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def check_available(tasks: Mapping[str, int], *, data_dir: Path | None = None) -
     return [Problem(plan.missing, _key(plan.name)) for plan in plans if plan.missing is not None]
 
 
-def build_task(name: str, num_fewshot: int, *, data_dir: Path | None = None) -> BuiltTask:
+def build_task(name: str, num_fewshot: int, *, data_dir: Path | None = None, limit: int | None = None) -> BuiltTask:
     """Load a task's data and make it ready for lm-eval.
 
     Raises:
@@ -58,7 +60,7 @@ def build_task(name: str, num_fewshot: int, *, data_dir: Path | None = None) -> 
     """
     try:
         registered = find_task(name)
-        loaded = registered.load({"class": _SourcedTask, "data_dir": data_dir, "num_fewshot": num_fewshot})
+        loaded = _loaded(registered, {"class": _SourcedTask, "data_dir": data_dir, "num_fewshot": num_fewshot}, limit)
         for leaf in registered.leaves:
             check_fewshot(leaf, num_fewshot, functools.partial(_rows_of, loaded["tasks"][leaf.name]))
         return BuiltTask(
@@ -70,6 +72,39 @@ def build_task(name: str, num_fewshot: int, *, data_dir: Path | None = None) -> 
         )
     except TaskError as error:
         raise InputError(Problem(str(error), _key(name))) from error
+
+
+def _loaded(registered: RegisteredTask, overrides: Mapping[str, Any], limit: int | None) -> TaskDict:
+    """lm-eval's tasks; those of a user's file are asked all their questions once, so that a faulty one shows early.
+
+    Raises:
+        TaskError: lm-eval cannot make them, or a question of theirs.
+    """
+    try:
+        with sandboxed_templates():
+            loaded = registered.load(overrides)
+            if registered.file is not None:
+                for leaf in loaded["tasks"].values():
+                    for number, doc in enumerate(itertools.islice(leaf.eval_docs, limit)):
+                        _check_question(leaf, number, doc)
+    except (TaskError, OSError):
+        raise
+    except Exception as error:  # whatever a file's templates, functions or rows lead to in lm-eval
+        raise template_error(f"lm-eval cannot ask it: {type(error).__name__}", error) from error
+    return loaded
+
+
+def _check_question(leaf: Task, number: int, doc: Mapping[str, Any]) -> None:
+    asked, answer = leaf.doc_to_text(doc), leaf.doc_to_target(doc)
+    if leaf.OUTPUT_TYPE != "multiple_choice" or isinstance(asked, int):
+        return
+    choices = leaf.doc_to_choice(doc)
+    if not choices or not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise TaskError(f"'{leaf.task_name}': doc_to_choice gives no list of texts for item {number}: {choices!r:.60}")
+    for right in answer if isinstance(answer, list) else [answer]:
+        known = right in choices if isinstance(right, str) else right in range(len(choices))
+        if not known:
+            raise TaskError(f"'{leaf.task_name}': the answer to item {number} ({right!r:.40}) is none of its choices")
 
 
 def write_task_files(folder: Path, tasks: Mapping[str, int], data_dir: Path) -> list[str]:

@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from qatrun.report.grid import Grid, Listing
 
 
 def diagnosis_table(name: str, arm: Mapping[str, Any]) -> RenderableType:
     """One arm of diagnosis.json."""
     style = "bold red" if arm["findings"] else "bold green"
     parts: list[RenderableType] = [Text(arm["sentence"], style=style), Text()]
-    effects = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
-    for column in ("lost", "from", "to", "pp", "95% interval", "nats", "95% interval"):
-        effects.add_column(column, justify="left" if column in ("lost", "from", "to") else "right", no_wrap=True)
+    effects = Grid("", "lost", "from", "to", "pp", "95% interval", "nats", "95% interval")
     for effect in arm["effects"]:
         effects.add_row(
             effect["name"],
@@ -28,7 +27,8 @@ def diagnosis_table(name: str, arm: Mapping[str, Any]) -> RenderableType:
             _interval(effect["ci95_loglikelihood"], 3),
         )
     parts += [effects, Text()]
-    parts.append(Text(f"nats a token of the right answer's text: {', '.join(_text_costs(arm['effects']))}"))
+    costs = list(_text_costs(arm["effects"]))
+    parts.append(Listing("nats a token of the right answer's text:", *(f"{cost}," for cost in costs[:-1]), *costs[-1:]))
     parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm["perplexity"].items())))
     parts += [Text(line) for line in _tensor_lines(arm["worst_tensors"])]
     return Group(*parts)

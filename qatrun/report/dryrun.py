@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qatrun.report.grid import Grid
 from qatrun.report.sizes import readable_size
 
 
@@ -49,10 +49,8 @@ def _arm(arm: Mapping[str, Any]) -> RenderableType:
     return text.append("\n  " + "\n  ".join(lines))
 
 
-def _tasks(plan: Mapping[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for column in ("task", "shots", "metric", "items", "budget pp", "detects pp", "source"):
-        table.add_column(column, justify="left" if column in ("task", "metric", "source") else "right")
+def _tasks(plan: Mapping[str, Any]) -> Grid:
+    table = Grid("", "task", "shots", "metric", "items", "budget pp", "detects pp", "source")
     for task in plan["tasks"]:
         unknown = task["missing"] is not None
         table.add_row(

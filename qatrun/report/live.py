@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -22,7 +23,20 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from qatrun.report.grid import flowing
+
 LINES_PER_SEGMENT = 10
+BAR_FROM = 72  # columns of a terminal; a narrower one shows the numbers without the bar
+
+
+class _Detail:
+    """What a step did, on as many lines as it takes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from flowing([Text(part, style="dim") for part in self.text.split("  ")], options)
 
 
 class _TwoLines(Progress):
@@ -31,7 +45,7 @@ class _TwoLines(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            yield Text(f"  {task.fields['detail']}", no_wrap=True, overflow="ellipsis", style="dim")
+            yield _Detail(task.fields["detail"])
 
 
 class TerminalDisplay:
@@ -40,17 +54,7 @@ class TerminalDisplay:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = console.is_terminal
-        one_line = Column(no_wrap=True, overflow="ellipsis", max_width=30)
-        self._progress = _TwoLines(
-            TextColumn("{task.description}", style="bold", markup=False, table_column=one_line),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        self._progress = _TwoLines(*_columns(console.width), console=console, transient=True)
         self._task: TaskID | None = None
         self._what = ""
         self._steps_per_line = 1
@@ -107,3 +111,13 @@ class TerminalDisplay:
     def _advance(self, completed: int, detail: str) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=completed, detail=detail)
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    wide = width >= BAR_FROM
+    one_line = Column(no_wrap=True, overflow="ellipsis", max_width=30 if wide else max(8, width - 24))
+    what = TextColumn("{task.description}", style="bold", markup=False, table_column=one_line)
+    if not wide:
+        return [what, MofNCompleteColumn(), TimeRemainingColumn()]
+    elapsed = [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+    return [what, BarColumn(bar_width=16), MofNCompleteColumn(), *elapsed]

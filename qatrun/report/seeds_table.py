@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qatrun.report.grid import Grid
 from qatrun.report.tables import VERDICT_STYLES
 
 Row = Mapping[str, Any]
 EFFECT_STYLES = {"helps": "green", "no effect shown": "yellow", "hurts": "red"}
-LEFT_ALIGNED = {"arm", "task", "verdict", "contrast", "answer"}
-FOLDED = {"arm", "task", "contrast"}
-MAY_WRAP = {"per seed"}
 
 
 def seeds_table(summary: Row) -> RenderableType:
@@ -38,9 +35,9 @@ def seeds_text(summary: Row) -> str:
     return console.file.getvalue()
 
 
-def _arms(summary: Row) -> Table:
+def _arms(summary: Row) -> Grid:
     title = f"{summary['study']}: all tasks together, {_seeds(summary)}"
-    table = _table(title, "arm", "accuracy", "sd", "drop pp", "95% interval", "loss APE", "verdict")
+    table = Grid(title, "arm", "accuracy", "sd", "drop pp", "95% interval", "loss APE", "verdict")
     table.add_row("start", f"{100 * summary['start']['all_tasks']['accuracy']:.2f}", "", "", "", "", "")
     for name, arm in summary["arms"].items():
         found, apes = arm["all_tasks"], (arm["loss_ape_percent"] or {}).get("after_switch")
@@ -55,8 +52,8 @@ def _arms(summary: Row) -> Table:
     return table
 
 
-def _tasks(summary: Row) -> Table:
-    table = _table("task by task", "task", "arm", "accuracy", "sd", "drop pp", "95% interval", "budget", "verdict")
+def _tasks(summary: Row) -> Grid:
+    table = Grid("task by task", "task", "arm", "accuracy", "sd", "drop pp", "95% interval", "budget", "verdict")
     for task in summary["start"]["tasks"]:
         for name, arm in summary["arms"].items():
             found = arm["tasks"][task]
@@ -73,12 +70,12 @@ def _tasks(summary: Row) -> Table:
     return table
 
 
-def _sources(summary: Row) -> Table:
+def _sources(summary: Row) -> Grid:
     """Over all tasks: the drop of every seed, and how far items alone and seeds alone leave it open."""
     title = (
         "drop pp over all tasks: over items (other questions) and over seeds (other runs) it is open in different ways"
     )
-    table = _table(title, "arm", "over items alone", "over seeds alone", "per seed")
+    table = Grid(title, "arm", "over items alone", "over seeds alone", "per seed")
     for name, arm in summary["arms"].items():
         found = arm["all_tasks"]
         if found["drop_pp"] is not None:
@@ -87,9 +84,9 @@ def _sources(summary: Row) -> Table:
     return table
 
 
-def _contrasts(summary: Row) -> Table:
+def _contrasts(summary: Row) -> Grid:
     title = "contrasts: accuracy of the first minus that of the second, and of their training losses"
-    table = _table(title, "contrast", "pp", "95% interval", "loss", "APE", "answer")
+    table = Grid(title, "contrast", "pp", "95% interval", "loss", "APE", "answer")
     for contrast in summary["contrasts"]:
         apes, signed = contrast["loss_ape_percent"], contrast["loss_difference_percent"]
         answer = contrast["effect"]
@@ -128,21 +125,6 @@ def _footer(summary: Row) -> list[RenderableType]:
     if summary["contrasts"]:
         lines.append(Text("Every contrast is asked by itself: of twenty without any effect, about one would show one."))
     return lines
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table without lines. Where it is too wide, names are folded, numbers never."""
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
-    for column in columns:
-        table.add_column(
-            Text(column),
-            justify="left" if column in LEFT_ALIGNED else "right",
-            no_wrap=column not in FOLDED | MAY_WRAP | {"answer"},
-            overflow="fold",
-        )
-    return table
 
 
 def _seeds(summary: Row) -> str:

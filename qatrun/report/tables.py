@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from qatrun.report.grid import Grid
 from qatrun.report.sizes import readable_size
 
 VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
-LEFT_ALIGNED = {"task", "metric", "verdict"}
-NEVER_WRAPPED = {"start", "off", "drop pp", "95% interval", "verdict"}
 
 
 def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
@@ -22,8 +20,8 @@ def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
     tasks, arm, twin = pair["comparison"]["tasks"], pair["arm"], pair["twin"]
     quantized = any(task["arm_off"] is not None for task in tasks)
     off = ("off",) if quantized else ()
-    scores = _table(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
-    evidence = _table("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
+    scores = Grid(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
+    evidence = Grid("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
     for task in tasks:
         scores.add_row(*_score_cells(task, quantized))
         evidence.add_row(*_evidence_cells(task))
@@ -42,7 +40,7 @@ def comparison_text(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 def score_table(scored: Mapping[str, Any]) -> RenderableType:
     """One model's scores: accuracy and its standard error."""
-    table = _table(scored["model"], "task", "shots", "metric", "items", "accuracy")
+    table = Grid(scored["model"], "task", "shots", "metric", "items", "accuracy")
     for task in scored["tasks"]:
         stderr = "" if task["stderr"] is None else f" ± {100 * task['stderr']:.2f}"
         table.add_row(
@@ -63,26 +61,7 @@ def score_table(scored: Mapping[str, Any]) -> RenderableType:
     return Group(table, *notes)
 
 
-def _table(title: str, *columns: str) -> Table:
-    """A table without lines. Where it is too wide, long names of tasks and arms are folded, numbers never."""
-    table = Table(
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        header_style="dim",
-    )
-    for column in columns:
-        table.add_column(
-            Text(column),
-            justify="left" if column in LEFT_ALIGNED else "right",
-            no_wrap=column in NEVER_WRAPPED,
-            overflow="fold",
-        )
-    return table
-
-
-def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[RenderableType]:
+def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[str | Text]:
     low, high = task["ci95_pp"]
     return [
         Text(task["task"]),
@@ -96,7 +75,7 @@ def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[RenderableTyp
     ]
 
 
-def _evidence_cells(task: Mapping[str, Any]) -> list[RenderableType]:
+def _evidence_cells(task: Mapping[str, Any]) -> list[str | Text]:
     relative, settle = task["drop_relative_percent"], task["items_to_settle"]
     return [
         Text(task["task"]),

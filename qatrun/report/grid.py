@@ -1,0 +1,105 @@
+"""A table whose numbers are never cut: where it is too wide long names are folded, and where that is not enough each row
+becomes a paragraph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+LEFT_ALIGNED = frozenset(
+    {"task", "metric", "verdict", "arm", "contrast", "answer", "lost", "from", "to", "source", "per seed"}
+)
+FOLDED = frozenset({"task", "arm", "contrast", "metric", "source"})  # names: anywhere, down to so many columns
+FOLDED_TO = 10
+WRAPPED = frozenset({"answer", "per seed"})  # between words
+
+
+class Grid:
+    """Rows under column names, without lines; a renderable of Rich."""
+
+    def __init__(self, title: str, *columns: str) -> None:
+        self.title = title
+        self.columns = columns
+        self.rows: list[list[Text]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        self.rows.append([cell if isinstance(cell, Text) else Text(cell) for cell in cells])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = self._widths(options.max_width)
+        if widths is not None:
+            yield self._table(widths)
+            return
+        if self.title:
+            yield Text(self.title, style="bold")
+        for row in self.rows:
+            yield row[0]
+            cells = zip(self.columns[1:], row[1:], strict=True)
+            yield from flowing([Text.assemble((name, "dim"), " ", cell) for name, cell in cells if cell.plain], options)
+
+    def _widths(self, available: int) -> list[int] | None:
+        """Of each column; None where no table fits."""
+        cells = [[row[i] for row in self.rows] for i in range(len(self.columns))]
+        widths = [max(map(_width, (Text(name), *cells[i]))) for i, name in enumerate(self.columns)]
+        least = [_least_width(name, widths[i], cells[i]) for i, name in enumerate(self.columns)]
+        available -= len(widths)  # a blank after each
+        if sum(least) > available:
+            return None
+        while sum(widths) > available:
+            spare = [width - smallest for width, smallest in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
+        return widths
+
+    def _table(self, widths: Sequence[int]) -> Table:
+        table = Table(
+            title=Text(self.title, style="bold") if self.title else None,
+            title_justify="left",
+            box=None,
+            padding=(0, 1, 0, 0),
+            header_style="dim",
+        )
+        for name, width in zip(self.columns, widths, strict=True):
+            justify = "left" if name in LEFT_ALIGNED else "right"
+            table.add_column(Text(name), justify=justify, width=width, overflow="fold")  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+class Listing:
+    """A line that is broken between its items alone."""
+
+    def __init__(self, *items: str) -> None:
+        self.items = [Text(item) for item in items]
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from flowing(self.items, options, indent="", blank=" ")
+
+
+def flowing(items: Iterable[Text], options: ConsoleOptions, indent: str = "  ", blank: str = "  ") -> Iterator[Text]:
+    """Lines of items, broken between them; an item that is longer than a line is broken between its words."""
+    line = Text(indent)
+    for item in items:
+        begun = len(line) > len(indent)
+        if begun and line.cell_len + len(blank) + item.cell_len > options.max_width:
+            yield line
+            line, begun = Text(indent), False
+        line.append(blank if begun else "").append_text(item)
+    if len(line) > len(indent):
+        yield line
+
+
+def _width(cell: Text) -> int:
+    return max((line.cell_len for line in cell.split()), default=0)
+
+
+def _least_width(name: str, width: int, cells: Sequence[Text]) -> int:
+    """What a column can do with: names are folded anywhere, texts between words, numbers never; headers as names."""
+    if name in FOLDED:
+        return min(width, FOLDED_TO)
+    if name in WRAPPED:
+        return max((Text(word).cell_len for cell in cells for word in cell.plain.split()), default=0)
+    return max(map(_width, cells), default=0)
