@@ -91,26 +91,34 @@ def environment() -> dict[str, Any]:
     return described
 
 
-def record(folder: Path, device: str, name: str, section: dict[str, Any]) -> None:
+def kind_of(device: str) -> str:
+    """What results are recorded by: the GPU, or the instruction set that PyTorch uses on this CPU."""
+    import torch  # takes seconds
+
+    return device if device == "cuda" else f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def record(folder: Path, kind: str, name: str, section: dict[str, Any]) -> None:
     """Put one benchmark's results in place of the earlier ones, and write what is derived from all of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device}.json"
+    path = folder / f"{kind}.json"
     results = report.read_results(path)
     results[name] = section
     results = {known: results[known] for known in BENCHMARKS if known in results}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     rows = report.rows_of(results)
-    (folder / f"{device}-bands.json").write_text(json.dumps(report.bands_of(rows), indent=1) + "\n", encoding="utf-8")
-    every = {other: found for other in page.DEVICES if (found := report.read_results(folder / f"{other}.json"))}
+    (folder / f"{kind}-bands.json").write_text(json.dumps(report.bands_of(rows), indent=1) + "\n", encoding="utf-8")
+    kinds = dict.fromkeys([*page.KINDS, kind])
+    every = {other: found for other in kinds if (found := report.read_results(folder / f"{other}.json"))}
     for other in every:
         (folder / f"{other}.md").write_text(page.page(other, every), encoding="utf-8")
     if name == "scaling" and any(row.unit == "exponent" for row in rows):
-        scaling.plot(rows, folder / f"{device}-scaling.svg")
+        scaling.plot(rows, folder / f"{kind}-scaling.svg")
 
 
-def check(folder: Path, device: str, rows: Sequence[Row], console: Console) -> int:
+def check(folder: Path, kind: str, rows: Sequence[Row], console: Console) -> int:
     """Exit code 1, with a line each, when ratios left their recorded bands."""
-    bands = report.read_results(folder / f"{device}-bands.json")
+    bands = report.read_results(folder / f"{kind}-bands.json")
     complaints = report.outside(rows, bands)
     for line in complaints:
         console.print(line, style="red", markup=False, soft_wrap=True)
@@ -122,7 +130,7 @@ def check(folder: Path, device: str, rows: Sequence[Row], console: Console) -> i
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--device", choices=list(page.DEVICES), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(SHAPES), help="default: llama-35m on cpu, openpangu-1b on cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--values", type=int, help="kernel: size of the tensor, a multiple of 512")
@@ -140,14 +148,15 @@ def main() -> int:
         console.print(f"skipped: torchao's columns; {NO_TORCHAO}", markup=False)
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
     measured: list[Row] = []
+    kind = kind_of(arguments.device)
     for name in names:
         with Bars(console) as bars:
             rows = BENCHMARKS[name](settings, bars)
         console.print(report.table_of(name, rows))
         measured += rows
         if arguments.output is not None:
-            record(arguments.output, arguments.device, name, report.section_of(rows, asdict(settings), environment()))
-    return 0 if arguments.check is None else check(arguments.check, arguments.device, measured, console)
+            record(arguments.output, kind, name, report.section_of(rows, asdict(settings), environment()))
+    return 0 if arguments.check is None else check(arguments.check, kind, measured, console)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.report import grid_of, rows_of
 from benchmarks.timing import Row
 
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+KINDS = {"cpu-avx512": "CPU, AVX-512", "cpu-avx2": "CPU, AVX2", "cuda": "GPU"}  # what results are recorded by
 LARGE = {"cpu": "64 MiB", "cuda": "1024 MiB"}  # the kernel benchmark's tensor that fits no cache
 
 
@@ -70,48 +70,45 @@ def goals_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown lines: each goal, its limit and what each device reached.
 
     Args:
-        results: device -> results file; a device that is missing reads "not measured".
+        results: kind -> results file; a kind that is missing reads "not measured".
     """
-    rows = {device: {row.key: row for row in rows_of(found)} for device, found in results.items()}
+    rows = {kind: {row.key: row for row in rows_of(found)} for kind, found in results.items()}
+    kinds = list(dict.fromkeys([*KINDS, *results]))
     lines = [
-        "| what | goal (CPU / GPU) | CPU | n | GPU |",
-        "|---|---|---|---|---|",
+        f"| what | goal (CPU / GPU) | {' | '.join(KINDS.get(kind, kind) for kind in kinds)} |",
+        f"|---|---|{'---|' * len(kinds)}",
     ]
     for goal in _goals():
         limits = " / ".join(f"≤ {limit:g}" for limit in dict.fromkeys(goal.limits.values()))
-        cpu, row = _reached(goal, "cpu", rows), rows.get("cpu", {}).get(_key(goal.key, "cpu"))
-        lines.append(f"| {goal.what} | {limits} | {cpu} | {row.n if row else ''} | {_reached(goal, 'cuda', rows)} |")
+        lines.append(f"| {goal.what} | {limits} | {' | '.join(_reached(goal, kind, rows) for kind in kinds)} |")
     return lines
 
 
-def page(device: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole page of a device.
+def page(kind: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole page of a kind.
 
     Args:
-        results: device -> results file, of all devices that have one.
+        results: kind -> results file, of all kinds that have one.
     """
-    lines = [f"# Benchmarks, {DEVICES[device]}", ""]
+    lines = [f"# Benchmarks, {KINDS.get(kind, kind)}", ""]
     lines += goals_table(results)
-    for name, section in results[device].items():
+    for name, section in results[kind].items():
         rows = [Row(**row) for row in section["rows"]]
         lines += ["", f"## {name}", "", _provenance(section), "", *_table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def _key(key: str, device: str) -> str:
-    return key.format(large=LARGE[device])
-
-
-def _reached(goal: Goal, device: str, rows: Mapping[str, Mapping[str, Row]]) -> str:
-    if device not in rows:
+def _reached(goal: Goal, kind: str, rows: Mapping[str, Mapping[str, Row]]) -> str:
+    if kind not in rows:
         return "not measured"
-    row, base = rows[device].get(_key(goal.key, device)), rows[device].get(goal.to)
+    device = kind.partition("-")[0]
+    row, base = rows[kind].get(goal.key.format(large=LARGE[device])), rows[kind].get(goal.to)
     if row is None or (goal.to and base is None):
         return "-"
     value = row.value / (base.value if base else 1.0)
     limit = goal.limits.get(device)
     missed = limit is not None and round(value, 2) > limit
-    spread = "" if base or row.n == 1 else f" ({row.low:.2f}-{row.high:.2f})"
+    spread = "" if base or row.n == 1 else f" ({row.low:.2f}-{row.high:.2f}, n = {row.n})"
     return f"{'**' if missed else ''}{value:.2f}{'** (missed)' if missed else ''}{spread}"
 
 
