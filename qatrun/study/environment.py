@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from qatrun.numerics import bfloat16_way
+from qatrun.numerics import bfloat16_way, native
 
 PACKAGES = ("qatrun", "torch", "transformers", "datasets", "accelerate", "lm_eval", "tokenizers", "numpy", "scipy")
 
@@ -33,6 +33,7 @@ def describe_environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "bfloat16_products": bfloat16_way(),
+            "kernels": native.variant(),
         },
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -118,6 +118,11 @@ def _provenance(section: Mapping[str, Any]) -> str:
     hardware = (
         ", ".join(environment["gpus"]) or f"{environment['cpu']['model']}, {environment['cpu']['threads']} threads"
     )
+    hardware += "".join(
+        f", {what} {environment['cpu'][key]}"
+        for key, what in (("capability", "torch"), ("kernels", "kernels"), ("bfloat16_products", "bfloat16 products"))
+        if environment["cpu"].get(key) and not environment["gpus"]
+    )
     commit = environment["git"]["commit"][:10] if environment["git"] else "no commit"
     changed = " and changes" if environment["git"] and environment["git"]["dirty"] else ""
     versions = ", ".join(f"{name} {packages[name] or 'absent'}" for name in ("torch", "transformers", "torchao"))
