@@ -3,6 +3,7 @@
     python scripts/bench.py all                             # everything, on screen
     python scripts/bench.py step --quick                    # one benchmark, few rounds
     python scripts/bench.py all --output scripts/bench_results     # and recorded: JSON, Markdown, bands, plot
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python scripts/bench.py all      # as on a CPU without AVX-512
     python scripts/bench.py all --quick --check scripts/bench_results   # exit 1 when a ratio left its recorded band
 
 Run it on a machine that does nothing else.
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,6 +38,7 @@ from benchmarks import kernel, memory, page, report, scaling, scoring, startup, 
 from benchmarks.arms import NO_TORCHAO, SHAPES
 from benchmarks.timing import Progress as ProgressProtocol
 from benchmarks.timing import Row, Settings
+from qatrun.numerics import native
 
 BENCHMARKS: dict[str, Callable[[Settings, ProgressProtocol], list[Row]]] = {
     "kernel": kernel.benchmark,
@@ -83,12 +86,20 @@ class Bars:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
+    """Hardware, the instruction sets that kernels and torch use of it, versions, commit and date."""
     from qatrun.study.environment import describe_environment  # takes seconds
 
     described = describe_environment()
+    described["cpu"]["kernels"] = native.variant()
+    described["cpu"]["torch"] = torch.backends.cpu.get_cpu_capability()
     described["packages"]["torchao"] = importlib.metadata.version("torchao") if find_spec("torchao") else None
     return described
+
+
+def machine(device: str) -> str:
+    """What the results of a device are filed under: ratios of two instruction sets are two things. `cpu` is AVX-512."""
+    kernels = native.variant()
+    return device if device == "cuda" or kernels == "avx512" else f"{device}-{kernels or 'reference'}"
 
 
 def record(folder: Path, device: str, name: str, section: dict[str, Any]) -> None:
@@ -122,7 +133,7 @@ def check(folder: Path, device: str, rows: Sequence[Row], console: Console) -> i
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--device", choices=list(page.DEVICES), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(SHAPES), help="default: llama-35m on cpu, openpangu-1b on cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--values", type=int, help="kernel: size of the tensor, a multiple of 512")
@@ -146,8 +157,13 @@ def main() -> int:
         console.print(report.table_of(name, rows))
         measured += rows
         if arguments.output is not None:
-            record(arguments.output, arguments.device, name, report.section_of(rows, asdict(settings), environment()))
-    return 0 if arguments.check is None else check(arguments.check, arguments.device, measured, console)
+            record(
+                arguments.output,
+                machine(arguments.device),
+                name,
+                report.section_of(rows, asdict(settings), environment()),
+            )
+    return 0 if arguments.check is None else check(arguments.check, machine(arguments.device), measured, console)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qatrun.numerics import native
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 
 
 def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
     impossible = {f"kernel/{case} MiB/hif8": [0.0, 0.0] for case in ("fp32 0.0156", "bf16 0.00781")}
-    (tmp_path / "cpu-bands.json").write_text(json.dumps(impossible))
+    variant = native.variant()
+    name = "cpu" if variant == "avx512" else f"cpu-{variant or 'reference'}"
+    (tmp_path / f"{name}-bands.json").write_text(json.dumps(impossible))
     output = tmp_path / "output"
     arguments = ("kernel", "--quick", "--values", "4096", "--output", str(output), "--check", str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -23,8 +27,9 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
     complaints = [line for line in ran.stdout.splitlines() if "recorded band 0.000 .. 0.000" in line]
     assert len(complaints) == len(impossible)
 
-    recorded = json.loads((output / "cpu.json").read_text())["kernel"]
+    recorded = json.loads((output / f"{name}.json").read_text())["kernel"]
     assert {"packages", "cpu", "git", "date"} <= recorded["environment"].keys()
+    assert recorded["environment"]["cpu"]["kernels"] == variant
     measured = {(row["case"], row["arm"]): row for row in recorded["rows"]}
     for case in ("fp32 0.0156 MiB", "bf16 0.00781 MiB"):
         assert {"hif8+mask", "fp8_e4m3", "int8"} <= {arm for of, arm in measured if of == case}
@@ -32,6 +37,6 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
         assert row["n"] == 10
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert measured[case, row["reference"]]["value"] == 1.0
-        low, high = json.loads((output / "cpu-bands.json").read_text())[f"kernel/{case}/hif8"]
+        low, high = json.loads((output / f"{name}-bands.json").read_text())[f"kernel/{case}/hif8"]
         assert low < row["value"] < high
-    assert "not measured" in (output / "cpu.md").read_text()
+    assert "not measured" in (output / f"{name}.md").read_text()

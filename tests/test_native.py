@@ -266,7 +266,9 @@ class TestEntry:
         call_all(arguments())
         call_all(arguments(inv_scale=torch.ones(()), row_scale=torch.ones(()), column_scale=torch.ones(()), bias=None))
         call_all(arguments(blocked=None, row_scale=torch.ones(()).expand(ROWS, 1)))
-        call_all(arguments(x=torch.zeros(0, COLUMNS), inv_scale=torch.zeros(0, 1), row_scale=torch.ones(0, 1), blocked=None))
+        call_all(
+            arguments(x=torch.zeros(0, COLUMNS), inv_scale=torch.zeros(0, 1), row_scale=torch.ones(0, 1), blocked=None)
+        )
         call_all(
             arguments(
                 x=torch.zeros(ROWS, 0), column_scale=torch.ones(0), bias=torch.ones(0), blocked=torch.zeros(0).byte()
@@ -276,7 +278,11 @@ class TestEntry:
     @pytest.mark.parametrize(
         ("name", "wrong", "error"),
         [
-            ("inv_scale", torch.ones(0), "inv_scale must be torch.float32 of shape [] or [4, 1], got torch.float32 [0]"),
+            (
+                "inv_scale",
+                torch.ones(0),
+                "inv_scale must be torch.float32 of shape [] or [4, 1], got torch.float32 [0]",
+            ),
             ("inv_scale", torch.ones(ROWS), "inv_scale must be torch.float32 of shape [] or [4, 1]"),
             ("inv_scale", torch.ones(ROWS - 1, 1), "inv_scale must be"),
             ("inv_scale", torch.ones((), dtype=torch.float64), "inv_scale must be torch.float32"),
@@ -336,7 +342,9 @@ class TestPlainTensors:
 class TestWheel:
     """What `hatch_build.py` puts into a wheel; a stand-in for the compiler, since what it makes is tested above."""
 
-    def built(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, version: str) -> tuple[Any, list[str]]:
+    def built(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, version: str
+    ) -> tuple[Any, list[str]]:
         pytest.importorskip("hatchling")
         monkeypatch.syspath_prepend(str(ROOT))
         hook_of = importlib.import_module("hatch_build").KernelsBuildHook

@@ -20,7 +20,9 @@ from qatrun.numerics.rounding import grid_edge
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)}: g++-aarch64-linux-gnu, qemu-user")
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"no {' and no '.join(MISSING)}: g++-aarch64-linux-gnu, qemu-user"
+)
 DRIVER = Path(__file__).with_name("native_driver.cpp")
 
 
@@ -43,7 +45,15 @@ def case(x: Tensor, format: str, dtype: torch.dtype, limit: float | None, inv_sc
     return head + raw(passes._values_of_codes(format)) + raw(inv_scale.reshape(-1)) + raw(columns) + raw(x)
 
 
-def check(answer: memoryview, x: Tensor, format: str, dtype: torch.dtype, limit: float | None, inv_scale: Tensor, columns: Tensor) -> int:
+def check(
+    answer: memoryview,
+    x: Tensor,
+    format: str,
+    dtype: torch.dtype,
+    limit: float | None,
+    inv_scale: Tensor,
+    columns: Tensor,
+) -> int:
     """Compares one answer with the reference; how many bytes it was."""
     at = 0
 

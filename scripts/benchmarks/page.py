@@ -9,7 +9,15 @@ from typing import Any
 from benchmarks.report import grid_of, rows_of
 from benchmarks.timing import Row
 
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+# What results are filed under, by device and, on a CPU, the kernels' instruction set.
+DEVICES = {
+    "cpu": "CPU, AVX-512",
+    "cpu-avx2": "CPU, AVX2",
+    "cpu-baseline": "CPU, baseline",
+    "cpu-reference": "CPU, no kernels",
+    "cuda": "GPU",
+}
+ALWAYS_SHOWN = ("cpu", "cuda")
 LARGE = {"cpu": "64 MiB", "cuda": "1024 MiB"}  # the kernel benchmark's tensor that fits no cache
 
 
@@ -72,14 +80,15 @@ def goals_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         results: device -> results file; a device that is missing reads "not measured".
     """
     rows = {device: {row.key: row for row in rows_of(found)} for device, found in results.items()}
+    shown = [device for device in DEVICES if device in rows or device in ALWAYS_SHOWN]
     lines = [
-        "| what | goal (CPU / GPU) | CPU | n | GPU |",
-        "|---|---|---|---|---|",
+        f"| what | goal (CPU / GPU) | {' | '.join(DEVICES[device] for device in shown)} |",
+        f"|---|---|{'---|' * len(shown)}",
     ]
     for goal in _goals():
         limits = " / ".join(f"≤ {limit:g}" for limit in dict.fromkeys(goal.limits.values()))
-        cpu, row = _reached(goal, "cpu", rows), rows.get("cpu", {}).get(_key(goal.key, "cpu"))
-        lines.append(f"| {goal.what} | {limits} | {cpu} | {row.n if row else ''} | {_reached(goal, 'cuda', rows)} |")
+        reached = " | ".join(_reached(goal, device, rows) for device in shown)
+        lines.append(f"| {goal.what} | {limits} | {reached} |")
     return lines
 
 
@@ -98,7 +107,11 @@ def page(device: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _key(key: str, device: str) -> str:
-    return key.format(large=LARGE[device])
+    return key.format(large=LARGE[_kind(device)])
+
+
+def _kind(device: str) -> str:
+    return device.partition("-")[0]
 
 
 def _reached(goal: Goal, device: str, rows: Mapping[str, Mapping[str, Row]]) -> str:
@@ -108,9 +121,9 @@ def _reached(goal: Goal, device: str, rows: Mapping[str, Mapping[str, Row]]) -> 
     if row is None or (goal.to and base is None):
         return "-"
     value = row.value / (base.value if base else 1.0)
-    limit = goal.limits.get(device)
+    limit = goal.limits.get(_kind(device))
     missed = limit is not None and round(value, 2) > limit
-    spread = "" if base or row.n == 1 else f" ({row.low:.2f}-{row.high:.2f})"
+    spread = "" if base or row.n == 1 else f" ({row.low:.2f}-{row.high:.2f}, n {row.n})"
     return f"{'**' if missed else ''}{value:.2f}{'** (missed)' if missed else ''}{spread}"
 
 
@@ -120,6 +133,8 @@ def _provenance(section: Mapping[str, Any]) -> str:
     hardware = (
         ", ".join(environment["gpus"]) or f"{environment['cpu']['model']}, {environment['cpu']['threads']} threads"
     )
+    if "kernels" in environment["cpu"]:
+        hardware += f", kernels {environment['cpu']['kernels'] or 'off'}, torch {environment['cpu']['torch']}"
     commit = environment["git"]["commit"][:10] if environment["git"] else "no commit"
     changed = " and changes" if environment["git"] and environment["git"]["dirty"] else ""
     versions = ", ".join(f"{name} {packages[name] or 'absent'}" for name in ("torch", "transformers", "torchao"))
