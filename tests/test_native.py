@@ -59,6 +59,8 @@ def quick_builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(native_build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in OPTIMIZED))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+    native.kernels.cache_clear()
+    native._library.cache_clear()
 
 
 @pytest.fixture(scope="module")
