@@ -3,6 +3,7 @@
     python scripts/bench.py all                             # everything, on screen
     python scripts/bench.py step --quick                    # one benchmark, few rounds
     python scripts/bench.py all --output scripts/bench_results     # and recorded: JSON, Markdown, bands, plot
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python scripts/bench.py all      # as on a CPU without AVX-512
     python scripts/bench.py all --quick --check scripts/bench_results   # exit 1 when a ratio left its recorded band
 
 Run it on a machine that does nothing else.
@@ -36,6 +37,7 @@ from benchmarks import kernel, memory, page, report, scaling, scoring, startup, 
 from benchmarks.arms import NO_TORCHAO, SHAPES
 from benchmarks.timing import Progress as ProgressProtocol
 from benchmarks.timing import Row, Settings
+from qatrun.numerics import native
 
 BENCHMARKS: dict[str, Callable[[Settings, ProgressProtocol], list[Row]]] = {
     "kernel": kernel.benchmark,
@@ -92,10 +94,8 @@ def environment() -> dict[str, Any]:
 
 
 def kind_of(device: str) -> str:
-    """What results are recorded by: the GPU, or the instruction set that PyTorch uses on this CPU."""
-    import torch  # takes seconds
-
-    return device if device == "cuda" else f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    """What results are recorded by: the GPU, or the instruction set of the kernels in use on this CPU."""
+    return device if device == "cuda" else f"cpu-{native.variant() or 'reference'}"
 
 
 def record(folder: Path, kind: str, name: str, section: dict[str, Any]) -> None:

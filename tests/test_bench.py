@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from qatrun.numerics import native
 
-KIND = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+KIND = f"cpu-{native.variant() or 'reference'}"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 
 

@@ -219,4 +219,4 @@ def test_bits_are_packed_least_significant_first() -> None:
     mask = torch.tensor([True, False, False, True, False, False, False, False, False, True])
     packed = passes.pack_bits(mask)
     assert packed.tolist() == [0b1001, 0b10]
-    assert torch.equal(passes.unpack_bits(packed, mask), mask)
+    assert torch.equal(passes.unpack_bits(packed, mask).bool(), mask)

@@ -34,7 +34,9 @@ from torch import Tensor
 _MAGNITUDE = 0x7FFF_FFFF
 _MANTISSA_BITS = 23  # of float32, as is the bias
 _BIAS = 127
-_ZERO_BELOW = 2.0**-23
+_INFINITE = 0x7F80_0000
+_BELOW_ZERO_ENDS = (-23 + _BIAS << _MANTISSA_BITS) - 1  # the largest pattern that becomes 0
+_BINADES = (24 + _BIAS << _MANTISSA_BITS, 27 + _BIAS << _MANTISSA_BITS)  # of |E| up to 3, and from 16 on, times 2^23
 _MIN_SUBNORMAL_PATTERN = (-22 + _BIAS) << _MANTISSA_BITS
 _MIN_NORMAL_EXPONENT = -15
 _INF_CODE = 0x6F
@@ -49,19 +51,26 @@ def round_hif8(x: Tensor) -> Tensor:
     Returns:
         Shape of x, float32. Magnitudes below 2^-23 become +0; Inf and NaN stay; a result above 2^15 is an overflow.
     """
-    magnitude = x.view(torch.int32) & _MAGNITUDE
+    pattern = x.view(torch.int32)
+    magnitude = pattern & _MAGNITUDE
     half = _half_of_last_kept_bit(magnitude)
-    rounded = magnitude.add_(half).bitwise_and_(half.mul_(-2)).clamp_(min=_MIN_SUBNORMAL_PATTERN)
-    nonzero = rounded.view(torch.float32).copysign_(x)
-    return torch.where(x.abs() >= _ZERO_BELOW, nonzero, x - x)  # x - x: +0 for what is small, NaN for NaN
+    rounded = (magnitude + half).bitwise_and_(half.mul_(-2)).clamp_(min=_MIN_SUBNORMAL_PATTERN)
+    # All ones where it holds, as the sign of a difference: a comparison or a choice takes torch as long as ten such steps.
+    is_nan = _INFINITE - magnitude >> 31
+    is_nonzero = _BELOW_ZERO_ENDS - magnitude >> 31
+    rounded.bitwise_or_(is_nan).bitwise_or_(pattern & ~_MAGNITUDE).bitwise_and_(is_nonzero)
+    return rounded.view(torch.float32)
 
 
 def _half_of_last_kept_bit(magnitude: Tensor) -> Tensor:
-    """Half of the last mantissa bit that HiF8 keeps, in units of the last bit of a float32 pattern."""
-    distance = (magnitude >> _MANTISSA_BITS).sub_(_BIAS).abs_()  # |E|
-    half = torch.where(distance < 16, magnitude.new_full((), 1 << 21), 1 << 22)
-    half = torch.where(distance < 8, 1 << 20, half)
-    return torch.where(distance < 4, 1 << 19, half)
+    """Half of the last mantissa bit that HiF8 keeps, in units of the last bit of a float32 pattern.
+
+    Made a float32, |E| has for exponent what it takes: 4 .. 7, 8 .. 15 and all above are a binade each, and a mantissa
+    bit less.
+    """
+    exponent = (magnitude & _INFINITE).sub_(_BIAS << _MANTISSA_BITS)  # E * 2^23
+    binade = exponent.to(torch.float32).view(torch.int32) & _INFINITE  # 2^(23 + floor(log2 |E|))
+    return binade.clamp_(*_BINADES).view(torch.float32).to(torch.int32) >> 5
 
 
 def hif8_spacing(value: float) -> float:

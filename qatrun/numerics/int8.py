@@ -17,7 +17,7 @@ _NAN_CODE = -128
 
 def round_int8(x: Tensor) -> Tensor:
     """Round to integers, ties to even, without an end. float32 in and out; no -0; Inf and NaN stay."""
-    return torch.where(x.abs() <= 0.5, 0.0, torch.round(x))
+    return 0.0 - (0.0 - torch.round(x))  # -0 becomes 0, and all else stays
 
 
 def encode_int8(grid: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ def _built(command: list[str]) -> Path:
 
 def _cache_folders() -> Iterator[Path]:
     """The user's cache; and, where that cannot be written, a folder for temporary files that is nobody else's."""
-    for folder in (os.environ.get("XDG_CACHE_HOME", ""), str(Path("~/.cache").expanduser())):
+    home = os.path.expanduser("~/.cache")  # noqa: PTH111 -- pathlib raises where there is no home
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), home):
         if Path(folder).is_absolute():
             yield Path(folder) / "qatrun"
             break

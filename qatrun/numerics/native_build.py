@@ -57,8 +57,7 @@ def build(command: list[str], folder: Path) -> Path:
             for name, flags in variants().items()
         ]
         library = Path(work) / "native.so"
-        for compiling in running:
-            _finish(compiling)
+        _finish(*running)
         _finish(_start(*command, "-shared", *objects.values(), "-o", str(library)))
         with library.open("rb") as file:
             os.fsync(file.fileno())
@@ -86,7 +85,9 @@ def _start(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _finish(started: subprocess.Popen[str]) -> None:
-    _, errors = started.communicate()
-    if started.returncode:
-        raise subprocess.CalledProcessError(started.returncode, started.args, stderr=errors)
+def _finish(*started: subprocess.Popen[str]) -> None:
+    """Waits for all of them, so that none still writes when the first error is raised."""
+    ended = [(process, process.communicate()[1]) for process in started]
+    for process, errors in ended:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)

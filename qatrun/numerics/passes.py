@@ -22,7 +22,7 @@ from torch import Tensor
 from qatrun.formats import FORMATS, Format
 from qatrun.numerics import native
 from qatrun.numerics.codes import decode, encode
-from qatrun.numerics.rounding import grid_edge, quantize_to_grid, saturates
+from qatrun.numerics.rounding import as_float32, bounded_round, grid_edge, saturates
 from qatrun.numerics.scales import amax
 
 _FORMAT_NUMBERS = {"hif8": 0, "fp8_e4m3": 1, "fp8_e5m2": 2, "int8": 3}
@@ -224,13 +224,14 @@ def _quantize_reference(
     codes: bool,
     blocked: bool,
 ) -> Quantized:
-    grid = quantize_to_grid(x, inv_scale, format, limit)
-    saturated, underflowed = saturates(x.float() * inv_scale, format, limit), (grid == 0) & (x != 0)
+    scaled = as_float32(x) * inv_scale
+    grid = bounded_round(scaled, FORMATS[format], "saturate", limit)
+    saturated, underflowed = saturates(scaled, format, limit), x.bool() & ~grid.bool()
     return Quantized(
         values=None if values is None else grid.to(values),
         codes=encode(grid, format) if codes else None,
         amax=amax(x, "per_tensor"),
-        counts=torch.stack([saturated.sum(), underflowed.sum()]),
+        counts=torch.stack([saturated.count_nonzero(), underflowed.count_nonzero()]),
         blocked=pack_bits(saturated) if blocked else None,
     )
 
@@ -246,16 +247,19 @@ def _rescale_reference(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias:
 
 def _scale_gradient_reference(grad: Tensor, scale: Tensor, blocked: Tensor | None, dtype: torch.dtype) -> Tensor:
     scaled = grad.float() * scale
-    return (scaled if blocked is None else torch.where(unpack_bits(blocked, grad), 0.0, scaled)).to(dtype)
+    if blocked is not None:  # a mask of bits, as choosing takes torch long: all zeros where blocked
+        passes = unpack_bits(blocked, grad).to(torch.int32).sub_(1)
+        scaled = passes.bitwise_and_(scaled.view(torch.int32)).view(torch.float32)
+    return scaled.to(dtype)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """[ceil(n / 8)] uint8 of n bools of any shape: value i in bit i % 8 of byte i // 8."""
-    flat = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-(-mask.numel() // 8), 8)
-    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+    eights = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(torch.int64)
+    return (eights * 0x0102_0408_1020_4080 >> 56).to(torch.uint8)  # brings bit 8k to bit 56 + k
 
 
 def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
-    """The bools that `pack_bits` packed, in the shape of `like`."""
+    """What `pack_bits` packed, 0 or 1 in uint8, in the shape of `like`."""
     eights = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
-    return eights.flatten()[: like.numel()].view(like.shape) != 0
+    return eights.flatten()[: like.numel()].view(like.shape)
