@@ -120,7 +120,7 @@ def _verdict(error: BaseException) -> tuple[str, int]:
 def _interrupted() -> tuple[str, int]:
     if _study_is_there():
         return f"interrupted: what is saved in {_study.get()} is kept; go on with --resume", _RUN
-    return "interrupted: nothing was begun that needs saving", INTERRUPTED
+    return "interrupted", INTERRUPTED
 
 
 def _kept() -> str:

@@ -70,12 +70,12 @@ ENDS = {
         "memory ran out (CUDA out of memory): fewer or shorter sequences at once need less",
     ),
     "usage": (raising(typer.BadParameter("no")), 2, ""),
-    "Ctrl-C": (raising(KeyboardInterrupt()), 130, "interrupted: nothing was begun that needs saving"),
-    "Ctrl-C, by Typer": (lambda: 130, 130, "interrupted: nothing was begun that needs saving"),
+    "Ctrl-C": (raising(KeyboardInterrupt()), 130, "interrupted"),
+    "Ctrl-C, by Typer": (lambda: 130, 130, "interrupted"),
     "SIGTERM": (
         lambda: signal.raise_signal(signal.SIGTERM),
         130,
-        "interrupted: nothing was begun that needs saving",
+        "interrupted",
     ),
 }
 

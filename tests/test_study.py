@@ -371,7 +371,8 @@ def test_ctrl_c_while_scoring_is_not_a_verdict(world: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(TerminalDisplay, "on_scored", stop)
-        assert run_qatrun("train", "tiny.yaml", "--resume", cwd=world).code == 130
+        ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
+    assert (ran.code, ran.err) == (3, "interrupted: what is saved in runs/tiny is kept; go on with --resume\n")
     assert run_qatrun("train", "tiny.yaml", "--resume", cwd=world).code == 0
     assert outcome(world / "runs/tiny") == finished
 

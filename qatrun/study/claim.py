@@ -54,13 +54,12 @@ def locked(folder: StudyFolder) -> Iterator[None]:
     Raises:
         InputError: one does already.
     """
-    with writing(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.path / LOCK_FILE)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(Problem(f"another process is running the study in {folder.path}", "name")) from None
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(Problem(f"another process is running the study in {folder.path}", "name")) from None
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ def run_study(
         raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
     with (
         claimed(folder, recipe, resume=resume, overwrite=overwrite, warn=display.on_warning),
-        _saying_how_to_go_on(folder, display),
+        _saying_how_to_go_on(folder),
     ):
         result = _run_all(recipe, checked, folder, display, trackers)
         return replace(result, page=write_page(folder))
@@ -100,14 +100,10 @@ def _conclude(folder: StudyFolder, recipe: Recipe) -> StudyResult:
 
 
 @contextmanager
-def _saying_how_to_go_on(folder: StudyFolder, display: Display) -> Iterator[None]:
-    """Ctrl-C between two steps of training is met by the loop; elsewhere, and on a full disk, a user wants to know what
-    is lost."""
-    saved = f"what was finished in {folder.path} is saved"
+def _saying_how_to_go_on(folder: StudyFolder) -> Iterator[None]:
+    """On a full disk a user wants to know what is lost."""
     try:
         yield
-    except KeyboardInterrupt:
-        display.on_warning(f"stopped by Ctrl-C: {saved}; --resume goes on from there")
-        raise
     except (WriteError, OSError) as error:
-        raise WriteError(f"{error}; {saved}: --resume goes on from there once it can be written") from error
+        saved = f"what was finished in {folder.path} is saved: --resume goes on from there once it can be written"
+        raise WriteError(f"{error}; {saved}") from error
