@@ -19,7 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp-simd")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-fopenmp-simd",
+)
 _DIGITS = 32
 # Best first; the last one is what every processor of the architecture runs.
 X86_64 = {
