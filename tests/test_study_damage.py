@@ -148,6 +148,13 @@ def test_steps_of_the_trunk_are_not_lost_with_an_arm_s_record(world: Path) -> No
     assert outcome(study) == before
 
 
+def test_a_study_without_its_diagnosis_is_not_finished(world: Path) -> None:
+    remove("diagnosis.json", "report.html")(world / "runs/tiny")
+    ran = run_qatrun("train", "tiny.yaml", cwd=world)
+    assert ran.code == 2
+    assert "unfinished (--resume to go on with it" in ran.err
+
+
 def test_a_study_may_be_moved(world: Path) -> None:
     remove("hif8/result.json")(world / "runs/tiny")
     before = checksums(world / "runs/tiny/bf16")

@@ -45,7 +45,7 @@ def is_free(folder: StudyFolder) -> bool:
     """Whether nothing lies there, or only what a study that never got to train left of its first files, torn."""
     if not folder.path.exists():
         return True
-    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and path.suffix != ".partial"}
+    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and not path.match(".*.partial")}
     return names <= FIRST_FILES and not _loads(folder.recipe) and all(_is_torn_or_ours(folder, name) for name in names)
 
 
