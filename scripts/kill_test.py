@@ -58,8 +58,7 @@ def main() -> int:
                 run.to_the_end("killed")
             num_studies += 1
             differing += differences(root / "whole" / name, root / "killed" / name)
-    for phase, count in run.killed_in.most_common():
-        print(f"{count:4} killed in: {phase}")
+    print("\n".join(f"{count:4} {phase}" for phase, count in run.killed_in.most_common()))
     print(f"{arguments.kills} kills, {num_studies} studies, {time.monotonic() - started:.0f} s")
     print("identical" if not differing else "different: " + ", ".join(sorted(set(differing))))
     return int(bool(differing))
@@ -90,7 +89,8 @@ class _Command:
                 process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 process.send_signal(number)
-                self.killed_in[f"{_phase(self.root / 'log')}, {number.name}"] += 1
+                self.killed_in[_phase(self.root / "log")] += 1
+                print(f"{number.name} {_phase(self.root / 'log')}", flush=True)
             code = process.wait()
         self._check(code, (0, 3, 130, -number))
         return code == 0

@@ -81,6 +81,7 @@ MADE_AGAIN: dict[str, tuple[Damage, str]] = {
         flip_a_bit("hif8/quantized/model.safetensors"),
         "hif8/quantized/model.safetensors is not what was scored: made again",
     ),
+    "a plan": (cut("hif8/quantized/plan.json"), "hif8/quantized/plan.json is not what was scored: made again"),
     "scores of the start model": (
         remove("start/eval"),
         "start model: scored again, because runs/tiny/start/eval: no scores",
