@@ -18,6 +18,8 @@ from qatrun.errors import DamagedFileError, Problem, QatrunError, WriteError
 
 T = TypeVar("T")
 
+UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
+
 # How safetensors and tokenizers (Rust), and Arrow, name an error of the operating system in their own exceptions.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
@@ -63,13 +65,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def filled_folder(folder: Path) -> Iterator[None]:
-    """Let a library write its files into a folder; weights get the mode of any new file.
+    """Let a library write its files into a folder of ours; weights get the mode of any new file.
 
     Raises:
         WriteError: they cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(UNFINISHED):
+            left.unlink()
         yield
         for file in folder.glob("*.safetensors"):
             file.chmod(_new_file_mode())

@@ -101,7 +101,7 @@ class ArmResult(TypedDict):
     """result.json of a trained arm.
 
     Attributes:
-        weights: weights file, relative to the arm's folder -> SHA-256 of what was scored.
+        weights: weights file or plan, relative to the arm's folder -> SHA-256 of what was scored.
     """
 
     arm: str

@@ -1,7 +1,9 @@
-"""Kill the demo at random moments with SIGKILL, resume it each time, and compare what it ends in with an uninterrupted run.
+"""Kill `qatrun train` at random moments of the whole command (preflight, trunk, arms, scoring, comparison, diagnosis, page),
+resume it each time, and compare what it ends in with a run that nobody stopped: the same files, bit for bit, the clock
+aside. A study that comes to its end is begun again until all kills are spent.
 
-python scripts/kill_test.py                      # five kills: before, at and after the switch among them
-python scripts/kill_test.py --set train.steps=60 --set warmup.steps=20 --set eval.limit=50 --seed 1
+    python scripts/kill_test.py --kills 50                             # TIME_ONE
+    python scripts/kill_test.py --kills 50 --set train.seeds=[0,1]     # TIME_SEEDS
 """
 
 from __future__ import annotations
@@ -10,83 +12,125 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qatrun.recipe import load_recipe
 
-CLOCK_FIELDS = {"seconds", "tokens_per_second"}
+SMALL = ("train.steps=24", "warmup.steps=10", "train.save_every=5", "qat.scaling.window=6", "eval.limit=10")
+SMALL += ("diagnose.calibration_sequences=4",)
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# What no two runs agree on: the clock, memory, and what hangs on them.
+CLOCK = {"seconds", "tokens_per_second", "peak_memory_bytes", "cost", "date", "command"}
+OF_THE_CLOCK = {"manifest.json", "comparison.txt", "report.html", "arms.csv", "lm_eval_results.json"}
+OF_THE_PLACE = {"recipe.yaml", ".lock"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="over " + ", ".join(SMALL))
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    overrides = [*SMALL, *arguments.overrides]
+    name, rng = load_recipe(arguments.recipe, overrides).name, random.Random(arguments.seed)
+    started, differing, num_studies = time.monotonic(), list[str](), 0
     with tempfile.TemporaryDirectory() as folder:
-        options = [option for override in arguments.overrides for option in ("--set", override)]
-        command = [sys.executable, "-m", "qatrun.cli", "train", arguments.recipe, *options, "--resume", "--set"]
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        subprocess.run([*command, f"output_dir={whole}"], check=True, stdout=subprocess.DEVNULL)
-        rng = random.Random(arguments.seed)
-        for arm, step in _moments(recipe.warmup.steps, recipe.train.steps, rng):
-            _run_until(arm, step, [*command, f"output_dir={killed}"], killed / recipe.name)
-        subprocess.run([*command, f"output_dir={killed}"], check=True, stdout=subprocess.DEVNULL)
-        differing = _differences(whole / recipe.name, killed / recipe.name)
-    print("identical" if not differing else "different: " + ", ".join(differing))
+        root = Path(folder)
+        run = _Command(arguments.recipe, overrides, root)
+        length = run.to_the_end("whole")
+        left = arguments.kills
+        while left or num_studies == 0:
+            shutil.rmtree(root / "killed", ignore_errors=True)
+            ended = False
+            while left and not (ended := run.until("killed", rng.uniform(0, length), rng.choice(SIGNALS))):
+                left -= 1
+            if not ended:
+                run.to_the_end("killed")
+            num_studies += 1
+            differing += differences(root / "whole" / name, root / "killed" / name)
+    print("\n".join(f"{count:4} {phase}" for phase, count in run.killed_in.most_common()))
+    print(f"{arguments.kills} kills, {num_studies} studies, {time.monotonic() - started:.0f} s")
+    print("identical" if not differing else "different: " + ", ".join(sorted(set(differing))))
     return int(bool(differing))
 
 
-def _moments(switch: int, steps: int, rng: random.Random) -> list[tuple[str, int]]:
-    """(arm, step after which it is killed): twice before the switch, at it, and twice after."""
-    before = sorted(rng.sample(range(1, switch), 2))
-    after = sorted(rng.sample(range(switch + 1, steps), 2))
-    return [("trunk-*", step) for step in before] + [("hif8", step) for step in (switch + 1, *after)]
+class _Command:
+    """One `qatrun train`, in a folder of its own for each way it is treated."""
+
+    def __init__(self, recipe: str, overrides: list[str], root: Path) -> None:
+        options = [option for override in overrides for option in ("--set", override)]
+        self.command = [sys.executable, "-u", "-m", "qatrun.cli", "train", recipe, *options, "--resume", "--set"]
+        self.root = root
+        self.killed_in: Counter[str] = Counter()
+
+    def to_the_end(self, name: str) -> float:
+        """Run it to its end; seconds."""
+        began = time.monotonic()
+        with (self.root / "log").open("w+", encoding="utf-8") as log:
+            code = subprocess.run([*self.command, f"output_dir={self.root / name}"], stdout=log, stderr=log).returncode
+        self._check(code, (0,))
+        return time.monotonic() - began
+
+    def until(self, name: str, seconds: float, number: signal.Signals) -> bool:
+        """Run it for so long and send it a signal. Returns whether it came to its end before."""
+        with (self.root / "log").open("w+", encoding="utf-8") as log:
+            process = subprocess.Popen([*self.command, f"output_dir={self.root / name}"], stdout=log, stderr=log)
+            try:
+                process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+                self.killed_in[_phase(self.root / "log")] += 1
+                print(f"{number.name} {_phase(self.root / 'log')}", flush=True)
+            code = process.wait()
+        self._check(code, (0, 3, 130, -number))
+        return code == 0
+
+    def _check(self, code: int, expected: tuple[int, ...]) -> None:
+        if code not in expected:
+            raise SystemExit(f"exit code {code}\n{(self.root / 'log').read_text(encoding='utf-8')}")
 
 
-def _run_until(arm: str, step: int, command: list[str], study: Path) -> None:
-    """Start the command and kill it as soon as the arm has done that many steps."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while _steps_done(study, arm) < step:
-        if process.poll() is not None:
-            raise SystemExit(f"the run ended with {process.returncode} before {arm} step {step}")
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    print(f"killed in {arm} after step {_steps_done(study, arm)}")
+def _phase(log: Path) -> str:
+    """What the command said last that it does."""
+    text = log.read_text(encoding="utf-8")
+    said = [line for line in text.splitlines() if line.startswith(("training ", "scoring ", "seed ", "the page"))]
+    return said[-1].partition(" step ")[0] if said else "start and preflight"
 
 
-def _steps_done(study: Path, arm: str) -> int:
-    files = list(study.glob(f"{arm}/metrics.jsonl"))
-    return len(files[0].read_text(encoding="utf-8").splitlines()) if files else 0
-
-
-def _differences(one: Path, other: Path) -> list[str]:
-    """Weights, codes, scores and metrics (clock fields aside) that are not the same."""
-    patterns = (
-        "*/*.safetensors",
-        "*/quantized/*.safetensors",
-        "*/checkpoints/*/*.safetensors",
-        "*/eval*/items.parquet",
-    )
-    files = {path.relative_to(one) for pattern in patterns for path in one.glob(pattern)}
-    files |= {path.relative_to(one) for path in one.glob("*/metrics.jsonl")}
-    return sorted(str(file) for file in files if _content(one / file) != _content(other / file))
+def differences(one: Path, other: Path) -> list[str]:
+    """Files that are not the same, or that only one study has."""
+    files = {path.relative_to(study) for study in (one, other) for path in study.rglob("*") if path.is_file()}
+    compared = sorted(file for file in files if file.name not in OF_THE_CLOCK | OF_THE_PLACE)
+    return [str(file) for file in compared if _content(one / file) != _content(other / file)]
 
 
 def _content(file: Path) -> str:
     if not file.is_file():
         return "missing"
-    if file.suffix != ".jsonl":
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return json.dumps([{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows])
+    read = READERS.get(file.suffix, lambda content: hashlib.sha256(content).hexdigest())
+    return read(file.read_bytes())
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_clock(each) for key, each in value.items() if key not in CLOCK}
+    return [_without_clock(each) for each in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[bytes], str]] = {
+    ".json": lambda content: json.dumps(_without_clock(json.loads(content))),
+    ".jsonl": lambda content: json.dumps([_without_clock(json.loads(line)) for line in content.splitlines()]),
+}
 
 
 if __name__ == "__main__":

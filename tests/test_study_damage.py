@@ -90,6 +90,7 @@ MADE_AGAIN: dict[str, tuple[Damage, str]] = {
         flip_a_bit("hif8/quantized/model.safetensors"),
         "hif8/quantized/model.safetensors is not what was scored: made again",
     ),
+    "a plan": (cut("hif8/quantized/plan.json"), "hif8/quantized/plan.json is not what was scored: made again"),
     "scores of the start model": (
         remove("start/eval"),
         "start model: scored again, because runs/tiny/start/eval: no scores",
@@ -155,6 +156,13 @@ def test_steps_of_the_trunk_are_not_lost_with_an_arm_s_record(world: Path) -> No
     assert ran.code == 0, ran.err
     assert "warning" not in ran.out
     assert outcome(study) == before
+
+
+def test_a_study_without_its_diagnosis_is_not_finished(world: Path) -> None:
+    remove("diagnosis.json", "report.html")(world / "runs/tiny")
+    ran = run_qatrun("train", "tiny.yaml", cwd=world)
+    assert ran.code == 2
+    assert "unfinished (--resume to go on with it" in ran.err
 
 
 def test_a_study_may_be_moved(world: Path) -> None:

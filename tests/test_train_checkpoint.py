@@ -13,7 +13,7 @@ from training import Recorder, TinyStudy, ctrl_c, differences, final_state
 
 import qatrun.train.checkpoint as checkpoint_module
 from qatrun.errors import CheckpointError, Interrupted, WriteError
-from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
+from qatrun.train.checkpoint import Checkpoint, has_checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("datasets_cache", "one_thread")
 
@@ -145,6 +145,50 @@ def test_an_arm_repeats_the_end_of_a_trunk_whose_last_checkpoint_is_damaged(
     assert len(listener.warnings) == 1
     assert [row["step"] for row in listener.rows] == [3, 4, 5, 6, 7]
     assert differences(final_state(uninterrupted.arms["hif8"].own), final_state(segments.own)) == []
+
+
+def test_what_is_lost_of_the_record_is_said_on_a_resume(twice: tuple[TinyStudy, TinyStudy]) -> None:
+    study, _ = twice
+    with pytest.raises(Interrupted):
+        study.train_arm(make_listener=lambda: Recorder({6: ctrl_c}))
+    own = study.arms["hif8"].own
+    for name in ("metrics.jsonl", "alarms.jsonl"):
+        assert len((own.folder / name).read_text(encoding="utf-8").splitlines()) > 1
+        (own.folder / name).write_text("torn", encoding="utf-8")
+    (own.trunk / "probe.safetensors").write_bytes(b"torn")
+    listener = Recorder()
+    study.train(own, listener)
+    steps, alarms, probe = listener.warnings
+    assert "metrics.jsonl has lost 3 of the first 6 steps (the first of them step 4)" in steps  # the trunk has 1 to 3
+    assert "alarms.jsonl has lost" in alarms
+    assert "probe.safetensors cannot be read" in probe
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("manifest.json", "null"), ("manifest.json", "{}"), ("progress.json", "[]")]
+)
+def test_a_checkpoint_whose_plain_data_say_nothing_is_damaged(tmp_path: Path, name: str, text: str) -> None:
+    written = write_checkpoint(tmp_path, checkpoint_at(3), keep_last=1)
+    (written / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(written)
+    assert not has_checkpoint(tmp_path)
+
+
+def test_copies_beside_checkpoints_are_none(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, checkpoint_at(3), keep_last=1)
+    shutil.copytree(written, tmp_path / "step-000003 (copy)")
+    shutil.copytree(written, tmp_path / "step-000009")
+    found, warnings = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    assert ["it is one of step 3" in text for text in warnings] == [True]
+
+
+def test_what_a_stop_saved_is_not_kept_beside_what_is_due(tmp_path: Path) -> None:
+    for step in (2, 4, 5, 6):
+        write_checkpoint(tmp_path, checkpoint_at(step), keep_last=2, save_every=2)
+    assert steps_in(tmp_path) == ["step-000004", "step-000006"]
 
 
 def test_an_arm_without_its_trunk_is_refused(twice: tuple[TinyStudy, TinyStudy]) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qatrun.errors import DamagedFileError, QatrunError
-from qatrun.files import read_json
+from qatrun.files import UNFINISHED, read_json
 from qatrun.recipe import load_recipe
 from qatrun.records import Result, StudyEnvironment
 from qatrun.study.layout import ArmFolder, StudyFolder
@@ -27,7 +27,14 @@ _OF_A_MODEL = (
 OF_AN_ARM = (
     *("metrics.jsonl", "alarms.jsonl", "result.json", "histograms.json", "log_perplexity.json"),
     *("checkpoints/step-*/*.safetensors", "checkpoints/step-*/progress.json", "checkpoints/step-*/manifest.json"),
-    *("checkpoints/.incomplete/*", "tensors/*.parquet", "**/.*.partial", "**/events.out.tfevents*", "**/hparams.yml"),
+    *(
+        "checkpoints/.incomplete/*",
+        "tensors/*.parquet",
+        "**/.*.partial",
+        f"**/{UNFINISHED}",
+        "**/events.out.tfevents*",
+        "**/hparams.yml",
+    ),
     *("eval*/items.parquet", "eval*/scores.json", "eval*/lm_eval_results.json", "eval*/log_perplexity.json"),
     *("eval*/samples/*.jsonl", "quantized/plan.json", *_OF_A_MODEL, *(f"quantized/{name}" for name in _OF_A_MODEL)),
 )
@@ -45,7 +52,7 @@ def is_free(folder: StudyFolder) -> bool:
     """Whether nothing lies there, or only what a study that never got to train left of its first files, torn."""
     if not folder.path.exists():
         return True
-    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and path.suffix != ".partial"}
+    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and not path.match(".*.partial")}
     return names <= FIRST_FILES and not _loads(folder.recipe) and all(_is_torn_or_ours(folder, name) for name in names)
 
 

@@ -9,6 +9,9 @@ from qatrun.records import ArmResult, Result
 from qatrun.study.display import Display
 from qatrun.study.layout import ArmFolder
 
+WEIGHTS = ("model*.safetensors", "quantized/model*.safetensors", "quantized/plan.json")
+FROM = "from the newest checkpoint that is whole"
+
 
 def finished(folder: ArmFolder, display: Display) -> ArmResult | None:
     """The record of an arm that is trained and whose weights are those that were scored; else None, and why is said."""
@@ -17,22 +20,22 @@ def finished(folder: ArmFolder, display: Display) -> ArmResult | None:
     try:
         record = read_json(folder.result, ArmResult)
     except DamagedFileError as error:
-        display.on_warning(f"{error}; made again from the last checkpoint")
+        display.on_warning(f"{error}; made again, {FROM}")
         return None
     if changed := changed_weights(folder, record):
-        display.on_warning(f"{', '.join(changed)}: made again from the last checkpoint")
+        display.on_warning(f"{', '.join(changed)}: made again, {FROM}")
         return None
     return record
 
 
 def weights_of(folder: ArmFolder) -> dict[str, str]:
-    """Weights file, relative to the arm's folder -> its checksum, of all that is scored."""
-    files = [*folder.path.glob("model*.safetensors"), *folder.quantized.glob("model*.safetensors")]
+    """Weights file or plan, relative to the arm's folder -> its checksum, of all that is scored."""
+    files = [file for name in WEIGHTS for file in folder.path.glob(name)]
     return {file.relative_to(folder.path).as_posix(): sha256(file) for file in sorted(files)}
 
 
 def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
-    """A phrase on each weights file that is not what was scored."""
+    """A phrase on each weights file or plan that is not what was scored."""
     now = weights_of(folder)
     return [
         f"{folder.path / name} {'is not what was scored' if name in now else 'is gone'}"

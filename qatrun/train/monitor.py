@@ -50,30 +50,35 @@ class Monitor:
         Args:
             checkpoint: the segment's own that it goes on from, or None.
         Returns:
-            Sentences on what cannot be watched.
+            Sentences on what cannot be watched, or is lost of what was.
         """
         folder, trunk = self.segment.folder, self.segment.trunk
         inherited = None if trunk is None else trunk / "alarms.jsonl"
         alarms = folder / "alarms.jsonl"
-        self._alarms = RowsFile(alarms, surviving_alarms(alarms, inherited, step))
+        rows = surviving_alarms(alarms, inherited, step)
+        self._alarms = RowsFile(alarms, rows)
+        lost = len(self.watch.raised) - len(rows)
+        problems = [f"{alarms} has lost {lost} of {len(self.watch.raised)} alarms"] if lost > 0 else []
         if self.quant is not None:
             state = {} if checkpoint is None else checkpoint.state
             pending = (state[_STEPS], state[_TABLES]) if _STEPS in state else None
             self._tensors = TensorFile(folder, self.quant.names, from_step=step, pending=pending)
         if self.config.probe is None or self.watched.text is None:
-            return []
+            return problems
         file = (trunk or folder) / FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)
-            return []
-        if not file.is_file():
-            return [f"no forgetting probe in {self.segment.name}: the start model was not asked before the first step"]
-        try:
-            self.probe = Probe.load(file)
-        except DamagedFileError as error:
-            return [f"no forgetting probe in {self.segment.name}: {error}"]
-        return []
+        elif file.is_file():
+            try:
+                self.probe = Probe.load(file)
+            except DamagedFileError as error:
+                problems.append(f"no forgetting probe in {self.segment.name}: {error}")
+        else:
+            problems.append(
+                f"no forgetting probe in {self.segment.name}: the start model was not asked before the first step"
+            )
+        return problems
 
     def begin_step(self, step: int) -> None:
         """Before the forward of the step that makes it `step`."""
