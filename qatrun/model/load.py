@@ -19,6 +19,7 @@ from qatrun.model.weights import check_weights, misfits, read_headers, refuse
 from qatrun.recipe import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = 20_000_000  # parameters; so many are made up in no time, to see the architecture run
 MOST_PARAMETERS = 200_000  # tensors; building more of them would not end
 
 
@@ -34,6 +35,9 @@ def check_model(model: ModelConfig, empty: nn.Module) -> None:
     check_causal(model, empty)
     check_weights(model, empty)
     check_export(model, empty)
+    if sum(parameter.numel() for parameter in empty.parameters()) <= SMALL:
+        with torch.random.fork_rng(devices=[]):
+            _check_runs(model, _build(model, load_config(model), "cpu").eval())
 
 
 def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
@@ -92,8 +96,20 @@ def architecture(model: ModelConfig) -> nn.Module:
     return empty
 
 
-def _build(model: ModelConfig, config: Any) -> Any:
-    with torch.device("meta"), _bounded():
+def _check_runs(model: ModelConfig, built: Any) -> None:
+    """Raises InputError where it does not run on text, or where a token's logits depend on those after it."""
+    try:
+        looks_ahead = sees_the_future(built)
+    except Exception as error:  # the code of any model
+        raise InputError(
+            Problem(f"{model.path}: it does not run on text alone: {sentence(error)}", "model.path")
+        ) from error
+    if looks_ahead:
+        refuse(model, ["what it says of a token changes with the tokens after it: it is no causal language model"])
+
+
+def _build(model: ModelConfig, config: Any, device: str = "meta") -> Any:
+    with torch.device(device), _bounded():
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
         )

@@ -166,7 +166,7 @@ def tracker_problems(names: Sequence[str]) -> list[Problem]:
 
 def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(text_config(model), "max_position_embeddings", None)
-    if context is not None and arm.data.seq_len > context:
+    if context is not None and 0 < context < arm.data.seq_len:  # -1: any number will do
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
 
 
