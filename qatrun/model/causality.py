@@ -16,7 +16,7 @@ from qatrun.recipe import ModelConfig
 
 NUM_TOKENS = 8
 NOISE = {
-    torch.float32: 1e-3,
+    torch.float32: 1e-5,
     torch.bfloat16: 0.1,
     torch.float16: 0.02,
 }  # of the largest logit; experts are shared out anew

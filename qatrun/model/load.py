@@ -119,7 +119,8 @@ def _cannot_build(model: ModelConfig, error: Exception) -> Problem:
     """Why a model could not be built or loaded, with the entry of config.json that is at fault, where it is one."""
     said = sentence(error)
     if "attention" in said.lower() and isinstance(error, ValueError | ImportError):
-        return Problem(f"{model.path}: {said}", key="model.attn_implementation")
+        hint = "; try eager" if model.attn_implementation != "eager" else ""
+        return Problem(f"{model.path}: {said.split('. ')[0]}{hint}", key="model.attn_implementation")
     if said.startswith("Unrecognized configuration class"):
         said = f"transformers knows no causal language model of the type '{config_json(model)['model_type']}'"
     elif not isinstance(error, OSError | InputError) and (

@@ -67,7 +67,7 @@ class Preflight:
     def _arm_dict(self, name: str, arm: Arm) -> dict[str, Any]:
         covered = self.coverages.get(name)
         memory = None
-        if self.config is not None:
+        if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
