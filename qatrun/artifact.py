@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import InputError, Problem
-from qatrun.model import architecture, from_tensors, load_tokenizer
+from qatrun.model import architecture, from_tensors, load_tokenizer, save_description
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
@@ -55,8 +55,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         "attn_implementation": model.config._attn_implementation,
         "plan": plan.to_dict(),
     }
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    save_description(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / PLAN_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

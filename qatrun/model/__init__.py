@@ -1,7 +1,7 @@
 """Models from folders and the hub: looked at before they are loaded, loaded, and saved as Hugging Face folders."""
 
 from qatrun.model.config import load_config, text_config
-from qatrun.model.export import save_model
+from qatrun.model.export import save_description, save_model
 from qatrun.model.load import (
     DTYPES,
     architecture,
@@ -21,6 +21,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "on_device",
+    "save_description",
     "save_model",
     "text_config",
 ]

@@ -48,6 +48,9 @@ def load_config(model: ModelConfig) -> Any:
             location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the values of a config lead to
+        if "auto_map" in raw and not model.trust_remote_code:
+            message = f"{model.path}: its code comes with it, and is run only with trust_remote_code: true"
+            raise InputError(Problem(message, key="model.trust_remote_code")) from error
         blamed = blame(raw, lambda _: None) if not isinstance(error, OSError) else None
         raise InputError(
             _problem(f"{model.path}: {blamed or 'config.json cannot be read'} ({sentence(error)})")
