@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.model import DTYPES, architecture, from_tensors
+from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
@@ -55,8 +55,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
     with whole_file(folder / WEIGHTS_FILE) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     with filled_folder(folder):
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        save_description(model, folder)
         tokenizer.save_pretrained(folder)
     description = {
         "format_version": FORMAT_VERSION,

@@ -1,7 +1,7 @@
 """Models from folders and the hub: looked at before they are loaded, loaded, and saved as Hugging Face folders."""
 
 from qatrun.model.config import PANGU_MODEL_TYPE, config_json, load_config, location, text_config
-from qatrun.model.export import save_model
+from qatrun.model.export import save_description, save_model
 from qatrun.model.load import (
     DTYPES,
     architecture,
@@ -22,6 +22,7 @@ __all__ = [
     "load_model",
     "location",
     "on_device",
+    "save_description",
     "save_model",
     "text_config",
 ]

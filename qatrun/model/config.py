@@ -40,15 +40,20 @@ def load_config(model: ModelConfig) -> Any:
     raw = config_json(model)
     if problems := [_problem(f"{model.path}: {text}") for text in _absurdities(raw)]:
         raise InputError(problems)
-    if raw["model_type"] == PANGU_MODEL_TYPE:
-        fields = {key: value for key, value in raw.items() if key not in {"model_type", "auto_map", "architectures"}}
-        bias = fields.pop("bias", True)
-        return LlamaConfig(**fields, attention_bias=bias, architectures=["LlamaForCausalLM"])
     try:
+        if raw["model_type"] == PANGU_MODEL_TYPE:
+            fields = {
+                key: value for key, value in raw.items() if key not in {"model_type", "auto_map", "architectures"}
+            }
+            bias = fields.pop("bias", True)
+            return LlamaConfig(**fields, attention_bias=bias, architectures=["LlamaForCausalLM"])
         return AutoConfig.from_pretrained(
             location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # transformers raises whatever the values of a config lead to
+        if "auto_map" in raw and not model.trust_remote_code:
+            message = f"{model.path}: its code comes with it, and is run only with trust_remote_code: true"
+            raise InputError(Problem(message, key="model.trust_remote_code")) from error
         blamed = blame(raw, lambda _: None) if not isinstance(error, OSError) else None
         raise InputError(
             _problem(f"{model.path}: {blamed or 'config.json cannot be read'} ({sentence(error)})")
@@ -111,7 +116,11 @@ def sentence(error: BaseException) -> str:
     if first.rstrip().endswith(":") and rest:  # an introduction, and what it introduces
         text = " ".join(rest.split("\n\n")[0].split())
     else:
-        text = first if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {first}"
+        text = (
+            first
+            if isinstance(error, OSError | ValueError | RuntimeError | InputError)
+            else f"{type(error).__name__}: {first}"
+        )
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from qatrun.errors import InputError, Problem
 from qatrun.model.config import location, sentence
@@ -31,6 +32,14 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
             parameter.data = master
         model.config.dtype, model.config.use_cache = config_dtype, use_cache
     tokenizer.save_pretrained(folder)
+
+
+def save_description(model: Any, folder: Path) -> None:
+    """Write all of a model but its weights: config, generation settings, and its code where that came with it."""
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def check_export(model: ModelConfig, empty: Any) -> None:

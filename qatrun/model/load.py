@@ -15,10 +15,11 @@ from qatrun.errors import InputError, Problem
 from qatrun.model.causality import check_causal, sees_the_future
 from qatrun.model.config import blame, config_json, load_config, location, sentence, text_config
 from qatrun.model.export import check_export, make_savable
-from qatrun.model.weights import check_weights, misfits, read_headers, refuse
+from qatrun.model.weights import check_weights, misfits, quantized_by, read_headers, refuse
 from qatrun.recipe import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = 20_000_000  # parameters; so many are made up in no time, to see the architecture run
 MOST_PARAMETERS = 200_000  # tensors; building more of them would not end
 
 
@@ -31,9 +32,17 @@ def check_model(model: ModelConfig, empty: nn.Module) -> None:
         InputError: weight files that are not what they should be or do not fit config.json, an encoder, or settings that
             could not be saved after training.
     """
-    check_causal(model, empty)
-    check_weights(model, empty)
-    check_export(model, empty)
+    problems: list[Problem] = []
+    for check in (check_causal, check_weights, check_export):
+        try:
+            check(model, empty)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    if sum(parameter.numel() for parameter in empty.parameters()) <= SMALL:
+        with torch.random.fork_rng(devices=[]):
+            _check_runs(model, _build(model, load_config(model), "cpu").eval())
 
 
 def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
@@ -44,7 +53,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
             architecture has no place for or that are NaN, or it is no causal model.
     """
     config = load_config(model)
-    read_headers(model)
+    stored = read_headers(model)
     try:
         with _bounded():
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -59,20 +68,13 @@ def load_model(model: ModelConfig, dtype: torch.dtype | Literal["auto"]) -> Any:
             )
     except Exception as error:  # transformers raises whatever files and values lead to
         raise InputError(_cannot_build(model, error)) from error
-    refuse(model, misfits(info, loaded))
+    refuse(model, quantized_by(model, stored, loaded) or misfits(info, loaded))
     if bad := next((name for name, p in loaded.named_parameters() if not torch.isfinite(p).all()), None):
         refuse(model, [f"{bad} holds NaN or infinite values in the checkpoint"])
     text_config(loaded).use_cache = loaded.config.use_cache = False
     loaded.eval()
     check_causal(model, loaded)
-    try:
-        looks_ahead = sees_the_future(loaded)
-    except Exception as error:  # the code of any model
-        raise InputError(
-            Problem(f"{model.path}: it does not run on plain text: {sentence(error)}", "model.path")
-        ) from error
-    if looks_ahead:
-        refuse(model, ["what it says of a token changes with the tokens after it: it is no causal language model"])
+    _check_runs(model, loaded)
     make_savable(loaded.generation_config)
     return loaded
 
@@ -92,8 +94,20 @@ def architecture(model: ModelConfig) -> nn.Module:
     return empty
 
 
-def _build(model: ModelConfig, config: Any) -> Any:
-    with torch.device("meta"), _bounded():
+def _check_runs(model: ModelConfig, built: Any) -> None:
+    """Raises InputError where it does not run on text, or where a token's logits depend on those after it."""
+    try:
+        looks_ahead = sees_the_future(built)
+    except Exception as error:  # the code of any model
+        raise InputError(
+            Problem(f"{model.path}: it does not run on text alone: {sentence(error)}", "model.path")
+        ) from error
+    if looks_ahead:
+        refuse(model, ["what it says of a token changes with the tokens after it: it is no causal language model"])
+
+
+def _build(model: ModelConfig, config: Any, device: str = "meta") -> Any:
+    with torch.device(device), _bounded():
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
         )
@@ -103,7 +117,8 @@ def _cannot_build(model: ModelConfig, error: Exception) -> Problem:
     """Why a model could not be built or loaded, with the entry of config.json that is at fault, where it is one."""
     said = sentence(error)
     if "attention" in said.lower() and isinstance(error, ValueError | ImportError):
-        return Problem(f"{model.path}: {said}", key="model.attn_implementation")
+        hint = "; try eager" if model.attn_implementation != "eager" else ""
+        return Problem(f"{model.path}: {said.split('. ')[0]}{hint}", key="model.attn_implementation")
     if said.startswith("Unrecognized configuration class"):
         said = f"transformers knows no causal language model of the type '{config_json(model)['model_type']}'"
     elif not isinstance(error, OSError | InputError) and (

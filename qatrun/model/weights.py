@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,9 @@ def check_weights(model: ModelConfig, empty: nn.Module) -> None:
         InputError: files that are missing, damaged or something else; weights that are quantized already, that are
             missing, of another shape, or that the architecture has no place for.
     """
-    folder = Path(location(model))
-    if not folder.is_dir():
-        return
     stored = read_headers(model)
-    refuse(model, list(_quantized_problems(folder, stored, empty)))
-    if info := _fit(empty, {name: tensor for name, (tensor, _) in stored.items()}):
-        refuse(model, misfits(info, empty))
+    if stored:
+        refuse(model, quantized_by(model, stored, empty) or misfits(_fit(empty, stored), empty))
 
 
 def read_headers(model: ModelConfig) -> dict[str, tuple[Tensor, str]]:
@@ -101,7 +97,7 @@ def misfits(info: Mapping[str, Any], model: nn.Module) -> list[str]:
         problems.append(f"{name} is {_shape(stored)} in the checkpoint, {_shape(wanted)} by config.json{more}")
     if missing := sorted(info["missing_keys"]):
         problems.append(f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}; they would be random")
-    if left_over := sorted(name for name in info["unexpected_keys"] if _belongs_to(name, model)):
+    if left_over := _parts_without_a_place(info["unexpected_keys"], model):
         problems.append(
             f"the checkpoint holds {len(left_over)} weights that the architecture by config.json has no place for, such "
             f"as {left_over[0]}"
@@ -109,17 +105,17 @@ def misfits(info: Mapping[str, Any], model: nn.Module) -> list[str]:
     return problems
 
 
-def _belongs_to(name: str, model: nn.Module) -> bool:
-    """Whether a weight without a place would have been part of this very network: of one layer more, or the bias of one
-    of its modules. Heads, towers and buffers of other tools are none of ours."""
-    owner, _, leaf = name.rpartition(".")
-    known = {_numberless(parameter) for parameter, _ in model.named_parameters(remove_duplicate=False)}
-    modules = {
-        _numberless(module)
-        for module, child in model.named_modules()
-        if next(child.parameters(False), None) is not None
-    }
-    return _numberless(name) in known or (leaf in ("weight", "bias") and _numberless(owner) in modules)
+def _parts_without_a_place(unexpected: Iterable[str], model: nn.Module) -> list[str]:
+    """Those that would have been part of this very network: of one layer more, or the bias of one of its modules. Heads,
+    towers and buffers of other tools are none of ours."""
+    known = {_numberless(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    owners = {name.rpartition(".")[0] for name in known}
+
+    def is_part(name: str) -> bool:
+        owner, _, leaf = _numberless(name).rpartition(".")
+        return _numberless(name) in known or (leaf in ("weight", "bias") and owner in owners)
+
+    return sorted(filter(is_part, unexpected))
 
 
 def _numberless(name: str) -> str:
@@ -205,37 +201,37 @@ def _tensors(file: Path) -> dict[str, tuple[Tensor, str]]:
     }
 
 
-def _quantized_problems(folder: Path, stored: Mapping[str, tuple[Tensor, str]], empty: nn.Module) -> Iterator[str]:
-    """Signs that another tool, or qatrun, quantized the weights though config.json does not say so."""
+def quantized_by(model: ModelConfig, stored: Mapping[str, tuple[Tensor, str]], built: nn.Module) -> list[str]:
+    """The first sign that another tool, or qatrun, quantized the weights though config.json does not say so; or none."""
+    folder = Path(location(model))
     for name, tool in TOOL_FILES.items():
         if (folder / name).is_file():
-            yield quantized_already(tool, name)
-            return
-    own = empty.state_dict().keys()
+            return [quantized_already(tool, name)]
+    own = built.state_dict().keys()
     for name, (_, dtype) in stored.items():
         leaf = name.rpartition(".")[2]
         if name not in own and leaf in QUANTIZED_LEAVES:
-            yield quantized_already(QUANTIZED_LEAVES[leaf], f"its {name}")
-            return
+            return [quantized_already(QUANTIZED_LEAVES[leaf], f"its {name}")]
         if leaf == "weight" and QUANTIZED_DTYPES.fullmatch(dtype):
-            yield quantized_already(dtype, f"the dtype of {name}")
-            return
+            return [quantized_already(dtype, f"the dtype of {name}")]
+    return []
 
 
-def _fit(empty: Any, stored: dict[str, Tensor]) -> Mapping[str, Any] | None:
-    """Transformers' loading info for tensors on the meta device; None where it cannot load there."""
+def _fit(empty: Any, stored: Mapping[str, tuple[Tensor, str]]) -> Mapping[str, Any]:
+    """Transformers' loading info for tensors on the meta device; an empty one where it cannot load there."""
     options = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with silent_transformers():
+    tensors = {name: tensor for name, (tensor, _) in stored.items()}
+    with _silent_transformers():
         try:
             config = copy.deepcopy(empty.config)
-            info: Mapping[str, Any] = type(empty).from_pretrained(None, config=config, state_dict=stored, **options)[1]
-        except Exception:  # a conversion that asks for values
-            return None
+            info: Mapping[str, Any] = type(empty).from_pretrained(None, config=config, state_dict=tensors, **options)[1]
+        except Exception:  # a conversion that asks for values: what does not fit shows when it is loaded
+            return dict.fromkeys(("mismatched_keys", "missing_keys", "unexpected_keys"), ())
     return info
 
 
 @contextmanager
-def silent_transformers() -> Iterator[None]:
+def _silent_transformers() -> Iterator[None]:
     """No progress bars and no load report, which would tell of a look as of a load."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

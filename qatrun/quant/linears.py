@@ -45,12 +45,14 @@ class Survey:
         first_reader: linear -> first linear that is called with the very same tensor (q for q/k/v, gate for gate/up).
         unfit: linear -> why it cannot be quantized.
         tied: linears that share their weight with something else, such as the embeddings.
+        complaint: what the model says to text alone, where it refuses it; None where it runs, or failed for other reasons.
     """
 
     head: str | None
     first_reader: Mapping[str, str]
     unfit: Mapping[str, str]
     tied: frozenset[str]
+    complaint: str | None = None
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -66,7 +68,9 @@ def survey(model: nn.Module) -> Survey:
     }
     first_reader = {name: name for name in linears}
     used = _dry_run(model)
-    if used is None:
+    complaint = None
+    if not isinstance(used, _Use):
+        complaint = str(used) if isinstance(used, ValueError) else None
         unfit |= {name: READS_WEIGHT for name in _weights_read_in_source(model, linears) if name not in unfit}
     else:
         first_reader |= used.first_reader
@@ -75,7 +79,7 @@ def survey(model: nn.Module) -> Survey:
                 unfit[name] = READS_WEIGHT
             elif name not in unfit and name not in used.first_reader:
                 unfit[name] = NOT_CALLED
-    return Survey(_output_head_name(model, linears), first_reader, unfit, frozenset(_tied(model, linears)))
+    return Survey(_output_head_name(model, linears), first_reader, unfit, frozenset(_tied(model, linears)), complaint)
 
 
 def described(unfit: Mapping[str, str]) -> str:
@@ -137,8 +141,8 @@ class _AnsweringItems(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _dry_run(model: nn.Module) -> _Use | None:
-    """Two tokens through the architecture on the meta device; None where it does not run there."""
+def _dry_run(model: nn.Module) -> _Use | Exception | None:
+    """Two tokens through the architecture on the meta device, or what it raised where it is given tokens alone."""
     config = getattr(model, "config", None)
     if config is None:
         return None
@@ -149,15 +153,18 @@ def _dry_run(model: nn.Module) -> _Use | None:
             return None
         tokens = torch.zeros(1, 2, dtype=torch.long)
         # A mask in full spares most models the look at its values.
-        for mask in (torch.ones(1, 1, 2, 2, dtype=torch.bool), None, torch.ones_like(tokens)):
+        masks = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.ones_like(tokens)
+        failure = None
+        for given in (*({"attention_mask": mask} for mask in masks), {}):
             use = _Use({}, set())
             try:
                 with _watched(named_linears(skeleton), use), _AnsweringItems():
-                    skeleton(input_ids=tokens, attention_mask=mask, use_cache=False)
-            except Exception:  # the code of any model: it may fail in every way
+                    skeleton(input_ids=tokens, use_cache=False, **given)
+            except Exception as error:  # the code of any model: it may fail in every way
+                failure = error
                 continue
             return use
-    return None
+    return failure
 
 
 @contextmanager

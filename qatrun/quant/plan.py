@@ -149,6 +149,8 @@ def make_plan(model: nn.Module, qat: QatConfig, seen: Survey | None = None) -> Q
     linears = named_linears(model)
     seen = survey(model) if seen is None else seen
     problems: list[Problem] = []
+    if seen.complaint is not None:
+        problems.append(Problem(f"the model does not run on text alone: {seen.complaint}", key="model.path"))
     if qat.targets is None:
         chosen = {name for name in linears if name != seen.head and name not in seen.tied}
     else:

@@ -70,7 +70,7 @@ class Preflight:
     def _arm_dict(self, name: str, arm: Arm) -> dict[str, Any]:
         covered = self.coverages.get(name)
         memory = None
-        if self.config is not None:
+        if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
@@ -173,7 +173,7 @@ def tracker_problems(names: Sequence[str]) -> list[Problem]:
 
 def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(text_config(model), "max_position_embeddings", None)
-    if context is not None and arm.data.seq_len > context:
+    if context is not None and 0 < context < arm.data.seq_len:  # -1: any number will do
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
 
 
