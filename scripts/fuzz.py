@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -67,6 +68,7 @@ def _run_all(base: Path, folder: Path, numbers: list[int], arguments: argparse.N
     """Run the inputs, so many at a time; the rows of those that ended badly, printed as they come."""
     at_work: list[tuple[int, Input, running.Run]] = []
     bad: list[str] = []
+    places: Counter[str] = Counter()
     codes: Counter[tuple[str, int]] = Counter()
     began = time.monotonic()
     waiting = iter(numbers)
@@ -86,13 +88,15 @@ def _run_all(base: Path, folder: Path, numbers: list[int], arguments: argparse.N
             codes[drawn.kind, code] += 1
             if found := running.faults(run, code, _names_a_place(drawn)):
                 bad.append(_row(number, drawn, code, found))
+                places.update(re.findall(r"\(([\w/]+\.py:\d+)\)", found[0])[-1:] or [found[0].partition(":")[0]])
                 print(bad[-1], flush=True)
             if arguments.only is None:
                 running.remove(run.folder)
             else:
                 print(f"{_row(number, drawn, code, found)}\n{run.said()}\nin {run.world}")
         time.sleep(0.01)
-    print(_summary(codes, bad, arguments.seed, time.monotonic() - began))
+    print(_summary(codes, arguments.seed, time.monotonic() - began))
+    print(f"{len(bad)} ended badly" + "".join(f"\n{count:>6} {place}" for place, count in places.most_common()))
     return bad
 
 
@@ -109,14 +113,13 @@ def _row(number: int, drawn: Input, code: int, found: list[str]) -> str:
     )
 
 
-def _summary(codes: Counter[tuple[str, int]], bad: list[str], seed: int, seconds: float) -> str:
+def _summary(codes: Counter[tuple[str, int]], seed: int, seconds: float) -> str:
     seen = sorted({code for _, code in codes})
     lines = [f"{'kind':<10}" + "".join(f"{code:>7}" for code in seen)]
     for kind in sorted(KINDS):
         lines.append(f"{kind:<10}" + "".join(f"{codes[kind, code] or '':>7}" for code in seen))
-    lines.append(f"{sum(codes.values())} inputs, exit codes above, {seconds:.0f} s; {len(bad)} ended badly")
-    if bad:
-        lines.append(f"each again: {Path(sys.argv[0])} --seed {seed} --only NUMBER (the first column)")
+    lines.append(f"{sum(codes.values())} inputs, exit codes above, {seconds:.0f} s; one of them again:")
+    lines.append(f"    {Path(sys.argv[0])} --seed {seed} --only NUMBER (the first column)")
     return "\n".join(lines)
 
 

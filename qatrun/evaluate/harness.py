@@ -68,6 +68,8 @@ def score(
     with quiet(), sandboxed_templates(), evaluation_mode(model):
         tasks = _build(config)
         lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
+        if lm.prefix_token_id is None:
+            raise InputError("the tokenizer names neither a BOS nor an EOS token, without which lm-eval cannot score")
         for task in tasks:
             outcome = _run(lm, task, _chosen(task, config.limit, at_most))
             samples = outcome.pop("samples")
@@ -121,6 +123,9 @@ class _InMemoryLM(HFLM):  # type: ignore[misc]
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+        if not all(context and choice for _, context, choice in requests):
+            message = "it asks with a prompt or a choice that has no token in this tokenizer (empty, or blanks)"
+            raise InputError(Problem(message, f"eval.tasks.{self._task}"))
         self.num_truncated += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
         self.num_tokens |= {text: len(choice) for text, _, choice in requests}
         return super()._loglikelihood_tokens(requests, **options)

@@ -9,7 +9,7 @@ what `hf download --repo-type dataset <org>/<name> --local-dir data_dir/<org>/<n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,19 +61,30 @@ class FolderSource:
     files: Mapping[str, tuple[Path, ...]]
 
     def num_rows(self, split: str) -> int:
-        return sum(pq.read_metadata(path).num_rows for path in self._files(split))
+        return sum(_read(pq.read_metadata, path).num_rows for path in self._files(split))
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.table(split).to_pylist()
         return rows
 
     def table(self, split: str) -> pa.Table:
-        return pa.concat_tables(pq.read_table(path) for path in self._files(split))
+        tables = [_read(pq.read_table, path) for path in self._files(split)]
+        try:
+            return pa.concat_tables(tables)
+        except pa.ArrowException as error:
+            raise TaskError(f"the files of split '{split}' in {self.name} differ in their columns") from error
 
     def _files(self, split: str) -> tuple[Path, ...]:
         if split not in self.files:
             raise TaskError(f"no parquet file of split '{split}' in {self.name} (there: {', '.join(self.files)})")
         return self.files[split]
+
+
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return read(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TaskError(f"{path} is no parquet file that can be read: {' '.join(str(error).split())[:200]}") from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ def find_source(config: Mapping[str, Any], data_dir: Path | None) -> Source:
     options = {key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"}
     try:
         sizes = _hub_sizes(path, config_name, options) if on_hub else _stated_sizes(opened, config_name, options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the reader of files, of the hub's client, of the HTTP client below it
         where = f"'{path}' is not below {data_dir}" if data_dir else f"eval.data_dir is not set for '{path}'"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TaskError(f"no data: {where}, and it cannot be had from the hub ({reason})") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
+import re
 import resource
 import shutil
 import sys
@@ -72,7 +74,7 @@ def start(arguments: Sequence[str], folder: Path, limit_s: float) -> Run:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        _be_the_command(arguments, folder)
+        _be_the_command(arguments, folder, limit_s)
     return Run(folder, pid, limit_s, before)
 
 
@@ -84,15 +86,16 @@ def faults(run: Run, code: int, may_write: bool) -> list[str]:
     """
     said, found = run.said(), []
     if run.too_long:
-        found.append(f"still running after {run.limit_s:.0f} s")
+        where = re.search(r"qatrun/(?!cli|boundary)([\w/]+\.py)\", line (\d+)", said)
+        found.append(f"still running after {run.limit_s:.0f} s" + (f" ({where[1]}:{where[2]})" if where else ""))
     elif code < 0:
         found.append(f"killed by signal {-code}")
     elif code not in ALLOWED:
         found.append(f"exit code {code}")
     if "Traceback (most recent call last)" in said:
         found.append("traceback: " + said.strip().splitlines()[-1])
-    if "an error of qatrun's own" in said:
-        found.append(next(line for line in said.splitlines() if "an error of qatrun's own" in line))
+    if own := re.search(r"an error of qatrun's own, not yours: (.*); (?:the traceback is|no log)", said):
+        found.append(f"its own error: {own[1]}")
     if code in (2, 3) and not said.strip():
         found.append(f"exit code {code} without a word")
     if (run.folder / "canary").exists():
@@ -104,7 +107,7 @@ def faults(run: Run, code: int, may_write: bool) -> list[str]:
     return found
 
 
-def _be_the_command(arguments: Sequence[str], folder: Path) -> None:
+def _be_the_command(arguments: Sequence[str], folder: Path, limit_s: float) -> None:
     """In the child: become the command, and never return."""
     code = 70
     try:
@@ -113,6 +116,7 @@ def _be_the_command(arguments: Sequence[str], folder: Path) -> None:
             os.dup2(opened, number)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+        faulthandler.dump_traceback_later(0.95 * limit_s, file=sys.stderr)
         os.chdir(folder / "world")
         os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
         tempfile.tempdir = None
