@@ -149,7 +149,7 @@ def test_a_check_of_the_demo_writes_one_document(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, streaming: bool) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"texts": "w1", "label": 3}])
     message = message_of(file, streaming=streaming)
-    assert message == f"data.train.text_column -- no column 'text' in {file}, row 1 (did you mean 'texts'?)"
+    assert message == f"data.train.text_column -- no column 'text' in {file} (did you mean 'texts'?)"
     assert "columns: texts, label" in message_of(file, text_column="zzz", streaming=streaming)
 
 

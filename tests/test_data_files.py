@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
         (lambda path: None, "no such file or folder '"),
         (lambda path: (path.mkdir(), (path / "a.jsonl").write_bytes(jsonl(GOOD)),
                        (path / "b.jsonl").write_bytes(jsonl([{"body": "w1"}]))),
-         "no column 'text' in {}/b.jsonl, row 1 (columns: body)"),
+         "no column 'text' in {}/b.jsonl (columns: body)"),
     ],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], object], expected: str) -> None:
@@ -175,6 +175,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, make: Callable[[P
     make(path)
     (problem,) = check_data(DataConfig(train=Source(path=str(path))), TOKENIZER)
     assert expected.format(path) in str(problem)
+
+
+def test_a_part_of_a_split(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl(ROWS * 4))
+    source = Source(path=str(file), split="train[50%:]")
+    assert len(open_dataset(source, "data.train")) == len(list(read_documents(source, "data.train"))) == 6
+    with pytest.raises(InputError, match=r"data\.train\.split -- "):
+        open_dataset(Source(path=str(file), split="train[x:]"), "data.train")
+    with pytest.raises(InputError, match=r"data\.train\.split -- .* a stream takes no part of a split"):
+        open_dataset(Source(path=str(file), split="train[:2]", streaming=True), "data.train")
 
 
 def test_content_not_its_date_tells_a_file_from_what_was_read_before(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def as_document(values: Any, where: str, source: Source, key: str) -> Document |
     if column not in values:
         close = get_close_matches(column, values, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(values)}"
-        raise InputError(Problem(f"no column '{column}' in {where} ({hint})", key=key))
+        # Where the first row lacks it, the file does.
+        raise InputError(Problem(f"no column '{column}' in {where.removesuffix(', row 1')} ({hint})", key=key))
     content = values[column]
     if content is None or content in ("", []):
         return None

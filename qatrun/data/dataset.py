@@ -17,7 +17,7 @@ import datasets
 
 from qatrun import demo
 from qatrun.data.columns import Document, as_document, demo_documents
-from qatrun.data.files import UnreadableError, ending, endings, files_by_split, read_rows
+from qatrun.data.files import SPLITS, UnreadableError, ending, endings, files_by_split, read_rows
 from qatrun.errors import InputError, Problem
 from qatrun.hub import ask_once, hub_is_reachable
 from qatrun.recipe import Source
@@ -45,7 +45,7 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
         if isinstance(told, InputError):
             raise told from None
         where = "split" if isinstance(error, ValueError) and "split" in str(error) else "path"
-        reason = str(told).strip().splitlines()[0]
+        reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
         if isinstance(error, ConnectionError) and not hub_is_reachable():
             reason = "no such file or folder, and the hub cannot be reached"
         raise InputError(Problem(f"{source.path}: {reason}", key=f"{key}.{where}")) from error
@@ -66,7 +66,7 @@ def read_documents(source: Source, key: str) -> Iterator[Document | None]:
     files = local_files(source, key)
     if source.path == demo.BUILTIN:
         return demo_documents(source, key)
-    if files is not None:
+    if files is not None and "[" not in source.split:
         return _documents_of_files(files, source, key)
     return (document_of(row, source, key, index) for index, row in enumerate(open_dataset(source, key)))
 
@@ -91,10 +91,12 @@ def local_files(source: Source, key: str) -> list[Path] | None:
     except (OSError, UnreadableError) as error:
         message = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise InputError(Problem(message, key=f"{key}.path")) from None
-    if source.split not in found:
+    name = source.split.partition("[")[0]
+    split = SPLITS.get(name, name)
+    if split not in found:
         splits = ", ".join(f"'{split}'" for split in found)
-        raise InputError(Problem(f"no split '{source.split}' in {path} (there: {splits})", key=f"{key}.split"))
-    return found[source.split]
+        raise InputError(Problem(f"no split '{name}' in {path} (there: {splits})", key=f"{key}.split"))
+    return found[split]
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -119,12 +121,25 @@ def _load(source: Source, key: str) -> Any:
     if files is None:
         return _load_by_name(source)
     of_files = {"files": files, "source": source, "key": key}
+    is_sliced = "[" in source.split
     if source.streaming:
+        if is_sliced:
+            raise ValueError("a stream takes no part of a split")
         return datasets.IterableDataset.from_generator(_records, features=FEATURES, gen_kwargs=of_files)
     # Not by path and time, as `datasets` does by itself: a copy may bring other content with the same time.
     settings = source.model_dump_json(include={"text_column", "messages_column", "roles"})
     fingerprint = hashlib.sha256(f"{CACHE_VERSION}{settings}{content_hash(files)}".encode()).hexdigest()
-    return datasets.Dataset.from_generator(_records, FEATURES, gen_kwargs=of_files, fingerprint=fingerprint)
+    dataset = datasets.Dataset.from_generator(_records, FEATURES, gen_kwargs=of_files, fingerprint=fingerprint)
+    return _sliced(dataset, source.split) if is_sliced else dataset
+
+
+def _sliced(dataset: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The part of a split that `train[:10%]` means."""
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(dataset)})
+    except ValueError:
+        raise ValueError(f"'{split}' is no part of a split, such as 'train[:10%]'") from None
+    return dataset.select([row for part in parts for row in range(part.from_, part.to)])
 
 
 def _load_by_name(source: Source) -> Any:
@@ -155,11 +170,11 @@ def record(document: Document | None, source: Source) -> Record:
     """A row of `FEATURES`."""
     if document is None:
         return {"content": None, "where": ""}
-    content = json.dumps(document.content) if source.messages_column else document.content
+    content = json.dumps(document.content, default=str) if source.messages_column else document.content
     return {"content": content, "where": document.where}
 
 
-def document_of(record: Record, source: Source, key: str, index: int | None = None) -> Document | None:
+def document_of(row: Record, source: Source, key: str, index: int | None = None) -> Document | None:
     """The document in a row of `open_dataset`; None where it holds none.
 
     Args:
@@ -167,10 +182,10 @@ def document_of(record: Record, source: Source, key: str, index: int | None = No
     Raises:
         InputError: as for `as_document`.
     """
-    if not FEATURES.keys() <= record.keys():
+    if not FEATURES.keys() <= row.keys():
         where = source.path if index is None else f"{source.path}, row {index + 1}"
-        return as_document(record, where, source, key)
-    content = record["content"]
+        return as_document(row, where, source, key)
+    content = row["content"]
     if content is None:
         return None
-    return Document(json.loads(content) if source.messages_column else content, record["where"])
+    return Document(json.loads(content) if source.messages_column else content, row["where"])
