@@ -171,7 +171,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     # The runtime that torch has loaded, so that both share one pool of threads; without it the kernels use one thread.
     for runtime in (None, *Path(torch.__file__).parent.glob("lib/lib*omp*")):
         with suppress(OSError, AttributeError):
-            openmp = ctypes.CDLL(runtime and str(runtime))
+            openmp = ctypes.CDLL(str(runtime) if runtime else None)
             functions = openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads
             library.qatrun_share_threads(*(ctypes.cast(function, _P) for function in functions))
             break

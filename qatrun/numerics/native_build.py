@@ -36,7 +36,7 @@ X86_64 = {
     "avx2": ("-mavx2",),
     "baseline": ("-DQATRUN_COMMON",),
 }
-ELSEWHERE = {"baseline": ("-DQATRUN_COMMON",)}  # on Arm that is NEON
+ELSEWHERE: dict[str, tuple[str, ...]] = {"baseline": ("-DQATRUN_COMMON",)}  # on Arm that is NEON
 
 
 def variants() -> dict[str, tuple[str, ...]]:

@@ -63,7 +63,7 @@ def preload() -> None:
         importlib.import_module(f"qatrun.{module}")
     from qatrun.numerics import native
 
-    native.library()
+    native.variant()
 
 
 def start(arguments: Sequence[str], folder: Path, limit_s: float) -> Run:
