@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compilers import needs_compiler
+
 from qatrun.numerics import native
 
-KIND = f"cpu-{native.variant() or 'reference'}"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 
 
+@needs_compiler
 def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
+    kind = f"cpu-{native.variant() or 'reference'}"
     impossible = {f"kernel/{case} MiB/hif8": [0.0, 0.0] for case in ("fp32 0.0156", "bf16 0.00781")}
-    (tmp_path / f"{KIND}-bands.json").write_text(json.dumps(impossible))
+    (tmp_path / f"{kind}-bands.json").write_text(json.dumps(impossible))
     output = tmp_path / "output"
     arguments = ("kernel", "--quick", "--values", "4096", "--output", str(output), "--check", str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -26,7 +29,7 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
     complaints = [line for line in ran.stdout.splitlines() if "recorded band 0.000 .. 0.000" in line]
     assert len(complaints) == len(impossible)
 
-    recorded = json.loads((output / f"{KIND}.json").read_text())["kernel"]
+    recorded = json.loads((output / f"{kind}.json").read_text())["kernel"]
     assert {"packages", "cpu", "git", "date"} <= recorded["environment"].keys()
     measured = {(row["case"], row["arm"]): row for row in recorded["rows"]}
     for case in ("fp32 0.0156 MiB", "bf16 0.00781 MiB"):
@@ -35,6 +38,6 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
         assert row["n"] == 10
         assert 0 < row["low"] <= row["value"] <= row["high"]
         assert measured[case, row["reference"]]["value"] == 1.0
-        low, high = json.loads((output / f"{KIND}-bands.json").read_text())[f"kernel/{case}/hif8"]
+        low, high = json.loads((output / f"{kind}-bands.json").read_text())[f"kernel/{case}/hif8"]
         assert low < row["value"] < high
-    assert "not measured" in (output / f"{KIND}.md").read_text()
+    assert "not measured" in (output / f"{kind}.md").read_text()

@@ -6,8 +6,6 @@ zero counts; NaN counts as equal to NaN.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 
 import en_dtypes
@@ -15,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from compilers import needs_compiler
 from torch import Tensor
 
 from qatrun.formats import FORMATS, get_format
@@ -157,11 +156,6 @@ def test_saturation_at_the_formats_own_edge_is_overflow(name: str) -> None:
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
         round_to_format(torch.zeros(1, dtype=dtype), "hif8")
-
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile on CPU needs a C++ compiler"
-)
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama, token_ids
+from compilers import needs_compiler
 from quantized_training import SETTINGS, assert_equal, attached, trained
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -121,6 +122,7 @@ def test_layers_compiled_one_by_one_share_a_graph() -> None:
     assert counter.frame_count == 1
 
 
+@needs_compiler
 def test_inductor_computes_the_same_and_quantizes_a_shared_input_once(passes_made: Counter[tuple[int, ...]]) -> None:
     """Its kernels round norms and softmax otherwise in the last place, so gradients agree but for that."""
 
