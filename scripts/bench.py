@@ -12,9 +12,12 @@ Run it on a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib.metadata
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -96,6 +99,13 @@ def environment() -> dict[str, Any]:
     return described
 
 
+def separate_compiled_code() -> None:
+    """What torch.compile keeps on disk does not say which instruction set torch was held to, so each gets a folder."""
+    if held := os.environ.get("ATEN_CPU_CAPABILITY"):
+        kept = Path(tempfile.gettempdir()) / f"torchinductor-{getpass.getuser()}-{held}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+
+
 def machine(device: str) -> str:
     """What the results of a device are filed under: ratios of two instruction sets are two things. `cpu` is AVX-512."""
     kernels = native.variant()
@@ -144,6 +154,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    separate_compiled_code()
     model = arguments.model or ("openpangu-1b" if arguments.device == "cuda" else "llama-35m")
     settings = Settings(arguments.device, model, arguments.quick, arguments.values)
     console = Console(width=None if sys.stdout.isatty() else 160)
