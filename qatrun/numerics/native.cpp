@@ -373,6 +373,7 @@ Seen quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, i
     uint8_t mask[PIECE];
     for (int64_t piece = first; piece < last; piece++) {
       const int64_t start = piece * PIECE, end = start + PIECE < n ? start + PIECE : n;
+      const int64_t saturated_before = here.saturated;
       Out* grid = q ? q + start : scratch;
       for (int64_t from = start, to; from < end; from = to) {
         const int64_t row = from / columns, row_end = (row + 1) * columns;
@@ -381,7 +382,9 @@ Seen quantize(const In* x, int64_t n, int64_t columns, const float* inv_scale, i
                                       grid + (from - start), mask + (from - start)));
       }
       if (codes) encode<Format>(grid, end - start, codes + start);
-      if (blocked) {
+      if (blocked && here.saturated == saturated_before) {
+        memset(blocked + start / 8, 0, static_cast<size_t>((end - start + 7) / 8));
+      } else if (blocked) {
         for (int64_t i = end; i % 8 != 0; i++) mask[i - start] = 0;
         pack(mask, end - start, blocked + start / 8);
       }

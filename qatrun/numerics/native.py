@@ -169,9 +169,9 @@ def _cache_folders() -> Iterator[Path]:
 def _loaded(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     # The runtime that torch has loaded, so that both share one pool of threads; without it the kernels use one thread.
-    for runtime in (None, *Path(torch.__file__).parent.glob("lib/lib*omp*")):
+    for runtime in (None, *map(str, Path(torch.__file__).parent.glob("lib/lib*omp*"))):
         with suppress(OSError, AttributeError):
-            openmp = ctypes.CDLL(str(runtime) if runtime else None)
+            openmp = ctypes.CDLL(runtime)
             functions = openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads
             library.qatrun_share_threads(*(ctypes.cast(function, _P) for function in functions))
             break

@@ -31,7 +31,7 @@ FLAGS = (
 )
 _DIGITS = 32
 # Best first; the last one is what every processor of the architecture runs.
-X86_64 = {
+X86_64: dict[str, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2",),
     "baseline": ("-DQATRUN_COMMON",),
