@@ -61,7 +61,12 @@ DERIVED = {"rope_parameters", "rope_scaling", "architectures", "model_type", "id
 MLA = {"head_dim": 8}  # of the part that is rotated
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2}
 GEMMA4 = {"per_layer_config": {1: {"head_dim": 32}}}
-DOTS3 = {"layer_types": ["indexed_attention", "sliding_attention"], "head_dim": 16}
+DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+    "per_layer_config": {1: {"num_attention_heads": 2, "num_key_value_heads": 2}},
+}
 QWEN4 = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -76,10 +81,12 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), MLA | {"num_key_value_heads": 4}),
     "bamba": MAMBA2,
     "blt": {
+        "vocab_size": VOCABULARY,
         "encoder_hash_byte_group_vocab": 64,
         "encoder_hash_byte_group_size": [3],
-        "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size_global": 64},
+        "encoder_config": {"hidden_size_global": 64, "vocab_size": VOCABULARY},
+        "decoder_config": {"hidden_size_global": 64, "vocab_size": VOCABULARY},
+        "patcher_config": {"vocab_size": VOCABULARY},
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config": {"hidden_size": 64}},
@@ -111,7 +118,11 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
     },
     "bailing_hybrid": {"num_expert_group": 1},
-    "dots3_note": {"text_config": DOTS3},
+    "dots3_note": {
+        "text_config": DOTS3 | SPECIAL_TOKENS,
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16},
+    },
     "dots3_note_text": DOTS3,
     **dict.fromkeys(("qwen4_exp_text",), QWEN4),
     "qwen4_exp": {"text_config": QWEN4},
