@@ -162,6 +162,9 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
     "twin that is no arm": ("  hif8: {}", "  hif8: {twin: bf17}", [
         "r.yaml:10: arms.hif8.twin -- no such arm 'bf17' (did you mean 'bf16'?)",
     ]),
+    "twin that is no name": ("  hif8: {}", "  hif8: {twin: 7}", [
+        "r.yaml:10: arms.hif8.twin -- must be text (got 7)",
+    ]),
     "twin that is quantized": ("  hif8: {}", "  hif8: {}\n  int8: {twin: hif8}", [
         "r.yaml:11: arms.int8.twin -- arm 'hif8' is quantized itself (one of bf16)",
     ]),
