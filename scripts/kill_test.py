@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qatrun import cli
 from qatrun.recipe import load_recipe
 
 SMALL = ("train.steps=24", "warmup.steps=10", "train.save_every=5", "qat.scaling.window=6", "eval.limit=10")
@@ -69,40 +73,58 @@ class _Command:
 
     def __init__(self, recipe: str, overrides: list[str], root: Path) -> None:
         options = [option for override in overrides for option in ("--set", override)]
-        self.command = [sys.executable, "-u", "-m", "qatrun.cli", "train", recipe, *options, "--resume", "--set"]
+        self.arguments = ["train", recipe, *options, "--resume", "--set"]
+        self.log = root / "log"
         self.root = root
         self.killed_in: Counter[str] = Counter()
+        # Forked from a server that has imported everything: moments of an import are no moments of a study.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["qatrun.study.runner", "transformers.models.llama.modeling_llama"])
 
     def to_the_end(self, name: str) -> float:
         """Run it to its end; seconds."""
         began = time.monotonic()
-        with (self.root / "log").open("w+", encoding="utf-8") as log:
-            code = subprocess.run([*self.command, f"output_dir={self.root / name}"], stdout=log, stderr=log).returncode
-        self._check(code, (0,))
+        process = self._start(name)
+        process.join()
+        self._check(process.exitcode, (0,))
         return time.monotonic() - began
 
     def until(self, name: str, seconds: float, number: signal.Signals) -> bool:
-        """Run it for so long and send it a signal. Returns whether it came to its end before."""
-        with (self.root / "log").open("w+", encoding="utf-8") as log:
-            process = subprocess.Popen([*self.command, f"output_dir={self.root / name}"], stdout=log, stderr=log)
-            try:
-                process.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(number)
-                self.killed_in[_phase(self.root / "log")] += 1
-                print(f"{number.name} {_phase(self.root / 'log')}", flush=True)
-            code = process.wait()
-        self._check(code, (0, 3, 130, -number))
-        return code == 0
+        """Run it for so long and send it a signal. Returns whether it came to its end all the same."""
+        process = self._start(name)
+        process.join(seconds)
+        if process.is_alive():
+            os.kill(process.pid, number)
+            self.killed_in[_phase(self.log)] += 1
+            print(f"{number.name} {_phase(self.log)}", flush=True)
+        process.join()
+        self._check(process.exitcode, (0, 3, 130, -number))
+        return bool(process.exitcode == 0)
+
+    def _start(self, name: str) -> Any:
+        arguments = [*self.arguments, f"output_dir={self.root / name}"]
+        process = self.context.Process(target=_run, args=(arguments, str(self.log)))
+        process.start()
+        return process
 
     def _check(self, code: int, expected: tuple[int, ...]) -> None:
         if code not in expected:
-            raise SystemExit(f"exit code {code}\n{(self.root / 'log').read_text(encoding='utf-8')}")
+            raise SystemExit(f"exit code {code}\n{self.log.read_text(encoding='utf-8')}")
+
+
+def _run(arguments: list[str], log: str) -> None:
+    with open(log, "w", encoding="utf-8") as stream:  # noqa: PTH123
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = ["qatrun", *arguments]
+    torch.set_num_threads(1)  # models so small are slower on more
+    cli.main()
 
 
 def _phase(log: Path) -> str:
     """What the command said last that it does."""
-    text = log.read_text(encoding="utf-8")
+    text = log.read_text(encoding="utf-8") if log.is_file() else ""
     said = [line for line in text.splitlines() if line.startswith(("training ", "scoring ", "seed ", "the page"))]
     return said[-1].partition(" step ")[0] if said else "start and preflight"
 

@@ -110,7 +110,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "mllama": {"text_config": SPECIAL_TOKENS},
     "nemotron": {"num_key_value_heads": 2},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "reformer": {
+        "vocab_size": VOCABULARY,
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
         "axial_pos_embds": False,

@@ -16,7 +16,7 @@ import torch
 import transformers
 from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, with_parameters_in, word_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
@@ -151,6 +151,23 @@ def test_weights_of_another_shape_are_an_error(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"model\.path"):
         load_model(source(tmp_path), torch.float32)
+
+
+class ForgetsItsFirstToken(LlamaForCausalLM):
+    """Initializes an embedding that was loaded already, as Youtu does with that of the pad token."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data[0] = 0
+
+
+def test_what_is_made_of_tensors_holds_those_tensors() -> None:
+    model = ForgetsItsFirstToken(tiny_llama().config)
+    tensors = tiny_llama().state_dict()
+    assert tensors["model.embed_tokens.weight"][0].any()
+    filled = from_tensors(model, tensors, torch.float32)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in filled.state_dict().items())
 
 
 @pytest.mark.parametrize(

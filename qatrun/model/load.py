@@ -157,6 +157,8 @@ def from_tensors(empty: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     )
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
+    # Some architectures initialize a part of what was loaded already, such as the embedding of the pad token.
+    model.load_state_dict(tensors, strict=False)
     text_config(model).use_cache = model.config.use_cache = False
     return model.eval()
 
