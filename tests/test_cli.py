@@ -204,8 +204,7 @@ def test_all_that_model_and_data_show_is_reported_at_once_with_its_line(world: P
             "faulty.yaml:12: arms.hif8.qat.targets -- pattern 're:.*\\.mpl\\..*' matches no linear "
             "(names look like 'model.layers.0.self_attn.q_proj')",
             "faulty.yaml:13: arms.int8.twin -- its twin 'bf16' has other data: name a twin that does not, or add one",
-            "faulty.yaml:14: arms.int8.data.train.text_column -- no column 'txet' in text.jsonl, row 1 "
-            "(did you mean 'text'?)",
+            "faulty.yaml:14: arms.int8.data.train.text_column -- no column 'txet' in text.jsonl (did you mean 'text'?)",
             f"parent.yaml:{line['ignore']}: qat.ignore -- pattern 'lm_hed' matches no linear (did you mean 'lm_head'?)",
             f"{override}: data.valid.path -- no such file 'no.txt'",
         ]

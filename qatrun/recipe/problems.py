@@ -79,7 +79,7 @@ def _walk(model: type[Section], path: KeyPath) -> Iterator[tuple[int, FieldInfo]
 
 
 def _repair(model: type[Section], tree: dict[str, Any], path: KeyPath) -> None:
-    """Replace what is wrong at the path: a required field gets its example, or null if it may be null; anything else goes."""
+    """Replace what is wrong at the path: a required field gets its example, or null if it may be; anything else goes."""
     owner, key, depth = tree, path[0], 1
     while depth < len(path) and isinstance(owner.get(str(key)), dict):
         owner, key, depth = owner[str(key)], path[depth], depth + 1
