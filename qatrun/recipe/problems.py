@@ -85,7 +85,7 @@ def _repair(model: type[Section], tree: dict[str, Any], path: KeyPath) -> None:
         owner, key, depth = owner[str(key)], path[depth], depth + 1
     field = dict(_walk(model, path)).get(depth)
     if field is not None and field.is_required():
-        instead = None if type(None) in get_args(field.annotation) else {}
+        instead: dict[str, Any] | None = None if type(None) in get_args(field.annotation) else {}
         owner[str(key)] = field.examples[0] if field.examples else instead
     else:
         owner.pop(str(key), None)
