@@ -163,10 +163,10 @@ class ForgetsItsFirstToken(LlamaForCausalLM):
 
 def test_what_is_made_of_tensors_holds_those_tensors() -> None:
     model = ForgetsItsFirstToken(tiny_llama().config)
-    tensors = tiny_llama().state_dict()
-    assert tensors["model.embed_tokens.weight"][0].any()
+    expected, tensors = tiny_llama().state_dict(), tiny_llama().state_dict()
+    assert expected["model.embed_tokens.weight"][0].any()
     filled = from_tensors(model, tensors, torch.float32)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in filled.state_dict().items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in filled.state_dict().items())
 
 
 @pytest.mark.parametrize(
