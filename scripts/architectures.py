@@ -169,6 +169,8 @@ def run(recipe: Recipe, checked: Any, folder: Path) -> bool:
     (arm,) = checked.arms.values()
     tokenizer = AutoTokenizer.from_pretrained(arm.model.path)
     (segments,) = plan_segments(checked.arms, checked.plans, folder / "runs")
+    assert segments.trunk is not None
+    assert segments.own.plan is not None
     for segment in (segments.trunk, segments.own):
         model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)
