@@ -78,14 +78,13 @@ def in_own_process(architecture: str) -> Result:
     process = context.Process(target=_report, args=(architecture, sender))
     process.start()
     sender.close()
+    result = Result(architecture, FAILED, f"no answer in {SECONDS_EACH} s")
     try:
-        result: Result = receiver.recv() if receiver.poll(SECONDS_EACH) else None
+        if receiver.poll(SECONDS_EACH):
+            result = receiver.recv()
     except EOFError:
-        result = None
-    if result is None:
-        hung = process.is_alive()
-        process.kill()
-        result = Result(architecture, FAILED, f"no answer in {SECONDS_EACH} s" if hung else "the process died")
+        result = Result(architecture, FAILED, "the process died")
+    process.kill()
     process.join()
     return result
 
@@ -170,6 +169,8 @@ def run(recipe: Recipe, checked: Any, folder: Path) -> bool:
     (arm,) = checked.arms.values()
     tokenizer = AutoTokenizer.from_pretrained(arm.model.path)
     (segments,) = plan_segments(checked.arms, checked.plans, folder / "runs")
+    assert segments.trunk is not None
+    assert segments.own.plan is not None
     for segment in (segments.trunk, segments.own):
         model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, with_parameters_in, word_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaModel
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
@@ -153,21 +153,17 @@ def test_weights_of_another_shape_are_an_error(tmp_path: Path) -> None:
         load_model(source(tmp_path), torch.float32)
 
 
-class ForgetsItsFirstToken(LlamaForCausalLM):
-    """Initializes an embedding that was loaded already, as Youtu does with that of the pad token."""
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
+def test_what_is_made_of_tensors_holds_those_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget_the_first_token(_model: Any, module: torch.nn.Module) -> None:
+        """What Youtu does to an embedding that was loaded already."""
         if isinstance(module, torch.nn.Embedding):
             module.weight.data[0] = 0
 
-
-def test_what_is_made_of_tensors_holds_those_tensors() -> None:
-    model = ForgetsItsFirstToken(tiny_llama().config)
-    tensors = tiny_llama().state_dict()
-    assert tensors["model.embed_tokens.weight"][0].any()
+    model, expected, tensors = tiny_llama(), tiny_llama().state_dict(), tiny_llama().state_dict()
+    assert expected["model.embed_tokens.weight"][0].any()
+    monkeypatch.setattr(LlamaModel, "_init_weights", forget_the_first_token)
     filled = from_tensors(model, tensors, torch.float32)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in filled.state_dict().items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in filled.state_dict().items())
 
 
 @pytest.mark.parametrize(

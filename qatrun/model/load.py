@@ -152,13 +152,15 @@ def from_tensors(empty: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtyp
     Raises:
         InputError: weights are missing.
     """
+    # Some architectures go on to zero the pad token's row of what was loaded, in the very tensor that they were given.
+    owners = {name for name, module in empty.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = {name: tensor.clone() for name, tensor in tensors.items() if name.rpartition(".")[0] in owners}
     model, info = type(empty).from_pretrained(
         None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
-    # Some architectures initialize a part of what was loaded already, such as the embedding of the pad token.
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(embeddings, strict=False)
     text_config(model).use_cache = model.config.use_cache = False
     return model.eval()
 

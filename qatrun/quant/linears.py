@@ -68,17 +68,14 @@ def survey(model: nn.Module) -> Survey:
     }
     first_reader = {name: name for name in linears}
     used = _dry_run(model)
-    complaint = None
-    if not isinstance(used, _Use):
-        complaint = str(used) if isinstance(used, ValueError) else None
-        unfit |= {name: READS_WEIGHT for name in _weights_read_in_source(model, linears) if name not in unfit}
-    else:
+    if isinstance(used, _Use):
         first_reader |= used.first_reader
-        for name in linears:
-            if name not in unfit and name in used.reads:
-                unfit[name] = READS_WEIGHT
-            elif name not in unfit and name not in used.first_reader:
-                unfit[name] = NOT_CALLED
+        misused = dict.fromkeys(used.reads, READS_WEIGHT)
+        misused |= {name: NOT_CALLED for name in linears if name not in used.first_reader and name not in used.reads}
+    else:
+        misused = dict.fromkeys(_weights_read_in_source(model, linears), READS_WEIGHT)
+    unfit = {name: (misused | unfit)[name] for name in linears if name in misused or name in unfit}
+    complaint = str(used) if isinstance(used, ValueError) else None
     return Survey(_output_head_name(model, linears), first_reader, unfit, frozenset(_tied(model, linears)), complaint)
 
 
