@@ -29,8 +29,10 @@ import torch
 from qatrun import cli
 from qatrun.recipe import load_recipe
 
-SMALL = ("train.steps=24", "warmup.steps=10", "train.save_every=5", "qat.scaling.window=6", "eval.limit=10")
-SMALL += ("diagnose.calibration_sequences=4",)
+SMALL = (
+    *("train.steps=24", "warmup.steps=10", "train.save_every=5", "qat.scaling.window=6", "train.global_batch_size=4"),
+    *("train.micro_batch_size=2", "data.valid_sequences=8", "eval.limit=10", "diagnose.calibration_sequences=4"),
+)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What no two runs agree on: the clock, memory, and what hangs on them.
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_bytes", "cost", "date", "command"}
