@@ -1,0 +1,150 @@
+"""How one tensor is quantized, as data: what a recipe asks for, a plan holds and a quantized folder keeps. Torch-free.
+
+    scheme    a format, what shares a scale, how the scale is found, where values saturate
+    slot      one quantized tensor of a model: a linear, and the tensor's role in it
+    rule      amax history -> the amax that a delayed scale is made for; a function by name
+
+To add a rule is to write the function and to name it in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from qatrun.formats import ROLES, Role, get_format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Clip = Literal["format", "target"]
+Ste = Literal["identity", "clipped"]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """What shares one scale: all of a tensor [..., d], or each of its rows.
+
+    Attributes:
+        roles: whose tensors it makes sense for.
+    """
+
+    rows: bool
+    roles: tuple[Role, ...]
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of this shape."""
+        return (*shape[:-1], 1) if self.rows else ()
+
+
+GRANULARITIES: Mapping[str, Granularity] = MappingProxyType(
+    {
+        "per_tensor": Granularity(rows=False, roles=ROLES),
+        "per_channel": Granularity(rows=True, roles=("weight",)),
+        "per_token": Granularity(rows=True, roles=("input",)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a scale is found from the amaxes seen.
+
+    Attributes:
+        type: `delayed`: from the amaxes of earlier steps; `dynamic`: from the tensor at hand; `static`: frozen at the
+            switch; `none`: scale 1.
+        algorithm: delayed: name of one of `RULES`.
+        ema_decay: ema: weight of an amax over that of the next newer one.
+        window, update_interval: delayed: how many units of history, and how many between two scales.
+        unit: delayed: what pushes one entry onto the history.
+    """
+
+    type: Literal["delayed", "dynamic", "static", "none"] = "delayed"
+    algorithm: str = "max"
+    ema_decay: float = 0.9
+    window: int = 64
+    update_interval: int = 1
+    unit: Literal["optimizer_step", "microbatch"] = "optimizer_step"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one tensor is quantized.
+
+    Attributes:
+        format: name of one of `formats.FORMATS`.
+        granularity: name of one of `GRANULARITIES`.
+        target_amax: grid value that amax is mapped to; 0 < target_amax <= the format's max_finite.
+        clip: whether values saturate at the target or at the format's own largest value.
+        ste: gradient of the rounding: all passes, or nothing passes where the value saturated.
+    """
+
+    format: str
+    granularity: str
+    target_amax: float
+    scaling: Scaling
+    clip: Clip = "format"
+    ste: Ste = "clipped"
+
+    @property
+    def limit(self) -> float | None:
+        """Magnitude on the grid that values are clipped to; None: the format's own range is the only edge."""
+        return self.target_amax if self.clip == "target" else None
+
+    @property
+    def edge(self) -> float:
+        """The largest magnitude on the grid that values can have."""
+        return get_format(self.format).max_finite if self.limit is None else self.limit
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row of a tensor has a scale of its own."""
+        return GRANULARITIES[self.granularity].rows
+
+
+class Slot(NamedTuple):
+    """One quantized tensor of a model; in files `<linear>:<role>`."""
+
+    linear: str
+    role: Role
+
+    def __str__(self) -> str:
+        return f"{self.linear}:{self.role}"
+
+    @classmethod
+    def parse(cls, text: str) -> Slot:
+        """The slot that `str` gave this name.
+
+        Raises:
+            ValueError: it is no such name.
+        """
+        linear, _, given = text.rpartition(":")
+        for role in ROLES:
+            if role == given and linear:
+                return cls(linear, role)
+        raise ValueError(f"'{text}' names no slot: <linear>:<role>, a role being one of {', '.join(ROLES)}")
+
+
+def _largest(history: Tensor, scaling: Scaling) -> Tensor:
+    return history[: scaling.window].amax(dim=0)
+
+
+def _newest(history: Tensor, _: Scaling) -> Tensor:
+    return history[0]
+
+
+def _moving_average(history: Tensor, scaling: Scaling) -> Tensor:
+    """With weights that fall by `ema_decay` a row, over the rows in which anything was seen."""
+    rows = history[: scaling.window]
+    ages = rows.new_ones(len(rows), 1).cumsum(0) - 1
+    weights = (rows > 0) * scaling.ema_decay**ages
+    average: Tensor = (rows * weights).sum(dim=0) / weights.sum(dim=0)  # 0 / 0 keeps the scale, as NaN does
+    return average
+
+
+# Name -> history [length, num_slots] float32, newest row first, 0 where nothing was seen -> amax estimate [num_slots].
+RULES: Mapping[str, Callable[[Tensor, Scaling], Tensor]] = MappingProxyType(
+    {"max": _largest, "most_recent": _newest, "ema": _moving_average}
+)
