@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qatrun.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from qatrun.artifact import load
+    from qatrun.export.artifact import load
     from qatrun.numerics import fake_quantize
     from qatrun.quant import attach, detach, freeze, make_plan
     from qatrun.recipe import QatConfig, load_recipe
@@ -46,7 +46,7 @@ _HOMES = {
     "detach": "qatrun.quant",
     "fake_quantize": "qatrun.numerics",
     "freeze": "qatrun.quant",
-    "load": "qatrun.artifact",
+    "load": "qatrun.export.artifact",
     "load_recipe": "qatrun.recipe",
     "make_plan": "qatrun.quant",
     "run": "qatrun.study",

@@ -32,7 +32,6 @@ class Format:
     """
 
     name: str
-    bits: int
     max_finite: float
     min_normal: float
     min_subnormal: float
@@ -49,15 +48,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         for spec in (
             Format(
                 name="hif8",
-                bits=8,
                 max_finite=2.0**15,
                 min_normal=2.0**-15,
                 min_subnormal=2.0**-22,
                 target_amax=MappingProxyType({"weight": 15.0, "input": 15.0, "grad_output": 224.0}),
             ),
-            Format("fp8_e4m3", 8, 448.0, 2.0**-6, 2.0**-9, _same_target(448.0)),
-            Format("fp8_e5m2", 8, 57344.0, 2.0**-14, 2.0**-16, _same_target(57344.0)),
-            Format("int8", 8, 127.0, 1.0, 1.0, _same_target(127.0)),
+            Format("fp8_e4m3", 448.0, 2.0**-6, 2.0**-9, _same_target(448.0)),
+            Format("fp8_e5m2", 57344.0, 2.0**-14, 2.0**-16, _same_target(57344.0)),
+            Format("int8", 127.0, 1.0, 1.0, _same_target(127.0)),
         )
     }
 )

@@ -300,38 +300,6 @@ class Histograms(TypedDict):
     tensors: list[HistogramRecord]
 
 
-class ShownScaling(TypedDict):
-    """How a scale is found, as the page shows it."""
-
-    type: NotRequired[str]
-    algorithm: NotRequired[str]
-    window: NotRequired[int]
-    update_interval: NotRequired[int]
-
-
-class ShownRole(TypedDict):
-    """How a role is quantized, as the page shows it."""
-
-    format: NotRequired[str]
-    granularity: NotRequired[str]
-    target_amax: NotRequired[float]
-    scaling: NotRequired[ShownScaling]
-
-
-class ShownPlan(TypedDict):
-    """A plan as the page shows it."""
-
-    linears: Strings
-    roles: dict[str, ShownRole]
-    clip: str
-
-
-class ShownQuantized(TypedDict):
-    """plan.json as the page shows it."""
-
-    plan: ShownPlan
-
-
 class Versioned(TypedDict):
     """plan.json, as far as a later version's still is one."""
 

@@ -32,9 +32,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qatrun import artifact, demo
+from qatrun import demo
 from qatrun.data import open_data, open_probe
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Recipe

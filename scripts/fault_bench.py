@@ -54,11 +54,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 
-from qatrun import artifact, demo
+from qatrun import demo
 from qatrun.data import IGNORE_INDEX, open_probe
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.export import artifact
 from qatrun.model import load_model, save_model
-from qatrun.quant import ScaleState
+from qatrun.quant import QuantState
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
 from qatrun.report import TerminalDisplay
@@ -197,11 +198,11 @@ def write_outlier_model(folder: Path) -> Path:
 @contextmanager
 def planted() -> Iterator[None]:
     """Under-estimate the scales of arms whose name says so, while they train."""
-    train, estimate = single.train, ScaleState._estimate
+    train, estimate = single.train, QuantState._estimate
 
     def train_planted(segment: Any, *arguments: Any) -> Any:
         factor = UNDERESTIMATE.get(segment.arm.name.partition("-")[2], 1) if segment.quantizes else 1
-        with mock.patch.object(ScaleState, "_estimate", lambda state: estimate(state) / factor):
+        with mock.patch.object(QuantState, "_estimate", lambda state: estimate(state) / factor):
             return train(segment, *arguments)
 
     with mock.patch.object(single, "train", train_planted):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qatrun.quant import ScaleState
+from qatrun.quant import Mode, QuantState
 
 VOCAB_SIZE = 101
 SEQ_LEN = 16
@@ -53,11 +53,10 @@ def token_ids(batch_size: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB_SIZE, (batch_size, SEQ_LEN), generator=torch.Generator().manual_seed(seed))
 
 
-def quantized_steps(model: Any, state: ScaleState, num_steps: int = 3, learning_rate: float = 0.1) -> None:
+def quantized_steps(model: Any, state: QuantState, num_steps: int = 3, learning_rate: float = 0.1) -> None:
     """A few SGD steps in training mode, each on another batch, with one push of the history a step."""
     model.train()
-    if state.mode.value != "quantize":
-        state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     for step in range(num_steps):
         tokens = token_ids(seed=step)
         model(input_ids=tokens, labels=tokens).loss.backward()

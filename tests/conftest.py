@@ -73,14 +73,14 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def passes_made(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
     """How often a tensor of each shape was quantized."""
-    from qatrun.quant import quantizer
+    from qatrun.quant import qtensor
 
     made: Counter[tuple[int, ...]] = Counter()
-    original = quantizer.quantize
+    original = qtensor.quantize
 
     def counting(x: Tensor, *args: Any, **settings: Any) -> Quantized:
         made[tuple(x.shape)] += 1
         return original(x, *args, **settings)
 
-    monkeypatch.setattr(quantizer, "quantize", counting)
+    monkeypatch.setattr(qtensor, "quantize", counting)
     return made

@@ -17,6 +17,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from qatrun.export import artifact
+from qatrun.formats import ROLES
+from qatrun.quant import QuantPlan
+from qatrun.scheme import Scaling, Scheme
+
 NUM_ITEMS = (2000, 2016, 2000)
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -133,7 +138,7 @@ def _write_arm(folder: Path, name: str, bad: bool, twin_loss: Any, shape: Shape,
         return
     _write_tensors(folder / "tensors", bad, shape, rng)
     _json(folder / "histograms.json", {"tensors": [_histogram(tensor, name) for tensor in _watched(shape)]})
-    _json(folder / "quantized" / "plan.json", {"plan": _plan(name, shape)})
+    _json(folder / "quantized" / "plan.json", _quantized(name, shape))
     _jsonl(folder / "alarms.jsonl", [_alarm(shape)] if bad else [])
 
 
@@ -215,10 +220,12 @@ def _histogram(tensor: str, name: str) -> dict[str, Any]:
     }
 
 
-def _plan(name: str, shape: Shape) -> dict[str, Any]:
-    scaling = {"type": "delayed", "algorithm": "max", "window": 32, "update_interval": 1}
-    role = {"format": name, "granularity": "per_tensor", "target_amax": 15.0, "scaling": scaling}
-    return {"linears": shape.linears, "roles": {"weight": role, "input": role, "grad_output": role}, "clip": "format"}
+def _quantized(name: str, shape: Shape) -> dict[str, Any]:
+    known = name if name in ("hif8", "int8") else "hif8"
+    schemes = dict.fromkeys(ROLES, Scheme(known, "per_tensor", 15.0, Scaling(window=32)))
+    plan = QuantPlan(dict.fromkeys(shape.linears, schemes), {linear: linear for linear in shape.linears})
+    described = {"compute_dtype": "bfloat16", "attn_implementation": "sdpa", "plan": plan.to_dict()}
+    return {"format_version": artifact.FORMAT_VERSION, **described}
 
 
 def _alarm(shape: Shape) -> dict[str, Any]:

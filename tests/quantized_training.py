@@ -8,7 +8,7 @@ import torch
 from builders import tiny_llama, token_ids
 from torch import Tensor
 
-from qatrun.quant import ScaleState, attach, make_plan
+from qatrun.quant import Mode, QuantState, ResumableState, attach, make_plan
 from qatrun.recipe import QatConfig
 
 NUM_STEPS, MICRO_BATCHES = 3, 2
@@ -28,15 +28,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def attached(make_model: Any = tiny_llama, **qat: Any) -> tuple[Any, ScaleState]:
+def attached(make_model: Any = tiny_llama, **qat: Any) -> tuple[Any, QuantState]:
     """A model in training mode that quantizes from its first step."""
     model = make_model().train()
     state = attach(model, make_plan(model, QatConfig(**qat)))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     return model, state
 
 
-def trained(model: Any, state: ScaleState) -> dict[str, Tensor]:
+def trained(model: Any, state: QuantState) -> dict[str, Tensor]:
     """Losses, weights and scale state after a few optimizer steps of two micro-batches each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     losses = []
@@ -46,13 +46,14 @@ def trained(model: Any, state: ScaleState) -> dict[str, Tensor]:
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             losses.append(loss.detach())
-            if state.unit == "microbatch":
+            if state.scales.unit == "microbatch":
                 state.push()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if state.unit == "optimizer_step":
+        if state.scales.unit == "optimizer_step":
             state.push()
-    return {"losses": torch.stack(losses)} | dict(model.named_parameters()) | state.tensors()
+    scales = {key: value for key, value in ResumableState(state).state_dict().items() if isinstance(value, Tensor)}
+    return {"losses": torch.stack(losses)} | dict(model.named_parameters()) | scales
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -28,7 +28,14 @@ def test_every_public_name_resolves() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("qatrun.artifact", "qatrun.data", "qatrun.errors", "qatrun.evaluate", "qatrun.numerics", "qatrun.quant"),
+        *(
+            "qatrun.export.artifact",
+            "qatrun.data",
+            "qatrun.errors",
+            "qatrun.evaluate",
+            "qatrun.numerics",
+            "qatrun.quant",
+        ),
         *("qatrun.recipe", "qatrun.study", "qatrun.train"),
     ],
 )

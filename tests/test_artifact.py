@@ -14,8 +14,9 @@ from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, word_tokeni
 from safetensors.torch import load_file, save_file
 
 import qatrun
-from qatrun import QatConfig, artifact
+from qatrun import QatConfig
 from qatrun.errors import InputError
+from qatrun.export import artifact
 from qatrun.model import save_model
 from qatrun.quant import attach, freeze, make_plan, quantized_linears
 from qatrun.recipe import RoleConfig
@@ -208,24 +209,24 @@ PLANS: dict[str, tuple[str, Any, str]] = {
     "no version": ("format_version", None, "format_version: Field required"),
     "no plan": ("plan", None, "plan: Field required"),
     "a dtype that is a function": ("compute_dtype", "load", "compute_dtype: Input should be 'float32' or 'bfloat16'"),
-    "no linears": ("plan.linears", [], "linears: must name one or more"),
-    "linears lacking": ("plan.linears", None, "lacks linears"),
-    "a linear twice": ("plan.linears", [UP, UP], "linears: must name one or more, each once"),
+    "no linears": ("plan.linears", {}, "linears: must name one or more"),
+    "linears lacking": ("plan.linears", None, "linears: Field required"),
+    "a scheme that is not there": ("plan.linears.UP.input", 9, "linears: must give each role the number of a scheme"),
     "groups of others": ("plan.input_group", {UP: UP}, "input_group: must name a group"),
-    "no input role": ("plan.roles.input", None, "roles: must hold weight and input"),
-    "an unknown format": ("plan.roles.weight.format", "hif9", "roles.weight: role 'weight' in format 'hif9'"),
-    "a negative target": ("plan.roles.input.target_amax", -15.0, "target_amax: -15 is no value of hif8"),
-    "a granularity of activations": ("plan.roles.weight.granularity", "per_token", "no weight has a scale per_token"),
-    "an unknown scaling": ("plan.roles.weight.scaling.type", "magic", r"roles.weight.scaling.type: Input should be"),
-    "an unknown edge": ("plan.clip", "nowhere", "clip: Input should be"),
-    "a scalar for a mapping": ("plan.roles", 7, "roles: Input should be a valid"),
+    "no input role": ("plan.linears.UP.input", None, "must have schemes of weight and input"),
+    "an unknown format": ("plan.schemes.0.format", "hif9", "weight: format 'hif9'"),
+    "a negative target": ("plan.schemes.0.target_amax", -15.0, "target_amax: -15 is no value of hif8"),
+    "a granularity of activations": ("plan.schemes.0.granularity", "per_token", "no weight has a scale per_token"),
+    "an unknown scaling": ("plan.schemes.0.scaling.type", "magic", r"schemes.0.scaling.type: Input should be"),
+    "an unknown edge": ("plan.schemes.0.clip", "nowhere", "clip: Input should be"),
+    "a scalar for a mapping": ("plan.linears", 7, "linears: Input should be a valid"),
 }
 
 
 @pytest.mark.parametrize(("key", "value", "message"), PLANS.values(), ids=PLANS)
 def test_a_plan_that_is_none_is_refused(saved: Path, key: str, value: Any, message: str) -> None:
     description = json.loads((saved / artifact.PLAN_FILE).read_text())
-    *parents, leaf = key.split(".")
+    *parents, leaf = [int(part) if part.isdigit() else part.replace("UP", UP) for part in key.split(".")]
     place = description
     for part in parents:
         place = place[part]
@@ -251,5 +252,5 @@ def test_folders_that_are_no_quantized_model_are_refused(saved: Path, tmp_path: 
     description = json.loads((saved / artifact.PLAN_FILE).read_text())
     description["format_version"] += 1
     (saved / artifact.PLAN_FILE).write_text(json.dumps(description))
-    with pytest.raises(InputError, match="format version 2"):
+    with pytest.raises(InputError, match="format version 3"):
         qatrun.load(saved)

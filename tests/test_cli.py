@@ -110,7 +110,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_check_imports_neither_training_nor_scoring() -> None:
     """Seconds without a clock. Transformers' models themselves import accelerate and torch.distributed.tensor."""
-    unneeded = ["lm_eval", "qatrun.artifact", "qatrun.data.documents", "qatrun.evaluate.harness"]
+    unneeded = ["lm_eval", "qatrun.export.artifact", "qatrun.data.documents", "qatrun.evaluate.harness"]
     unneeded += ["qatrun.evaluate.tasks", "qatrun.study.runner", "qatrun.study.scoring", "qatrun.train.loop"]
     program = "import sys; from qatrun import cli; sys.argv = ['qatrun', 'check', 'demo']\ntry: cli.main()\n"
     program += f"finally: print(sorted(set({unneeded}) & set(sys.modules)))"

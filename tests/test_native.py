@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from qatrun.errors import InputError
-from qatrun.formats import FORMATS
 from qatrun.numerics import (
+    GRIDS,
     codes_to_grid,
     inverse_scale,
     native,
@@ -36,10 +36,9 @@ OPTIMIZED = native_build.FLAGS
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 QUANTIZE = """
 import torch
-from qatrun.formats import FORMATS
-from qatrun.numerics import native, quantize
+from qatrun.numerics import GRIDS, native, quantize
 for _ in range(2):
-    print(quantize(torch.tensor([1.04, 99.0]), torch.tensor(1.0), FORMATS["hif8"], None, values=torch.float32).values)
+    print(quantize(torch.tensor([1.04, 99.0]), torch.tensor(1.0), GRIDS["hif8"], None, values=torch.float32).values)
 print(native.variant())
 """
 
@@ -185,8 +184,8 @@ class TestCompiler:
             pytest.skip(f"no {missing[0]}")
         assert fresh(XDG_CACHE_HOME=str(tmp_path), CXX=command) is not None
         x = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
-        for format, spec in FORMATS.items():
-            made = quantize(x, torch.tensor(3.7), spec, None, values=torch.bfloat16, codes=True, blocked=True)
+        for format, grid in GRIDS.items():
+            made = quantize(x, torch.tensor(3.7), grid, None, values=torch.bfloat16, codes=True, blocked=True)
             assert_as_reference(made, x, format)
 
     def test_what_is_built_asks_for_no_instruction_set_and_no_openmp(self) -> None:
@@ -245,8 +244,8 @@ def arguments(**changed: Any) -> dict[str, Any]:
 
 def call_all(of: dict[str, Any], x: Tensor | None = None) -> None:
     x = of["x"] if x is None else x
-    quantize(x, of["inv_scale"], FORMATS["hif8"], None, values=torch.float32)
-    codes_to_grid(of["codes"], "hif8", torch.float32)
+    quantize(x, of["inv_scale"], GRIDS["hif8"], None, values=torch.float32)
+    codes_to_grid(of["codes"], GRIDS["hif8"], torch.float32)
     rescale_(x.clone(), of["row_scale"], of["column_scale"], of["bias"])
     scale_gradient(x, of["scale"], of["blocked"], torch.float32)
 
@@ -313,23 +312,23 @@ class TestPlainTensors:
             pass
 
         x = torch.randn(ROWS, COLUMNS).as_subclass(Sub)
-        expected = quantize(x.as_subclass(Tensor), torch.ones(()), FORMATS["hif8"], None, values=torch.float32)
+        expected = quantize(x.as_subclass(Tensor), torch.ones(()), GRIDS["hif8"], None, values=torch.float32)
         monkeypatch.setattr(native, "kernels", lambda: pytest.fail("its address was asked for"))
-        made = quantize(x, torch.ones(()), FORMATS["hif8"], None, values=torch.float32)
+        made = quantize(x, torch.ones(()), GRIDS["hif8"], None, values=torch.float32)
         assert made.values is not None
         assert torch.equal(made.values.as_subclass(Tensor), expected.values)
 
     def test_a_fake_tensor_goes_the_reference_way(self) -> None:
         with FakeTensorMode():
             x = torch.randn(ROWS, COLUMNS)
-            made = quantize(x, inverse_scale(torch.ones(())), FORMATS["hif8"], None, values=torch.float32)
+            made = quantize(x, inverse_scale(torch.ones(())), GRIDS["hif8"], None, values=torch.float32)
         assert made.values is not None
         assert (type(made.values), made.values.shape) == (type(x), x.shape)
 
     def test_a_negated_view_is_read_as_it_is(self) -> None:
         x = torch.randn(8, dtype=torch.complex64).conj().imag
         assert x.is_neg()
-        made = quantize(x, torch.ones(()), FORMATS["int8"], None, values=torch.float32)
+        made = quantize(x, torch.ones(()), GRIDS["int8"], None, values=torch.float32)
         assert made.values is not None
         assert torch.equal(made.values, x.resolve_neg().round() + 0.0)
 

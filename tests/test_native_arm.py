@@ -15,8 +15,7 @@ from test_numerics_passes import EVERY_BFLOAT16, bits, random_patterns, ties_and
 from torch import Tensor
 
 from qatrun.formats import FORMATS
-from qatrun.numerics import code_dtype, native, native_build, passes
-from qatrun.numerics.rounding import grid_edge
+from qatrun.numerics import GRIDS, native, native_build, passes
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
@@ -39,10 +38,11 @@ def raw(x: Tensor) -> bytes:
 
 
 def case(x: Tensor, format: str, dtype: torch.dtype, limit: float | None, inv_scale: Tensor, columns: Tensor) -> bytes:
-    edge, threshold = grid_edge(FORMATS[format], limit), passes.saturation_threshold(format, limit)
-    numbers = passes._FORMAT_NUMBERS[format], native.DTYPES[x.dtype], native.DTYPES[dtype]
+    grid = GRIDS[format]
+    edge, threshold = grid.edge(limit), grid.saturation_threshold(limit)
+    numbers = grid.native, native.DTYPES[x.dtype], native.DTYPES[dtype]
     head = struct.pack("3i2f3i", *numbers, edge, threshold, x.numel(), x.shape[-1], int(inv_scale.dim() > 0))
-    return head + raw(passes._values_of_codes(format)) + raw(inv_scale.reshape(-1)) + raw(columns) + raw(x)
+    return head + raw(grid.values_of_codes()) + raw(inv_scale.reshape(-1)) + raw(columns) + raw(x)
 
 
 def check(
@@ -69,7 +69,7 @@ def check(
     assert reference.blocked is not None
     assert reference.values is not None
     same(reference.values)
-    same(reference.codes.view(code_dtype(format)))
+    same(reference.codes.view(GRIDS[format].code_dtype))
     same(reference.blocked)
     same(reference.amax)
     same(reference.counts)

@@ -17,8 +17,7 @@ from compilers import needs_compiler
 from torch import Tensor
 
 from qatrun.formats import FORMATS, get_format
-from qatrun.numerics import decode, encode, fake_quantize, round_to_format, saturates
-from qatrun.numerics.rounding import Overflow
+from qatrun.numerics import Overflow, decode, encode, fake_quantize, round_to_format, saturates
 
 FLOAT_DTYPES = {
     "hif8": en_dtypes.hifloat8,

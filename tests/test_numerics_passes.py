@@ -11,6 +11,7 @@ from torch import Tensor
 from qatrun.errors import InputError
 from qatrun.formats import FORMATS
 from qatrun.numerics import (
+    GRIDS,
     codes_to_grid,
     decode,
     native,
@@ -85,7 +86,7 @@ def assert_same(made: passes.Quantized, reference: passes.Quantized) -> None:
 
 
 def check(x: Tensor, inv_scale: Tensor, format: str, limit: float | None, dtype: torch.dtype | None) -> None:
-    made = quantize(x, inv_scale, FORMATS[format], limit, values=dtype, codes=True, blocked=True)
+    made = quantize(x, inv_scale, GRIDS[format], limit, values=dtype, codes=True, blocked=True)
     assert_same(made, passes._quantize_reference(x, inv_scale, format, limit, dtype, True, True))
 
 
@@ -156,8 +157,8 @@ def test_scalars_and_inputs_that_are_not_contiguous() -> None:
 def test_what_is_not_finite_shows_in_amax_and_nan_in_the_values(worst: float) -> None:
     x = torch.randn(20_000)
     x[[3, 19_000]] = torch.tensor([float("inf"), worst])
-    for format, spec in FORMATS.items():
-        result = quantize(x, torch.tensor(1.0), spec, None, values=torch.float32)
+    for format, grid in GRIDS.items():
+        result = quantize(x, torch.tensor(1.0), grid, None, values=torch.float32)
         assert bits(result.amax) == bits(torch.tensor(worst).abs())
         assert result.values is not None
         assert torch.equal(result.values[19_000], round_to_format(torch.tensor(worst), format)) or worst != worst
@@ -165,7 +166,7 @@ def test_what_is_not_finite_shows_in_amax_and_nan_in_the_values(worst: float) ->
 
 
 def test_only_what_is_asked_for_is_made() -> None:
-    result = quantize(torch.randn(9, 9), torch.tensor(1.0), FORMATS["int8"], None, values=None, codes=True)
+    result = quantize(torch.randn(9, 9), torch.tensor(1.0), GRIDS["int8"], None, values=None, codes=True)
     assert result.values is None
     assert result.blocked is None
     assert result.codes is not None
@@ -174,7 +175,7 @@ def test_only_what_is_asked_for_is_made() -> None:
 
 def test_float16_runs_on_the_reference() -> None:
     x = torch.randn(4, 4)
-    result = quantize(x, torch.tensor(1.0), FORMATS["hif8"], None, values=torch.float16)
+    result = quantize(x, torch.tensor(1.0), GRIDS["hif8"], None, values=torch.float16)
     assert_same(result, passes._quantize_reference(x, torch.tensor(1.0), "hif8", None, torch.float16, False, False))
 
 
@@ -182,12 +183,12 @@ def test_float16_runs_on_the_reference() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_codes_give_back_the_values_they_came_with(format: str, dtype: torch.dtype) -> None:
     x = random_patterns(50_000)
-    result = quantize(x, torch.tensor(1.0), FORMATS[format], None, values=dtype, codes=True)
+    result = quantize(x, torch.tensor(1.0), GRIDS[format], None, values=dtype, codes=True)
     assert result.codes is not None
-    decoded = codes_to_grid(result.codes, format, dtype)
+    decoded = codes_to_grid(result.codes, GRIDS[format], dtype)
     assert torch.equal(bits(decoded), bits(result.values))
     every = torch.arange(256, dtype=torch.uint8).view(result.codes.dtype)
-    assert torch.equal(bits(codes_to_grid(every, format, dtype)), bits(decode(every, format)))
+    assert torch.equal(bits(codes_to_grid(every, GRIDS[format], dtype)), bits(decode(every, format)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

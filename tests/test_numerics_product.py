@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qatrun.numerics import bfloat16_products, bfloat16_way, product, recomputed_products
+from qatrun.numerics import GRIDS, bfloat16_products, bfloat16_way, product, recomputed_products
 from qatrun.numerics.product import Float32Products
+from qatrun.quant import QTensor
 from qatrun.quant.matmul import scaled_matmul
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -123,11 +124,12 @@ def test_a_model_trains_the_same_either_way_but_for_the_order_of_sums(
 def test_quantized_linears_take_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """On grid values every product is exact in float32, and so are these sums: the two ways agree to the last bit."""
     q_x, q_w = (torch.randint(-15, 16, shape).bfloat16() for shape in ((2, 7, 64), (32, 64)))
-    scales = torch.tensor(0.013), torch.rand(32, 1)
+    on_x = QTensor(GRIDS["int8"], q_x, None, torch.tensor(0.013))
+    on_w = QTensor(GRIDS["int8"], q_w, None, torch.rand(32, 1))
     results = []
     for way in ("native", "float32"):
         monkeypatch.setattr(product, "bfloat16_way", lambda way=way: way)
-        results.append(scaled_matmul(q_x, q_w, *scales, None))
+        results.append(scaled_matmul(on_x, on_w, None, torch.bfloat16))
     assert results[0].dtype == torch.bfloat16
     assert torch.equal(*results)
 

@@ -15,6 +15,7 @@ from qatrun import QatConfig
 from qatrun.errors import InputError
 from qatrun.quant import FakeQuantLinear, Mode, QuantizedLinear, attach, detach, freeze, make_plan, quantized_linears
 from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.scheme import Slot
 
 INT8 = QatConfig(format="int8", grad_output=RoleConfig(format="fp8_e5m2"))
 PER_CHANNEL_PER_TOKEN = QatConfig(
@@ -44,7 +45,7 @@ def test_attaching_changes_neither_keys_nor_numbers(build: Callable[[], Any]) ->
     assert_equal_tensors(model.state_dict(), plain.state_dict())
     assert list(model.named_parameters()) == list(parameters.items())
     for mode in (Mode.OFF, Mode.OBSERVE):
-        state.mode = mode
+        state.enter(mode)
         assert torch.equal(logits(model), logits(plain))
         assert_equal_tensors(gradients(model), gradients(plain))
 
@@ -89,15 +90,15 @@ def test_a_deep_copy_shares_nothing() -> None:
     model = tiny_llama()
     state = attach(model, make_plan(model, INT8))
     quantized_steps(model, state)
-    before, scales = logits(model), state.scale.clone()
+    before, scales = logits(model), state.scales.scale.clone()
     twin = copy.deepcopy(model)
     theirs = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
     assert not theirs & {p.data_ptr() for p in [*twin.parameters(), *twin.buffers()]}
     quantized_steps(twin, twin.quant_state)
-    assert not torch.equal(twin.quant_state.scale, scales)
-    assert torch.equal(state.scale, scales)
+    assert not torch.equal(twin.quant_state.scales.scale, scales)
+    assert torch.equal(state.scales.scale, scales)
     assert torch.equal(logits(model), before)
-    twin.quant_state.mode = Mode.OFF  # the copy's linears read the copy's state, and its own weights
+    twin.quant_state.enter(Mode.OFF)  # the copy's linears read the copy's state, and its own weights
     plain = tiny_llama()
     plain.load_state_dict(twin.state_dict())
     assert torch.equal(logits(twin), logits(plain))
@@ -118,8 +119,8 @@ def test_linears_that_read_the_same_tensor_share_one_input_quantizer() -> None:
     }
     attach(model, plan)
     gate, up = (model.get_submodule(mlp + name) for name in ("gate_proj", "up_proj"))
-    assert gate.quantizers["input"] is up.quantizers["input"]
-    assert gate.quantizers["weight"].slot != up.quantizers["weight"].slot
+    assert gate.quant.of["input"] is up.quant.of["input"]
+    assert gate.quant.of["weight"].slot != up.quant.of["weight"].slot
 
 
 @pytest.mark.parametrize("build", MODELS)
@@ -133,26 +134,26 @@ def test_shared_input_quantizers_see_what_each_linear_reads(build: Callable[[], 
         expected[slot] = max(expected.get(slot, 0.0), float(tensor.detach().abs().max()))
 
     state = attach(model, plan)
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     for name in plan.linears:
         module = model.get_submodule(name)
         record(f"{name}:weight", module.weight)
-        module.register_forward_pre_hook(lambda _, args, name=name: record(plan.slot_name(name, "input"), args[0]))
+        module.register_forward_pre_hook(lambda _, args, name=name: record(str(plan.slot(name, "input")), args[0]))
         module.register_full_backward_hook(lambda _, __, grads, name=name: record(f"{name}:grad_output", grads[0]))
     tokens = token_ids()
     model(input_ids=tokens, labels=tokens).loss.backward()
-    assert dict(zip(state.names, state.amax.tolist(), strict=True)) == expected
+    assert dict(zip(state.scales.names, state.scales.amax.tolist(), strict=True)) == expected
 
 
 def test_casting_the_model_keeps_scales_in_float32() -> None:
     model = tiny_llama()
     state = attach(model, make_plan(model, INT8))
     quantized_steps(model, state)
-    scales = state.scale.clone()
+    scales = state.scales.scale.clone()
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert model.quant_state.scale.dtype == torch.float32
-    assert torch.equal(model.quant_state.scale, scales)
+    assert model.quant_state.scales.scale.dtype == torch.float32
+    assert torch.equal(model.quant_state.scales.scale, scales)
     assert logits(model).dtype == torch.bfloat16
 
 
@@ -182,7 +183,7 @@ def test_the_frozen_model_computes_what_the_attached_one_did(build: Callable[[],
     state = attach(model, make_plan(model, qat))
     quantized_steps(model, state)
     attached = logits(model)
-    state.mode = Mode.OFF
+    state.enter(Mode.OFF)
     assert not torch.equal(logits(model), attached)
     freeze(model, torch.float32)
     assert torch.equal(logits(model), attached)
@@ -194,14 +195,14 @@ def test_freezing_calibrates_dynamic_input_scales_from_the_window() -> None:
     model = tiny_llama().train()
     scaling = ScalingConfig(type="dynamic", window=window)
     state = attach(model, make_plan(model, QatConfig(format="int8", scaling=scaling)))
-    state.begin_quantizing()
-    slot = state.index["model.layers.0.mlp.down_proj:input"]
+    state.enter(Mode.QUANTIZE)
+    slot = state.scales.index[Slot("model.layers.0.mlp.down_proj", "input")]
     seen = []
     for step in range(5):
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(0.5)
         model(input_ids=token_ids(seed=step))
-        seen.append(float(state.amax[slot]))
+        seen.append(float(state.scales.amax[slot]))
         state.push()
     assert seen == sorted(seen, reverse=True)
     freeze(model, torch.float32)
@@ -215,7 +216,7 @@ def test_freezing_without_quantizers_or_scales_is_refused() -> None:
     with pytest.raises(InputError, match="attached"):
         freeze(model, torch.bfloat16)
     state = attach(model, make_plan(model, INT8))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     with pytest.raises(InputError, match="scales"):
         freeze(model, torch.bfloat16)
 

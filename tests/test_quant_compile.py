@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor_config
 
-from qatrun.quant import FakeQuantLinear, Mode, ScaleState, detach, freeze, operators
+from qatrun.quant import FakeQuantLinear, Mode, QuantState, detach, freeze, operators
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "nothing_compiled"),
@@ -43,7 +43,7 @@ def gpt2() -> Any:
     return model
 
 
-def trained_compiled(model: Any, state: ScaleState, backend: str = "eager") -> dict[str, Tensor]:
+def trained_compiled(model: Any, state: QuantState, backend: str = "eager") -> dict[str, Tensor]:
     """As `trained`, in one graph or not at all."""
     compiled = trained(torch.compile(model, backend=backend, fullgraph=True), state)
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()}
@@ -68,11 +68,11 @@ def test_so_it_does_with_codes_saved_and_gradients_quantized() -> None:
 def test_so_does_a_conv1d_whose_weights_saturate() -> None:
     """They reach the operator transposed, as a view, and so does the mask of what saturates."""
 
-    def saturating() -> tuple[Any, ScaleState]:
+    def saturating() -> tuple[Any, QuantState]:
         model, state = attached(gpt2, clip="target", format="int8", scaling={"update_interval": 100})
         model(input_ids=token_ids())
         state.push()
-        state.scale, state.inv_scale = state.scale / 2, state.inv_scale * 2
+        state.scales.scale, state.scales.inv_scale = state.scales.scale / 2, state.scales.inv_scale * 2
         return model, state
 
     assert_equal(trained(*saturating()), trained_compiled(*saturating()))
@@ -86,7 +86,7 @@ def test_so_it_does_from_warmup_to_quantized() -> None:
         state.mode, state.primed = Mode.OBSERVE, False
         run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
         before = {name: tensor.clone() for name, tensor in trained(run, state).items()}
-        state.begin_quantizing()
+        state.enter(Mode.QUANTIZE)
         after = trained(run, state)
         everything = {f"{name} before": tensor for name, tensor in before.items()} | after
         return {name.removeprefix("_orig_mod."): tensor for name, tensor in everything.items()}
@@ -106,8 +106,8 @@ def test_copies_share_nothing_but_the_graph() -> None:
     other = copy.deepcopy(model)
     expected = trained(*attached(one_block))
     assert_equal(expected, trained_compiled(other, other.quant_state))
-    assert not state.amax.any()
-    assert not state.history.any()
+    assert not state.scales.amax.any()
+    assert not state.scales.history.any()
     assert_equal(expected, trained_compiled(model, state))
 
 
@@ -126,13 +126,13 @@ def test_layers_compiled_one_by_one_share_a_graph() -> None:
 def test_inductor_computes_the_same_and_quantizes_a_shared_input_once(passes_made: Counter[tuple[int, ...]]) -> None:
     """Its kernels round norms and softmax otherwise in the last place, so gradients agree but for that."""
 
-    def second_step(model: Any, state: ScaleState, run: Any) -> tuple[dict[str, Tensor], Tensor]:
+    def second_step(model: Any, state: QuantState, run: Any) -> tuple[dict[str, Tensor], Tensor]:
         for seed in (0, 1):
             passes_made.clear()
             model.zero_grad(set_to_none=True)
             tokens = token_ids(seed=seed)
             run(input_ids=tokens, labels=tokens).loss.backward()
-            amax = state.amax.clone()
+            amax = state.scales.amax.clone()
             state.push()
         return {name: parameter.grad for name, parameter in model.named_parameters()}, amax
 
@@ -208,15 +208,14 @@ def test_operators_keep_the_promises_that_torch_checks(qat: dict[str, Any], code
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     state.push()
     linear: FakeQuantLinear = model.model.layers[0].mlp.down_proj
-    input, weight = linear.quantizers["input"], linear.effective_weight()
+    quantizer, weight = linear.quant.of["input"], linear.effective_weight()
     x = torch.randn(3, 2, 64).transpose(0, 1).requires_grad_()
-    spec = input.rounding.spec
-    code_dtype = {"int8": torch.int8}.get(spec.format, torch.uint8) if codes else None
-    masked = input.rounding.clipped_ste
-    to_grid = (x.detach(), input.number, torch.float32, code_dtype, spec.granularity == "per_token", masked)
+    scheme, code_dtype = quantizer.scheme, quantizer.grid.code_dtype if codes else None
+    masked = scheme.ste == "clipped"
+    to_grid = (x.detach(), quantizer.number, torch.float32, code_dtype, scheme.granularity, masked)
     torch.library.opcheck(operators.to_grid, to_grid)
     values, kept, scale, blocked = operators.to_grid(*to_grid)
-    assert scale.untyped_storage().data_ptr() != state.scale.untyped_storage().data_ptr()
+    assert scale.untyped_storage().data_ptr() != state.scales.scale.untyped_storage().data_ptr()
     on_x = (kept if codes else values, scale, blocked if masked else None)
     torch.library.opcheck(operators.linear, (x, weight, None, values, *on_x, linear.number))
     generation = torch.tensor(linear.generation())

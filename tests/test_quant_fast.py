@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qatrun.numerics import native
 from qatrun.quant import FakeQuantLinear, freeze
+from qatrun.scheme import Slot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,11 +63,12 @@ def test_saturated_values_of_a_conv1d_get_no_gradient() -> None:
     tokens = token_ids()
     model(input_ids=tokens)
     state.push()
-    state.scale, state.inv_scale = state.scale / 2, state.inv_scale * 2  # the upper half of each range saturates
+    scales = state.scales
+    scales.scale, scales.inv_scale = scales.scale / 2, scales.inv_scale * 2  # the upper half of each range saturates
     model(input_ids=tokens, labels=tokens).loss.backward()
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantLinear):
-            edge = 127.5 * state.scale[state.index[f"{name}:weight"]]
+            edge = 127.5 * state.scales.scale[state.scales.index[Slot(name, "weight")]]
             saturated = module.weight.abs() >= edge
             assert saturated.any()
             assert torch.equal(module.weight.grad == 0, saturated)
@@ -181,7 +183,7 @@ def test_nothing_is_held_while_activations_are_recomputed() -> None:
     tokens = torch.randint(101, (3, 16))
     loss = model(input_ids=tokens, labels=tokens).loss
     held = [
-        module.quantizers["input"].latest._result for module in model.modules() if isinstance(module, FakeQuantLinear)
+        module.quant.of["input"].latest._result for module in model.modules() if isinstance(module, FakeQuantLinear)
     ]
     assert held == [None] * len(held)
     loss.backward()

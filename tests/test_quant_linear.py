@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qatrun import QatConfig
 from qatrun.numerics import round_to_format
-from qatrun.quant import FakeQuantLinear, Mode, ScaleState, attach, make_plan
+from qatrun.quant import FakeQuantLinear, Mode, QuantState, attach, make_plan
 from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.scheme import Slot
 
 FORMATS = ("hif8", "fp8_e4m3", "fp8_e5m2", "int8")
 # A target below the format's largest value, so that the two clip rules differ, and an amax that it divides to 2^k.
@@ -121,15 +122,15 @@ def reference(x: Tensor, w: Tensor, b: Tensor | None, g: Tensor, case: Case, sca
     return Result(y.view(*x.shape[:-1], -1), dx.view(x.shape), dw, db)
 
 
-def attached(linear: nn.Module, case: Case, scales: dict[str, float]) -> tuple[FakeQuantLinear, ScaleState]:
+def attached(linear: nn.Module, case: Case, scales: dict[str, float]) -> tuple[FakeQuantLinear, QuantState]:
     """The linear behind quantizers, in training, with per-tensor scales taken from a history of one step."""
     model = nn.Sequential(linear).train()
     state = attach(model, make_plan(model, case.qat()))
     for role, scale in scales.items():
-        state.observe(state.index[f"0:{role}"], torch.tensor(scale * TARGET[case.format]))
+        state.scales.observe(state.scales.index[Slot("0", role)], torch.tensor(scale * TARGET[case.format]))
     if scales:
         state.push()
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     module = model[0]
     assert isinstance(module, FakeQuantLinear)
     return module, state
@@ -306,11 +307,11 @@ def test_off_and_observe_compute_what_the_linear_computes() -> None:
     expected = computed(plain, x, g)
     for mode in (Mode.OFF, Mode.OBSERVE):
         module, state = attached(linear_of(w, b), case, {})
-        state.mode = mode
+        state.enter(mode)
         result = computed(module, x, g)
         for name, value in vars(expected).items():
             assert torch.equal(getattr(result, name), value), (mode, name)
-        seen = {role: float(state.amax[quantizer.slot]) for role, quantizer in module.quantizers.items()}
+        seen = {role: float(state.scales.amax[quantizer.index]) for role, quantizer in module.quant.of.items()}
         observed = {"weight": float(w.abs().max()), "input": float(x.abs().max()), "grad_output": float(g.abs().max())}
         assert seen == (observed if mode is Mode.OBSERVE else dict.fromkeys(seen, 0.0))
 
@@ -320,7 +321,7 @@ def test_dynamic_scales_in_eval_before_any_history_come_from_the_tensor_at_hand(
     x, w, b, _ = gaussian_tensors()
     model = nn.Sequential(linear_of(w, b))
     state = attach(model, make_plan(model, dynamic))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     assert torch.equal(model.eval()[0](x), model.train()[0](x))
 
 
@@ -328,7 +329,7 @@ def test_scaling_none_rounds_at_scale_one() -> None:
     x, w, b, _ = exact_tensors(Case("int8"))
     model = nn.Sequential(linear_of(w, b)).train()
     state = attach(model, make_plan(model, QatConfig(scaling=ScalingConfig(type="none"), format="int8")))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     for _ in range(2):
         assert torch.equal(model[0](x), x.round().clamp(-127, 127) @ w.round().clamp(-127, 127).T + b)
         state.push()

@@ -183,9 +183,9 @@ def test_a_model_may_change_an_output_in_place_while_gradients_are_observed() ->
     config = FalconConfig(**SIZES, num_attention_heads=2, hidden_dropout=0.0, attention_dropout=0.0)
     model = FalconForCausalLM(config)
     state = attach(model, make_plan(model, QatConfig(format="fp8_e4m3", grad_output={})))
-    state.mode = Mode.OBSERVE
+    state.enter(Mode.OBSERVE)
     model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
     state.push()
-    seen = [index for name, index in state.index.items() if name.endswith("grad_output")]
-    assert (state.history[0, seen] > 0).all()
+    seen = [index for slot, index in state.scales.index.items() if slot.role == "grad_output"]
+    assert (state.scales.history[0, seen] > 0).all()
     quantized_steps(model, state)

@@ -17,15 +17,26 @@ from builders import logits, quantized_steps, tiny_llama, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatrun import QatConfig
-from qatrun.quant import FakeQuantLinear, Mode, QuantPlan, ScaleState, attach, detach, make_plan
+from qatrun.quant import (
+    FakeQuantLinear,
+    Mode,
+    Quantizer,
+    QuantPlan,
+    QuantState,
+    ResumableState,
+    attach,
+    detach,
+    make_plan,
+)
 from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.scheme import Slot
 
 INF, NAN = math.inf, math.nan
-SLOTS = ("a:input", "a:weight", "a:grad_output")
+SLOTS = (Slot("a", "input"), Slot("a", "weight"), Slot("a", "grad_output"))
 QAT = QatConfig(
     format="fp8_e4m3",
     scaling=ScalingConfig(window=3, update_interval=2),
@@ -72,22 +83,22 @@ class Reference:
 def plan_of(qat: QatConfig, num_linears: int = 1) -> QuantPlan:
     """Quantizers of linears a, b, ... that read a tensor each."""
     names = tuple("abcdefghijklmnopqrstuvwxyz"[i % 26] * (1 + i // 26) for i in range(num_linears))
-    return QuantPlan(names, {name: name for name in names}, {spec.role: spec for spec in qat.roles})
+    return QuantPlan(dict.fromkeys(names, qat.schemes), {name: name for name in names})
 
 
-def one_slot(**scaling: Any) -> ScaleState:
+def one_slot(**scaling: Any) -> QuantState:
     """A state whose slot 0 has these settings, in QUANTIZE before any history."""
-    state = ScaleState(plan_of(QatConfig(format="int8", scaling=ScalingConfig(**scaling))))
-    state.begin_quantizing()
+    state = QuantState(plan_of(QatConfig(format="int8", scaling=ScalingConfig(**scaling))))
+    state.enter(Mode.QUANTIZE)
     return state
 
 
-def push(state: ScaleState, *amaxes: float, slot: int = 0) -> float:
+def push(state: QuantState, *amaxes: float, slot: int = 0) -> float:
     """Observe micro-batches, push, and return the slot's scale times its target: the amax it stands for."""
     for amax in amaxes:
-        state.observe(slot, torch.tensor(amax))
+        state.scales.observe(slot, torch.tensor(amax))
     state.push()
-    return float(state.scale[slot] * state.target[slot])
+    return float(state.scales.scale[slot] * state.scales.target[slot])
 
 
 amaxes = st.one_of(
@@ -115,22 +126,22 @@ def test_scales_are_those_of_the_reference_formulas(
     """Roles of their own windows, algorithms and types; micro-batches; a switch after some observed steps."""
     of_input, of_weight, of_gradient = (RoleConfig(scaling=scaling) for scaling in roles)
     qat = QatConfig(format="fp8_e5m2", input=of_input, weight=of_weight, grad_output=of_gradient)
-    state = ScaleState(plan_of(qat))
-    state.mode = Mode.OBSERVE
+    state = QuantState(plan_of(qat))
+    state.enter(Mode.OBSERVE)
     references = {name: Reference(scaling, 57344.0) for name, scaling in zip(SLOTS, roles, strict=True)}
     for number, step in enumerate(steps):
         if number == observed:
-            state.begin_quantizing()
+            state.enter(Mode.QUANTIZE)
             for reference in references.values():
                 reference.begin()
         for (name, reference), micro_batches in zip(references.items(), step, strict=True):
             for amax in micro_batches:
-                state.observe(state.index[name], torch.tensor(amax))
+                state.scales.observe(state.scales.index[name], torch.tensor(amax))
             raised = NAN if any(map(math.isnan, micro_batches)) else max(micro_batches)
             reference.push(raised, quantizing=number >= observed)
         state.push()
         for name, reference in references.items():
-            scale, inverse = (float(t[state.index[name]]) for t in (state.scale, state.inv_scale))
+            scale, inverse = (float(t[state.scales.index[name]]) for t in (state.scales.scale, state.scales.inv_scale))
             assert scale == float(reference.scale), (name, number)
             assert inverse == float(np.float32(1 / np.float64(reference.scale))), (name, number)
 
@@ -151,9 +162,9 @@ class CountedOperations(TorchDispatchMode):
 def test_a_push_takes_as_many_operations_for_64_linears_as_for_8() -> None:
     counts = []
     for num_linears in (8, 64):
-        state = ScaleState(plan_of(QatConfig(grad_output=RoleConfig()), num_linears))
-        assert state.history.shape == (64, 3 * num_linears)
-        state.begin_quantizing()
+        state = QuantState(plan_of(QatConfig(grad_output=RoleConfig()), num_linears))
+        assert state.scales.history.shape == (64, 3 * num_linears)
+        state.enter(Mode.QUANTIZE)
         state.push()
         with CountedOperations() as operations:
             state.push()
@@ -172,14 +183,14 @@ def test_an_old_amax_leaves_the_window() -> None:
 
 def test_windows_are_each_role_its_own() -> None:
     short, long = RoleConfig(scaling=ScalingConfig(window=1)), RoleConfig(scaling=ScalingConfig(window=4))
-    state = ScaleState(plan_of(QatConfig(format="int8", input=short, weight=long)))
-    state.begin_quantizing()
+    state = QuantState(plan_of(QatConfig(format="int8", input=short, weight=long)))
+    state.enter(Mode.QUANTIZE)
     for amax in (127.0 * 4, 127.0, 127.0, 127.0, 127.0):
-        state.observe(0, torch.tensor(amax))
-        estimates = push(state, amax, slot=1), float(state.scale[0] * 127)
+        state.scales.observe(0, torch.tensor(amax))
+        estimates = push(state, amax, slot=1), float(state.scales.scale[0] * 127)
         assert estimates[1] == amax
     assert estimates == (127.0, 127.0)
-    assert state.history[:, 1].tolist() == [127.0] * 4
+    assert state.scales.history[:, 1].tolist() == [127.0] * 4
 
 
 def test_every_micro_batch_of_a_step_counts() -> None:
@@ -205,43 +216,51 @@ def test_the_interval_counts_pushes() -> None:
 
 
 def test_static_scales_stay_where_the_switch_found_them() -> None:
-    state = ScaleState(plan_of(QatConfig(format="int8", scaling=ScalingConfig(type="static", window=2))))
-    state.mode = Mode.OBSERVE
+    state = QuantState(plan_of(QatConfig(format="int8", scaling=ScalingConfig(type="static", window=2))))
+    state.enter(Mode.OBSERVE)
     for amax in (127.0 * 8, 127.0 * 2, 127.0):
         push(state, amax)
-    state.begin_quantizing()
-    assert float(state.scale[0]) == 2.0
+    state.enter(Mode.QUANTIZE)
+    assert float(state.scales.scale[0]) == 2.0
     assert push(state, 127.0 * 64) == 127.0 * 2
 
 
+def num_saturated(state: QuantState, qat: QatConfig, *amaxes: float) -> int:
+    """Slots that saturate while inputs of these amaxes are quantized, one after the other, and a push ends the unit."""
+    quantizer = Quantizer(SLOTS[0], qat.schemes["input"], state)
+    for amax in amaxes:
+        quantizer.on_grid(torch.tensor([0.1, -amax]), torch.float32)
+    state.push()
+    saturated = int(state.tally.num_saturated())
+    state.tally.take()
+    assert int(state.tally.num_saturated()) == 0
+    return saturated
+
+
 def test_saturated_slots_are_counted_once_and_only_beyond_the_edge() -> None:
-    state = one_slot(algorithm="most_recent")
-    push(state, 1.0)
-    state.take_num_saturated()
-    for amax, saturates in ((1.0, 0), (1.01, 1), (0.5, 0), (0.51, 1), (INF, 1)):
-        push(state, amax)
-        assert int(state.take_num_saturated()) == saturates, amax
-        assert int(state.take_num_saturated()) == 0
+    qat = QatConfig(format="int8", scaling=ScalingConfig(algorithm="most_recent"))
+    state = QuantState(plan_of(qat))
+    state.enter(Mode.QUANTIZE)
+    assert num_saturated(state, qat, 1.0) == 0
+    for amaxes, saturates in (((1.0,), 0), ((1.01, 1.02), 1), ((0.5,), 0), ((0.51,), 1), ((INF,), 1)):
+        assert num_saturated(state, qat, *amaxes) == saturates, amaxes
 
 
 def test_a_dynamic_scale_never_saturates() -> None:
-    state = one_slot(type="dynamic")
-    for amax in (1.0, 100.0):
-        push(state, amax)
-        assert int(state.take_num_saturated()) == 0
+    qat = QatConfig(format="int8", scaling=ScalingConfig(type="dynamic"))
+    state = QuantState(plan_of(qat))
+    state.enter(Mode.QUANTIZE)
+    assert [num_saturated(state, qat, amax) for amax in (1.0, 100.0)] == [0, 0]
 
 
 def test_hif8_saturates_at_its_own_edge_or_at_the_target() -> None:
-    for clip, beyond in (("format", 2.0**15 / 15 * 1.01), ("target", 1.01)):
-        plan = plan_of(QatConfig(format="hif8"))
-        state = ScaleState(QuantPlan(plan.linears, plan.input_group, plan.roles, clip))
-        state.begin_quantizing()
-        push(state, 1.0)
-        push(state, beyond * 0.98)
-        assert int(state.take_num_saturated()) == 0, clip
-        state.observe(0, state.scale[0] * (15 if clip == "target" else 2**15) * 1.01)
-        state.push()
-        assert int(state.take_num_saturated()) == 1, clip
+    for clip, edge in (("format", 2.0**15 / 15), ("target", 1.0)):
+        for beyond, saturates in ((0.99, 0), (1.3, 1)):
+            qat = QatConfig(format="hif8", clip=clip)
+            state = QuantState(plan_of(qat))
+            state.enter(Mode.QUANTIZE)
+            assert num_saturated(state, qat, 1.0) == 0
+            assert num_saturated(state, qat, edge * beyond) == saturates, (clip, beyond)
 
 
 def observed_step(model: Any, seed: int) -> None:
@@ -249,9 +268,11 @@ def observed_step(model: Any, seed: int) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def through_files(state: ScaleState, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    save_file(state.tensors(), folder / "state.safetensors")
-    return load_file(folder / "state.safetensors"), json.loads(json.dumps(state.counters()))
+def through_files(state: QuantState, folder: Path) -> dict[str, Any]:
+    saved = ResumableState(state).state_dict()
+    save_file({key: value for key, value in saved.items() if isinstance(value, Tensor)}, folder / "state.safetensors")
+    plain = {key: value for key, value in saved.items() if not isinstance(value, Tensor)}
+    return load_file(folder / "state.safetensors") | json.loads(json.dumps(plain))
 
 
 def test_a_resume_has_the_amax_state_that_was_saved(tmp_path: Path) -> None:
@@ -262,8 +283,8 @@ def test_a_resume_has_the_amax_state_that_was_saved(tmp_path: Path) -> None:
     observed_step(model, seed=10)
     resumed = tiny_llama()
     resumed_state = attach(resumed, make_plan(resumed, QAT))
-    resumed_state.restore(*through_files(state, tmp_path))
-    assert float(resumed_state.amax.max()) > 0
+    ResumableState(resumed_state).load_state_dict(through_files(state, tmp_path))
+    assert float(resumed_state.scales.amax.max()) > 0
     for this_model, this_state in ((model, state), (resumed.train(), resumed_state)):
         observed_step(this_model, seed=11)
         this_state.push()
@@ -275,50 +296,52 @@ def test_a_resume_has_the_amax_state_that_was_saved(tmp_path: Path) -> None:
 def test_a_resume_does_not_turn_fake_quantization_on_early(tmp_path: Path) -> None:
     model = tiny_llama().train()
     state = attach(model, make_plan(model, QAT))
-    state.mode = Mode.OBSERVE
+    state.enter(Mode.OBSERVE)
     for step in range(2):
         observed_step(model, seed=step)
         state.push()
     resumed = tiny_llama().train()
     resumed_state = attach(resumed, make_plan(resumed, QAT))
-    resumed_state.restore(*through_files(state, tmp_path))
+    ResumableState(resumed_state).load_state_dict(through_files(state, tmp_path))
     assert resumed_state.mode is Mode.OBSERVE
     assert not resumed_state.primed
     assert torch.equal(logits(resumed), logits(tiny_llama()))
-    resumed_state.begin_quantizing()
+    resumed_state.enter(Mode.QUANTIZE)
     assert resumed_state.primed
     assert not torch.equal(logits(resumed), logits(tiny_llama()))
 
 
 def test_an_arm_adopts_the_columns_and_rows_that_it_needs() -> None:
     trunk_plan = plan_of(QatConfig(format="int8", scaling=ScalingConfig(window=4), grad_output=RoleConfig()), 3)
-    trunk = ScaleState(trunk_plan)
-    trunk.mode = Mode.OBSERVE
+    trunk = QuantState(trunk_plan)
+    trunk.enter(Mode.OBSERVE)
     for step in range(1, 6):
-        for name, slot in trunk.index.items():
-            trunk.observe(slot, torch.tensor(127.0 * step * (1 + len(name) + ord(name[0]))))
+        for (name, role), slot in trunk.scales.index.items():
+            trunk.scales.observe(slot, torch.tensor(127.0 * step * (1 + len(role) + ord(name))))
         trunk.push()
     wanted = QatConfig(format="int8", scaling=ScalingConfig(window=2))
-    arm = ScaleState(QuantPlan(("c", "a"), {"c": "b", "a": "a"}, {spec.role: spec for spec in wanted.roles}))
-    arm.adopt_history(trunk.tensors(), trunk.counters())
-    for name, slot in arm.index.items():
-        assert arm.history[:, slot].tolist() == trunk.history[:2, trunk.index[name]].tolist()
-    arm.begin_quantizing()
-    newest = [trunk.history[0, trunk.index[name]] for name in arm.names]
-    assert torch.equal(arm.scale, torch.stack(newest) / 127)
+    arm = QuantState(QuantPlan(dict.fromkeys(("c", "a"), wanted.schemes), {"c": "b", "a": "a"}))
+    ResumableState(arm).adopt(ResumableState(trunk).state_dict())
+    for slot, index in arm.scales.index.items():
+        of_trunk = trunk.scales.history[:2, trunk.scales.index[slot]]
+        assert arm.scales.history[:, index].tolist() == of_trunk.tolist()
+    arm.enter(Mode.QUANTIZE)
+    newest = [trunk.scales.history[0, trunk.scales.index[slot]] for slot in arm.scales.index]
+    assert torch.equal(arm.scales.scale, torch.stack(newest) / 127)
 
 
 def test_fake_quantization_never_falls_back_to_the_plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     state = attach(model, make_plan(model, QatConfig(grad_output=RoleConfig())))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
 
-    def fail(*_: Any) -> None:
-        raise AssertionError("the plain linear was called")
+    plain_forward = nn.Linear.forward
 
-    for module in model.modules():
-        if isinstance(module, FakeQuantLinear):
-            monkeypatch.setattr(module.original, "forward", fail)
+    def only_of_others(module: nn.Linear, x: Tensor) -> Tensor:
+        assert not isinstance(module, FakeQuantLinear), "the plain linear was called"
+        return plain_forward(module, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", only_of_others)
     observed_step(model.train(), seed=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         observed_step(model, seed=1)
@@ -326,19 +349,19 @@ def test_fake_quantization_never_falls_back_to_the_plain_linear(monkeypatch: pyt
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     observed_step(model.train(), seed=2)
     logits(copy.deepcopy(model))
-    assert (state.amax > 0).all()  # every input, weight and output gradient was seen
+    assert (state.scales.amax > 0).all()  # every input, weight and output gradient was seen
 
 
 # What must not move the state.
 
 
-def states_after(model: Any, state: ScaleState) -> Iterator[ScaleState]:
+def states_after(model: Any, state: QuantState) -> Iterator[QuantState]:
     """The state after each of two steps of observing and three of quantizing."""
     model.train()
-    state.mode = Mode.OBSERVE
+    state.enter(Mode.OBSERVE)
     for step in range(5):
         if step == 2:
-            state.begin_quantizing()
+            state.enter(Mode.QUANTIZE)
         observed_step(model, seed=step)
         state.push()
         yield copy.deepcopy(state)
@@ -361,7 +384,7 @@ def test_nothing_moves_in_eval(mode: Mode) -> None:
     model = tiny_llama()
     state = attach(model, make_plan(model, QAT))
     quantized_steps(model, state, num_steps=2)
-    state.mode = mode
+    state.enter(mode)
     before = copy.deepcopy(state)
     model.eval()
     logits(model, token_ids(seed=3))
@@ -375,13 +398,14 @@ def test_detaching_or_casting_the_model_leaves_the_state_in_float32() -> None:
     quantized_steps(model, state)
     before = copy.deepcopy(state)
     model.to(torch.bfloat16).half().double().float()
-    assert state.scale.dtype == state.history.dtype == torch.float32
+    assert state.scales.scale.dtype == state.scales.history.dtype == torch.float32
     assert_same_state(state, before)
     detach(model)
     assert_same_state(state, before)
 
 
-def assert_same_state(one: ScaleState, other: ScaleState) -> None:
-    assert one.counters() == other.counters()
-    for name, tensor in one.tensors().items():
-        assert torch.equal(tensor, other.tensors()[name]), name
+def assert_same_state(one: QuantState, other: QuantState) -> None:
+    theirs = ResumableState(other).state_dict()
+    for name, value in ResumableState(one).state_dict().items():
+        same = torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+        assert same, name

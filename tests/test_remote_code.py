@@ -11,8 +11,9 @@ import pytest
 import torch
 from builders import logits, quantized_steps, tiny_llama, word_tokenizer
 
-from qatrun import QatConfig, artifact
+from qatrun import QatConfig
 from qatrun.errors import InputError
+from qatrun.export import artifact
 from qatrun.model import architecture, check_model, load_model, save_model
 from qatrun.quant import attach, freeze, make_plan
 from qatrun.recipe import ModelConfig
@@ -74,6 +75,6 @@ def test_trusted_code_is_trusted_when_the_arm_is_read_back(folder: Path, tmp_pat
     with pytest.raises(InputError, match="trust_remote_code"):
         artifact.load(tmp_path / "arm")
     # In a process that has never seen the first folder, too.
-    read = f"from qatrun import artifact; artifact.load({str(tmp_path / 'arm')!r}, trust_remote_code=True)"
+    read = f"from qatrun.export import artifact; artifact.load({str(tmp_path / 'arm')!r}, trust_remote_code=True)"
     folder.rename(tmp_path / "gone")
     subprocess.run([sys.executable, "-c", read], check=True, capture_output=True)

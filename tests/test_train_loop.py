@@ -19,7 +19,7 @@ from training import Recorder, TinyStudy, ctrl_c, differences, final_state, gpt2
 
 from qatrun.data import IGNORE_INDEX, open_data
 from qatrun.errors import Interrupted, NonFiniteError
-from qatrun.quant import ScaleState
+from qatrun.quant import Mode, QuantState
 from qatrun.train import latest_checkpoint, read_checkpoint, read_metrics
 from qatrun.train.loop import FLUSH_EVERY, summed_loss
 from qatrun.train.nonfinite import first_bad_tensors
@@ -172,13 +172,15 @@ def test_matrices_decay_norms_and_biases_do_not(tmp_path: Path, make_model: Call
 def test_the_first_qat_step_has_scales_from_a_full_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against amaxes of plain models with the weights of each step, over the micro-batches of each step."""
     at_switch: list[Mapping[str, float]] = []
-    begin_quantizing = ScaleState.begin_quantizing
+    enter = QuantState.enter
 
-    def recording(state: ScaleState) -> None:
-        begin_quantizing(state)
-        at_switch.append(dict(zip(state.names, state.scale.tolist(), strict=True)))
+    def recording(state: QuantState, mode: Mode) -> None:
+        before = state.mode
+        enter(state, mode)
+        if mode is Mode.QUANTIZE and before is not mode:
+            at_switch.append(dict(zip(state.scales.names, state.scales.scale.tolist(), strict=True)))
 
-    monkeypatch.setattr(ScaleState, "begin_quantizing", recording)
+    monkeypatch.setattr(QuantState, "enter", recording)
     steps, window = 5, 3
     study = TinyStudy(
         tmp_path / "a",
@@ -191,7 +193,7 @@ def test_the_first_qat_step_has_scales_from_a_full_history(tmp_path: Path, monke
     assert segments.trunk is not None
     assert segments.own.plan is not None
     stream = open_data(segments.own.arm.data, study.tokenizer, 0).train
-    amaxes: dict[str, list[float]] = {name: [] for name, _ in segments.own.plan.slots()}
+    amaxes: dict[str, list[float]] = {name: [] for name in map(str, segments.own.plan.slots())}
     for step in range(steps):
         model = study.make_model()
         if step:

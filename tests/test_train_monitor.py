@@ -17,6 +17,7 @@ from qatrun.errors import AlarmStop
 from qatrun.numerics import round_to_format
 from qatrun.quant import STATISTICS, Mode, attach, make_plan
 from qatrun.recipe import AlarmConfig, QatConfig
+from qatrun.scheme import Slot
 from qatrun.train import read_alarms, read_metrics, read_tensor_stats
 from qatrun.train.alarms import AlarmWatch, saturation_remedy
 from qatrun.train.probe import Probe
@@ -36,27 +37,27 @@ class TestStatistics:
         model = tiny_llama()
         state = attach(model, make_plan(model, QatConfig(**qat)))
         model.train()
-        state.mode = Mode.QUANTIZE
+        state.enter(Mode.QUANTIZE)
         return model, state
 
     def row(self, state: Any, taken: torch.Tensor, slot: str) -> dict[str, float]:
-        return dict(zip(STATISTICS, taken[state.index[slot]].tolist(), strict=True))
+        return dict(zip(STATISTICS, taken[state.scales.index[Slot.parse(slot)]].tolist(), strict=True))
 
     def test_fractions_amax_and_noise_are_those_of_the_tensor(self) -> None:
         model, state = self.quantized(format="int8")
         ids = torch.arange(32).view(2, 16)
         model(input_ids=ids)
         state.push()
-        state.take_statistics()
-        state.measures_noise = True
+        state.tally.take()
+        state.tally.measures_noise = True
         weight = model.model.layers[1].mlp.up_proj.weight
         slot = "model.layers.1.mlp.up_proj:weight"
         with torch.no_grad():
             weight[0, 0] = 40 * weight.abs().max()  # far above what the scale was made for
         model(input_ids=ids)
-        scale = state.scale[state.index[slot]].clone()
+        scale = state.scales.scale[state.scales.index[Slot.parse(slot)]].clone()
         state.push()
-        row = self.row(state, state.take_statistics(), slot)
+        row = self.row(state, state.tally.take(), slot)
         grid = round_to_format(weight / scale, "int8")
         noise = (weight - grid * scale).square().sum()
         assert row["amax"] == weight.abs().max()
@@ -71,7 +72,7 @@ class TestStatistics:
         first, second = torch.arange(32).view(2, 16), torch.arange(30, 46).view(1, 16)
         model(input_ids=first)
         state.push()
-        state.take_statistics()
+        state.tally.take()
         with torch.no_grad():
             for p in model.parameters():
                 p *= 1.5
@@ -79,9 +80,9 @@ class TestStatistics:
         for batches in ((first, second), (first, first, second, second)):
             for ids in batches:
                 model(input_ids=ids)
-            amax = state.amax.clone()
-            rows.append(state.take_statistics())
-            assert torch.equal(state.amax, amax)
+            amax = state.scales.amax.clone()
+            rows.append(state.tally.take())
+            assert torch.equal(state.scales.amax, amax)
         assert torch.equal(rows[0][:, 3:5].nan_to_num(), rows[1][:, 3:5].nan_to_num())
 
     def test_taking_begins_anew_and_evaluation_is_not_counted(self) -> None:
@@ -89,9 +90,9 @@ class TestStatistics:
         ids = torch.arange(32).view(2, 16)
         model(input_ids=ids)
         state.push()
-        assert not state.take_statistics()[:, 0].eq(0).any()
+        assert not state.tally.take()[:, 0].eq(0).any()
         model.eval()(input_ids=ids)
-        assert state.take_statistics()[:, [1, 2, 3, 4, 5]].isnan().all()
+        assert state.tally.take()[:, [1, 2, 3, 4, 5]].isnan().all()
 
     @pytest.mark.parametrize("scaling", [{"type": "dynamic"}, {"type": "delayed"}])
     def test_a_scale_of_the_tensor_at_hand_fits(self, scaling: dict[str, Any]) -> None:
@@ -99,27 +100,27 @@ class TestStatistics:
         model, state = self.quantized(scaling=scaling)
         model(input_ids=torch.arange(32).view(2, 16))
         state.push()
-        assert torch.allclose(state.take_statistics()[:, 2], torch.ones(len(state.names)))
+        assert torch.allclose(state.tally.take()[:, 2], torch.ones(len(state.scales.names)))
 
 
 def test_ema_is_the_weighted_mean_of_the_window() -> None:
     model = tiny_llama()
     plan = make_plan(model, QatConfig(scaling={"algorithm": "ema", "ema_decay": 0.8, "window": 3}))
     state = attach(model, plan)
-    state.mode = Mode.QUANTIZE
+    state.enter(Mode.QUANTIZE)
     seen: list[float] = []
     for amax in (0.0, 2.0, 5.0, 1.0, 0.0, 3.0):
-        state.amax.fill_(amax)
+        state.scales.amax.fill_(amax)
         state.push()
         seen.insert(0, amax)
         weights = [0.8**age if value > 0 else 0.0 for age, value in enumerate(seen[:3])]
         if sum(weights):
             mean = sum(w * v for w, v in zip(weights, seen[:3], strict=True)) / sum(weights)
-            assert state.scale.tolist() == pytest.approx([mean / 15] * len(state.names), rel=1e-6)
-    before = state.scale.clone()
-    state.amax.fill_(float("inf"))
+            assert state.scales.scale.tolist() == pytest.approx([mean / 15] * len(state.scales.names), rel=1e-6)
+    before = state.scales.scale.clone()
+    state.scales.amax.fill_(float("inf"))
     state.push()
-    assert torch.equal(state.scale, before)
+    assert torch.equal(state.scales.scale, before)
 
 
 class TestTensorFile:

@@ -7,30 +7,16 @@ past the edge, where x_hat does not depend on x at all, it is zero.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qatrun.formats import Format
-from qatrun.numerics.rounding import as_float32, quantize_to_grid, resolve_format, saturates
+from qatrun.numerics.grid import Grid, as_float32
+from qatrun.numerics.grids import grid_of
 from qatrun.numerics.scales import inverse_scale
-
-Clip = Literal["format", "target"]
-Ste = Literal["identity", "clipped"]
-
-
-def clip_limit(clip: Clip, target_amax: float | None) -> float | None:
-    """The `limit` that a clip rule means: target_amax for "target", None (the format's own range) for "format".
-
-    Raises:
-        ValueError: clip="target" without a target_amax.
-    """
-    if clip == "format":
-        return None
-    if target_amax is None:
-        raise ValueError("clip='target' needs target_amax")
-    return target_amax
+from qatrun.scheme import Clip, Ste
 
 
 def fake_quantize(
@@ -62,21 +48,23 @@ def fake_quantize(
         TypeError: x is of another dtype. InputError: unknown format. ValueError: clip="target" without a target_amax.
     Source: STE: Bengio et al., arXiv:1308.3432; the clipped form: Hubara et al., arXiv:1609.07061.
     """
-    limit = clip_limit(clip, target_amax)
+    if clip == "target" and target_amax is None:
+        raise ValueError("clip='target' needs target_amax")
+    limit = target_amax if clip == "target" else None
     inv_scale = inverse_scale(scale) if inv_scale is None else inv_scale
-    x_hat: Tensor = _FakeQuantize.apply(x, scale.detach(), inv_scale, resolve_format(format), limit, ste)
+    x_hat: Tensor = _FakeQuantize.apply(x, scale.detach(), inv_scale, grid_of(format), limit, ste)
     return x_hat
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, inv_scale: Tensor, spec: Format, limit: float | None, ste: Ste
+        ctx: Any, x: Tensor, scale: Tensor, inv_scale: Tensor, grid: Grid, limit: float | None, ste: Ste
     ) -> Tensor:
+        scaled = as_float32(x) * inv_scale
         if ste == "clipped":
-            ctx.save_for_backward(saturates(as_float32(x) * inv_scale, spec, limit))
-        grid = quantize_to_grid(x, inv_scale, spec, limit)
-        return (grid.to(torch.float32) * scale).to(x.dtype)
+            ctx.save_for_backward(grid.saturates(scaled, limit))
+        return (grid.round(scaled, limit) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:

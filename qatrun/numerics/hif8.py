@@ -31,6 +31,9 @@ import math
 import torch
 from torch import Tensor
 
+from qatrun.formats import FORMATS
+from qatrun.numerics.grid import Grid
+
 _MAGNITUDE = 0x7FFF_FFFF
 _MANTISSA_BITS = 23  # of float32, as is the bias
 _BIAS = 127
@@ -43,23 +46,61 @@ _INF_CODE = 0x6F
 _NAN_CODE = 0x80
 
 
-def round_hif8(x: Tensor) -> Tensor:
-    """Round to the HiF8 grid, ties away from zero, without an upper end.
+class HiFloat8(Grid):
+    """The HiF8 grid; magnitudes below 2^-23 become +0, NaN has the code 0x80."""
 
-    Args:
-        x: any shape, float32.
-    Returns:
-        Shape of x, float32. Magnitudes below 2^-23 become +0; Inf and NaN stay; a result above 2^15 is an overflow.
-    """
-    pattern = x.view(torch.int32)
-    magnitude = pattern & _MAGNITUDE
-    half = _half_of_last_kept_bit(magnitude)
-    rounded = (magnitude + half).bitwise_and_(half.mul_(-2)).clamp_(min=_MIN_SUBNORMAL_PATTERN)
-    # All ones where it holds, as the sign of a difference: a comparison or a choice takes torch as long as ten such steps.
-    is_nan = _INFINITE - magnitude >> 31
-    is_nonzero = _BELOW_ZERO_ENDS - magnitude >> 31
-    rounded.bitwise_or_(is_nan).bitwise_or_(pattern & ~_MAGNITUDE).bitwise_and_(is_nonzero)
-    return rounded.view(torch.float32)
+    has_inf = True
+    ties_away = True
+    native = 0
+
+    def round_unbounded(self, x: Tensor) -> Tensor:
+        """Ties away from zero; a result above 2^15 is an overflow."""
+        pattern = x.view(torch.int32)
+        magnitude = pattern & _MAGNITUDE
+        half = _half_of_last_kept_bit(magnitude)
+        rounded = (magnitude + half).bitwise_and_(half.mul_(-2)).clamp_(min=_MIN_SUBNORMAL_PATTERN)
+        # All ones where it holds, as the sign of a difference: a comparison or a choice takes torch as long as ten of these.
+        is_nan = _INFINITE - magnitude >> 31
+        is_nonzero = _BELOW_ZERO_ENDS - magnitude >> 31
+        rounded.bitwise_or_(is_nan).bitwise_or_(pattern & ~_MAGNITUDE).bitwise_and_(is_nonzero)
+        return rounded.view(torch.float32)
+
+    def spacing(self, value: float) -> float:
+        exponent = math.frexp(value)[1] - 1
+        coarser = sum(abs(exponent) >= bound for bound in (4, 8, 16))
+        return 2.0 ** (exponent - 3 + coarser)
+
+    def encode(self, grid: Tensor) -> Tensor:
+        """The bits of |E| and the three of the mantissa, read as one number, tell the band, and less its leading one
+        (implied) and the mantissa bits that the band does not have, which are 0 on the grid, that number ends the code."""
+        pattern = grid.view(torch.int32)
+        exponent = (pattern >> _MANTISSA_BITS).bitwise_and_(0xFF).sub_(_BIAS)
+        negative = exponent >> 31  # all ones where E < 0
+        tail = (exponent.abs() << 3) | ((pattern >> 20) & 7)
+        code = torch.where(tail < 64, 0x30 + (tail >> 1), 0x50 + (tail >> 2))
+        code = torch.where(tail < 32, 0x10 + tail, code) + (negative & 0x10)
+        code = torch.where(tail < 16, 0x08 + tail + (negative & 0x08), code)
+        code = torch.where(exponent < _MIN_NORMAL_EXPONENT, (exponent + 23).clamp(min=0), code)
+        code = torch.where(grid.isinf(), _INF_CODE, code) + ((pattern >> 31) & 0x80)
+        return torch.where(grid.isnan(), _NAN_CODE, code).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        signed = codes.to(torch.int32)
+        code = signed & 0x7F
+        low = code & 0xF
+        tail = torch.where(code < 0x60, (0x10 + low) << 1, (0x10 + low) << 2)
+        tail = torch.where(code < 0x40, 0x10 + low, tail)
+        tail = torch.where(code < 0x20, 0x08 + (code & 7), tail)
+        tail = torch.where(code < 0x10, code & 7, tail)
+        is_negative = torch.where(code < 0x20, code & 0x08, code & 0x10) != 0
+        distance = tail >> 3
+        exponent = torch.where(is_negative, -distance, distance)
+        pattern = ((exponent + _BIAS) << _MANTISSA_BITS) | ((tail & 7) << 20)
+        pattern = torch.where(code < 0x08, (code - 23 + _BIAS) << _MANTISSA_BITS, pattern)
+        magnitude = torch.where(code == 0, 0.0, pattern.view(torch.float32))
+        magnitude = torch.where(code == _INF_CODE, float("inf"), magnitude)
+        values = torch.where(signed < 0x80, magnitude, -magnitude)
+        return torch.where(signed == _NAN_CODE, float("nan"), values)
 
 
 def _half_of_last_kept_bit(magnitude: Tensor) -> Tensor:
@@ -73,57 +114,4 @@ def _half_of_last_kept_bit(magnitude: Tensor) -> Tensor:
     return binade.clamp_(*_BINADES).view(torch.float32).to(torch.int32) >> 5
 
 
-def hif8_spacing(value: float) -> float:
-    """Distance from a value of the grid, > 0, to the next larger one."""
-    exponent = math.frexp(value)[1] - 1
-    coarser = sum(abs(exponent) >= bound for bound in (4, 8, 16))
-    return 2.0 ** (exponent - 3 + coarser)
-
-
-def encode_hif8(grid: Tensor) -> Tensor:
-    """Codes of values that are on the grid already, Inf and NaN included.
-
-    The bits of |E| and the three of the mantissa, read as one number, tell the band, and less its leading one (implied)
-    and the mantissa bits that the band does not have, which are 0 on the grid, that number ends the code.
-
-    Args:
-        grid: any shape, float32, values of the HiF8 grid.
-    Returns:
-        Shape of grid, uint8.
-    """
-    pattern = grid.view(torch.int32)
-    exponent = (pattern >> _MANTISSA_BITS).bitwise_and_(0xFF).sub_(_BIAS)
-    negative = exponent >> 31  # all ones where E < 0
-    tail = (exponent.abs() << 3) | ((pattern >> 20) & 7)
-    code = torch.where(tail < 64, 0x30 + (tail >> 1), 0x50 + (tail >> 2))
-    code = torch.where(tail < 32, 0x10 + tail, code) + (negative & 0x10)
-    code = torch.where(tail < 16, 0x08 + tail + (negative & 0x08), code)
-    code = torch.where(exponent < _MIN_NORMAL_EXPONENT, (exponent + 23).clamp(min=0), code)
-    code = torch.where(grid.isinf(), _INF_CODE, code) + ((pattern >> 31) & 0x80)
-    return torch.where(grid.isnan(), _NAN_CODE, code).to(torch.uint8)
-
-
-def decode_hif8(codes: Tensor) -> Tensor:
-    """Values of codes: `encode_hif8` backwards.
-
-    Args:
-        codes: any shape, uint8.
-    Returns:
-        Shape of codes, float32.
-    """
-    signed = codes.to(torch.int32)
-    code = signed & 0x7F
-    low = code & 0xF
-    tail = torch.where(code < 0x60, (0x10 + low) << 1, (0x10 + low) << 2)
-    tail = torch.where(code < 0x40, 0x10 + low, tail)
-    tail = torch.where(code < 0x20, 0x08 + (code & 7), tail)
-    tail = torch.where(code < 0x10, code & 7, tail)
-    is_negative = torch.where(code < 0x20, code & 0x08, code & 0x10) != 0
-    distance = tail >> 3
-    exponent = torch.where(is_negative, -distance, distance)
-    pattern = ((exponent + _BIAS) << _MANTISSA_BITS) | ((tail & 7) << 20)
-    pattern = torch.where(code < 0x08, (code - 23 + _BIAS) << _MANTISSA_BITS, pattern)
-    magnitude = torch.where(code == 0, 0.0, pattern.view(torch.float32))
-    magnitude = torch.where(code == _INF_CODE, float("inf"), magnitude)
-    values = torch.where(signed < 0x80, magnitude, -magnitude)
-    return torch.where(signed == _NAN_CODE, float("nan"), values)
+HIF8 = HiFloat8(FORMATS["hif8"])

@@ -19,13 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatrun.formats import FORMATS, Format
 from qatrun.numerics import native
-from qatrun.numerics.codes import decode, encode
-from qatrun.numerics.rounding import as_float32, bounded_round, grid_edge, saturates
+from qatrun.numerics.grid import Grid, as_float32
+from qatrun.numerics.grids import GRIDS
 from qatrun.numerics.scales import amax
-
-_FORMAT_NUMBERS = {"hif8": 0, "fp8_e4m3": 1, "fp8_e5m2": 2, "int8": 3}
 
 
 class Quantized(NamedTuple):
@@ -50,7 +47,7 @@ class Quantized(NamedTuple):
 def quantize(
     x: Tensor,
     inv_scale: Tensor,
-    spec: Format,
+    grid: Grid,
     limit: float | None,
     *,
     values: torch.dtype | None,
@@ -69,26 +66,26 @@ def quantize(
     per_row = (*x.shape[:-1], 1)
     native.check("inv_scale", inv_scale, torch.float32, (), per_row)
     kernels = _kernels_for((x, inv_scale), (x.dtype, values or x.dtype))
-    if kernels is None:
+    if kernels is None or grid.native is None:
         reference: Callable[..., Quantized] = _on_device(x, _quantize_reference)
-        return reference(x, inv_scale, spec.name, limit, values, codes, blocked)
+        return reference(x, inv_scale, grid.format.name, limit, values, codes, blocked)
     result = Quantized(
         values=None if values is None else torch.empty(x.shape, dtype=values),
-        codes=torch.empty(x.shape, dtype=code_dtype(spec.name)) if codes else None,
+        codes=torch.empty(x.shape, dtype=grid.code_dtype) if codes else None,
         amax=torch.empty(()),
         counts=torch.empty(2, dtype=torch.int64),
         blocked=torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if blocked else None,
     )
     kernels.quantize(
-        _FORMAT_NUMBERS[spec.name],
+        grid.native,
         native.address(x),
         native.DTYPES[x.dtype],
         x.numel(),
         x.shape[-1] if inv_scale.dim() else x.numel(),
         native.address(inv_scale.contiguous()),
         int(inv_scale.dim() > 0),
-        grid_edge(spec, limit),
-        saturation_threshold(spec.name, limit),
+        grid.edge(limit),
+        grid.saturation_threshold(limit),
         native.address(result.values),
         native.DTYPES[values or torch.bfloat16],
         native.address(result.codes),
@@ -99,18 +96,18 @@ def quantize(
     return result
 
 
-def codes_to_grid(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+def codes_to_grid(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The grid values that codes of any shape stand for, in float32 or bfloat16."""
-    native.check("codes", codes, code_dtype(format), codes.shape)
+    native.check("codes", codes, grid.code_dtype, codes.shape)
     kernels = _kernels_for((codes,), (dtype,))
     if kernels is None:
-        values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, format, dtype)
+        values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, grid.format.name, dtype)
         return values
     out = torch.empty(codes.shape, dtype=dtype)
     kernels.decode(
         native.address(codes.contiguous()),
         codes.numel(),
-        native.address(_values_of_codes(format)),
+        native.address(grid.values_of_codes()),
         native.address(out),
         native.DTYPES[dtype],
     )
@@ -176,28 +173,6 @@ def scale_gradient(grad: Tensor, scale: Tensor, blocked: Tensor | None, dtype: t
     return out
 
 
-@cache
-def saturation_threshold(format: str, limit: float | None) -> float:
-    """The smallest float32 that saturates (see `saturates`), found by bisection over float32 patterns."""
-    low, high = 0, 0x7F80_0000  # 0 does not saturate, Inf does
-    while high - low > 1:
-        middle = (low + high) // 2
-        value = torch.tensor(middle, dtype=torch.int32).view(torch.float32)
-        low, high = (low, middle) if saturates(value, FORMATS[format], limit) else (middle, high)
-    return float(torch.tensor(high, dtype=torch.int32).view(torch.float32))
-
-
-@cache
-def _values_of_codes(format: str) -> Tensor:
-    """[256] float32, by the code's bits as an unsigned number."""
-    return decode(torch.arange(256, dtype=torch.uint8).view(code_dtype(format)), format)
-
-
-def code_dtype(format: str) -> torch.dtype:
-    """What the codes of a format are stored as."""
-    return torch.int8 if format == "int8" else torch.uint8
-
-
 def _kernels_for(tensors: Sequence[Tensor | None], dtypes: Iterable[torch.dtype]) -> native.Kernels | None:
     """The C++ kernels, if there are any and they take these tensors and dtypes."""
     if native.DTYPES.keys() >= set(dtypes) and all(map(native.is_plain, tensors)):
@@ -224,12 +199,12 @@ def _quantize_reference(
     codes: bool,
     blocked: bool,
 ) -> Quantized:
-    scaled = as_float32(x) * inv_scale
-    grid = bounded_round(scaled, FORMATS[format], "saturate", limit)
-    saturated, underflowed = saturates(scaled, format, limit), x.bool() & ~grid.bool()
+    grid, scaled = GRIDS[format], as_float32(x) * inv_scale
+    rounded = grid.round(scaled, limit)
+    saturated, underflowed = grid.saturates(scaled, limit), x.bool() & ~rounded.bool()
     return Quantized(
-        values=None if values is None else grid.to(values),
-        codes=encode(grid, format) if codes else None,
+        values=None if values is None else rounded.to(values),
+        codes=grid.encode(rounded) if codes else None,
         amax=amax(x, "per_tensor"),
         counts=torch.stack([saturated.count_nonzero(), underflowed.count_nonzero()]),
         blocked=pack_bits(saturated) if blocked else None,
@@ -237,7 +212,7 @@ def _quantize_reference(
 
 
 def _codes_to_grid_reference(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    return decode(codes, format).to(dtype)
+    return GRIDS[format].decode(codes).to(dtype)
 
 
 def _rescale_reference(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:

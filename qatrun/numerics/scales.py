@@ -7,32 +7,29 @@ to float32, is the correctly rounded one, also in a compiled GPU kernel, whose o
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from qatrun.numerics.rounding import as_float32
-
-Granularity = Literal["per_tensor", "per_channel", "per_token"]
+from qatrun.numerics.grid import as_float32
+from qatrun.scheme import GRANULARITIES
 
 # Between these, a scale and its reciprocal are both normal float32 numbers: finite, and safe from flushing to zero.
 _MIN_SCALE = 2.0**-126
 _MAX_SCALE = 2.0**126
 
 
-def amax(x: Tensor, granularity: Granularity) -> Tensor:
+def amax(x: Tensor, granularity: str) -> Tensor:
     """Largest magnitude of x; an Inf or NaN in x shows in it.
 
     Args:
         x: any shape for per_tensor, where an empty one has amax 0; a weight [out, in] for per_channel; activations
             [..., d] for per_token.
-        granularity: what shares one amax.
+        granularity: what shares one amax, by its name in `scheme.GRANULARITIES`.
     Returns:
-        float32; per_tensor: []; per_channel: [out, 1]; per_token: [..., 1].
+        float32, of `Granularity.scale_shape`: []; of rows [..., 1].
     """
     values = x.detach()
-    if granularity == "per_tensor":
+    if not GRANULARITIES[granularity].rows:
         if values.numel() == 0:
             return values.new_zeros((), dtype=torch.float32)
         least, largest = (

@@ -1,13 +1,15 @@
-"""Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach."""
+"""Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
-from qatrun.quant.attach import attach, calibrate, detach, freeze, quantized_linears, replace_linear
+from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
+from qatrun.quant.calibration import calibrate, calibrated_plan, input_histograms
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, named_linears, survey
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
+from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantized import QuantizedLinear
-from qatrun.quant.quantizer import Quantizer
-from qatrun.quant.slot import Latest
-from qatrun.quant.state import STATISTICS, Mode, ScaleState
+from qatrun.quant.quantizer import Latest, Quantizer
+from qatrun.quant.state import Mode, QuantState, ResumableState
+from qatrun.quant.tally import STATISTICS
 
 __all__ = [
     "STATISTICS",
@@ -15,16 +17,20 @@ __all__ = [
     "FakeQuantLinear",
     "Latest",
     "Mode",
+    "QTensor",
     "QuantPlan",
+    "QuantState",
     "QuantizedLinear",
     "Quantizer",
-    "ScaleState",
+    "ResumableState",
     "Survey",
     "attach",
     "calibrate",
+    "calibrated_plan",
     "coverage",
     "detach",
     "freeze",
+    "input_histograms",
     "make_plan",
     "named_linears",
     "quantized_linears",

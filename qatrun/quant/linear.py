@@ -1,5 +1,9 @@
 """The fake-quantized linear: `matmul`'s arithmetic with a straight-through backward.
 
+It is the very linear of the model under another class, as FSDP2 and torch's parametrizations do it: the parameters that it
+computes with are those in the module tree, in every mode, whoever may swap them there; keys of `state_dict`, hooks and
+references to the module stay as they are.
+
 Each tensor is quantized no more often than it changes: a weight once an optimizer step, an input that several linears
 read once for all of them. What the backward needs are the grid values that the forward made; with
 `saved_activations: codes` they are kept as their 8-bit codes, which lose nothing.
@@ -8,17 +12,18 @@ read once for all of them. What the backward needs are the grid values that the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qatrun.formats import Role
+from qatrun.numerics import Grid
 from qatrun.quant import operators
 from qatrun.quant.matmul import Dtypes, Gradients, gradients, scaled_matmul
-from qatrun.quant.quantizer import OnGrid
-from qatrun.quant.slot import SlotQuantizer
-from qatrun.quant.state import Mode, ScaleState
+from qatrun.quant.qtensor import QTensor
+from qatrun.quant.quantizer import Quantizer
+from qatrun.quant.state import Mode, QuantState
 
 
 class _FakeQuantMatmul(torch.autograd.Function):
@@ -26,114 +31,134 @@ class _FakeQuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: FakeQuantLinear, with_codes: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: FakeQuantLinear, with_codes: bool
     ) -> Tensor:
         dtype = _compute_dtype(x)
-        on_x = module.quantizers["input"].on_grid_once(x, dtype, codes=with_codes)
-        on_w = module.weight_on_grid(weight, dtype)
+        on_x = linear.quant.of["input"].on_grid_once(x, dtype, codes=with_codes)
+        on_w = linear.weight_on_grid(weight, dtype)
         ctx.save_for_backward(on_x.saved, on_x.scale, on_x.blocked, on_w.saved, on_w.scale, on_w.blocked)
-        ctx.module, ctx.formats = module, (on_x.format, on_w.format)
+        ctx.linear, ctx.grids = linear, (on_x.grid, on_w.grid)
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
-        return scaled_matmul(on_x.in_dtype(dtype), on_w.in_dtype(dtype), on_x.scale, on_w.scale, bias)
+        return scaled_matmul(on_x, on_w, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (x_format, w_format) = ctx.saved_tensors, ctx.formats
-        on_x, on_w = OnGrid.of_saved(x_format, *saved[:3]), OnGrid.of_saved(w_format, *saved[3:])
+        saved, (x_grid, w_grid) = ctx.saved_tensors, ctx.grids
+        on_x, on_w = QTensor.of_saved(x_grid, *saved[:3]), QTensor.of_saved(w_grid, *saved[3:])
         x_dtype, w_dtype, b_dtype = (
             dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
-        return *ctx.module.gradients(grads[0], on_x, on_w, (x_dtype, w_dtype, b_dtype)), None, None
+        return *ctx.linear.gradients(grads[0], on_x, on_w, (x_dtype, w_dtype, b_dtype)), None, None
+
+
+class Quantization(NamedTuple):
+    """What a linear is quantized with.
+
+    Attributes:
+        state: the model's one QuantState.
+        of: role -> quantizer; linears that read the same input share that of "input".
+    """
+
+    state: QuantState
+    of: Mapping[Role, Quantizer]
+    saves_codes: bool
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear that shares another's parameters and trains through quantizers.
-
-    Its `state_dict` has the same keys as the linear it stands for.
+    """What is common to the classes that linears take on; each derives from this and from the linear's own class.
 
     Attributes:
-        original: the linear it stands for, kept out of the module tree.
-        state: the model's one ScaleState, registered on the model itself.
-        quantizers: role -> quantizer; linears that read the same input share that of "input".
+        plain_class: the linear's own class.
         number: by which operators know it.
     """
 
+    plain_class: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
-    original: nn.Module
-    state: ScaleState
+    quant: Quantization
+    number: Tensor
 
-    def __init__(
-        self, original: nn.Module, state: ScaleState, quantizers: Mapping[Role, SlotQuantizer], *, saves_codes: bool
-    ) -> None:
-        super().__init__()
-        self.weight = original.get_parameter("weight")
-        self.register_parameter("bias", getattr(original, "bias", None))
-        self.transposed = not isinstance(original, nn.Linear)  # Conv1D holds [in, out]
-        # Not through nn.Module's registration, which would make them children and give state_dict new keys.
-        self.__dict__.update(original=original, state=state)
-        self.quantizers = dict(quantizers)
-        self.saves_codes = saves_codes
-        self.number = operators.number(self)
+    @staticmethod
+    def put_on(linear: nn.Module, quant: Quantization) -> None:
+        """Make the linear one of these."""
+        linear.__class__ = _fake_quantized(type(linear))
+        linear.__dict__ |= {"quant": quant, "number": operators.number(linear)}
+
+    def take_off(self) -> None:
+        """Make it the linear that it was."""
+        operators.forget(self.number)
+        del self.quant, self.number
+        self.__class__ = self.plain_class  # type: ignore[assignment]  # it is one of its subclasses
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_state, (self.plain_class,), self.__dict__  # the class has no name that pickle could find
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         super().__setstate__(attributes)
         self.number = operators.number(self)  # a copy is another linear
 
     @property
-    def input_format(self) -> str:
-        """Name of the format that inputs are rounded to."""
-        return self.quantizers["input"].rounding.spec.format
+    def input_grid(self) -> Grid:
+        """That inputs are rounded to."""
+        return self.quant.of["input"].grid
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is [in, out], as Conv1D holds it."""
+        return not isinstance(self, nn.Linear)
 
     def generation(self) -> int:
         """Changes with the scales."""
-        return self.state.num_changes
+        return self.quant.state.scales.num_changes
 
     def effective_weight(self) -> Tensor:
         """[out, in], whatever way round the parameter is stored."""
         return self.weight.t() if self.transposed else self.weight
 
-    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> OnGrid:
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
         """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
         step, so where codes are saved it is codes alone."""
-        values, codes = (None, True) if self.saves_codes else (dtype, False)
-        quantizer = self.quantizers["weight"]
+        values, codes = (None, True) if self.quant.saves_codes else (dtype, False)
+        quantizer = self.quant.of["weight"]
         if weight.data_ptr() != self.weight.data_ptr():  # a stand-in of torch.func's in a compiled graph
             return quantizer.on_grid(weight, values, codes=codes, takes_gradient=True)
         return quantizer.on_grid_once(weight, values, codes=codes, key=self.weight)
 
-    def gradients(self, grad_output: Tensor, on_x: OnGrid, on_w: OnGrid, dtypes: Dtypes) -> Gradients:
+    def gradients(self, grad_output: Tensor, on_x: QTensor, on_w: QTensor, dtypes: Dtypes) -> Gradients:
         """Those of x, weight and bias (see `matmul.gradients`), the output gradient quantized first where it is to be."""
-        quantizer = self.quantizers.get("grad_output")
+        quantizer = self.quant.of.get("grad_output")
         on_g = quantizer.on_grid(grad_output, grad_output.dtype) if quantizer else None
-        if self.state.last_micro_batch:
-            self.quantizers["weight"].latest.forget()
+        if self.quant.state.last_micro_batch:
+            self.quant.of["weight"].latest.forget()
         return gradients(grad_output, on_g, on_x, on_w, dtypes)
 
     def observe(self, x: Tensor, weight: Tensor) -> None:
         """Record the amaxes of an input and of the weight."""
-        self.quantizers["input"].observe(x)
-        self.quantizers["weight"].observe(weight)
+        self.quant.of["input"].observe(x)
+        self.quant.of["weight"].observe(weight)
 
     def observe_gradient(self, grad_output: Tensor) -> None:
         """Record the amax of an output gradient, if such are quantized."""
-        if "grad_output" in self.quantizers:
-            self.quantizers["grad_output"].observe(grad_output)
+        if "grad_output" in self.quant.of:
+            self.quant.of["grad_output"].observe(grad_output)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        if self.state.mode is Mode.QUANTIZE:
+        mode = self.quant.state.mode
+        if mode is Mode.QUANTIZE:
             return self._quantized(x)
-        y: Tensor = self.original(x)
-        return self._observed(x, y) if self.state.mode is Mode.OBSERVE and self.training else y
+        y: Tensor = super().forward(x)
+        return self._observed(x, y) if mode is Mode.OBSERVE and self.training else y
 
     def _quantized(self, x: Tensor) -> Tensor:
-        weight, codes = self.effective_weight(), self.saves_codes and torch.is_grad_enabled()
+        weight, codes = self.effective_weight(), self.quant.saves_codes and torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             y: Tensor = _FakeQuantMatmul.apply(x, weight, self.bias, self, codes)
             return y
-        input, dtype = self.quantizers["input"], _compute_dtype(x)
-        on_x = operators.on_grid(x, input.rounding, input.number, dtype, codes=codes, takes_gradient=x.requires_grad)
+        quantizer, dtype = self.quant.of["input"], _compute_dtype(x)
+        on_x = operators.on_grid(
+            x, quantizer.scheme, quantizer.number, dtype, codes=codes, takes_gradient=x.requires_grad
+        )
         in_graph: Tensor = operators.linear(
             x, weight, self.bias, on_x.values, on_x.saved, on_x.scale, on_x.blocked, self.number
         )[0]
@@ -144,10 +169,25 @@ class FakeQuantLinear(nn.Module):
             in_graph: Tensor = operators.observe(y, x.detach(), self.weight.detach(), self.number)
             return in_graph
         self.observe(x, self.weight)
-        if "grad_output" in self.quantizers and y.requires_grad:
+        if "grad_output" in self.quant.of and y.requires_grad:
             # Seen as it is for y as it is now: a model may go on to change it in place.
             y.register_hook(self.observe_gradient)
         return y
+
+
+_CLASSES: dict[type[nn.Module], type[FakeQuantLinear]] = {}
+
+
+def _fake_quantized(plain: type[nn.Module]) -> type[FakeQuantLinear]:
+    """The one class that linears of this class take on."""
+    if plain not in _CLASSES:
+        _CLASSES[plain] = type(f"FakeQuant{plain.__name__}", (FakeQuantLinear, plain), {"plain_class": plain})
+    return _CLASSES[plain]
+
+
+def _without_state(plain: type[nn.Module]) -> FakeQuantLinear:
+    kind = _fake_quantized(plain)
+    return kind.__new__(kind)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

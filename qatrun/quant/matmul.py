@@ -23,30 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatrun.numerics import product_dtype, rescale_, scale_gradient
-from qatrun.quant.quantizer import OnGrid
+from qatrun.quant.qtensor import QTensor
 
 Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def scaled_matmul(q_x: Tensor, q_w: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> Tensor:
+def scaled_matmul(on_x: QTensor, on_w: QTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (q_x @ q_w^T) * (s_x * s_w) + b
 
     Args:
-        q_x, q_w: [..., in] and [out, in] grid values of one dtype, the compute dtype.
-        s_x: float32, [] per tensor or [..., 1] per token.
-        s_w: float32, [] per tensor or [out, 1] per channel.
+        on_x, on_w: [..., in] and [out, in].
         bias: [out] or None.
+        dtype: the compute dtype.
     Returns:
         [..., out] in the compute dtype.
     """
-    operands = product_dtype(q_x.dtype, q_x.device)
+    (q_x, s_x), (q_w, s_w) = on_x.operand(dtype), on_w.operand(dtype)
+    operands = product_dtype(dtype, q_x.device)
     with torch.autocast(q_x.device.type, enabled=False):
-        product = F.linear(q_x.to(operands), q_w.to(operands)).to(q_x.dtype)
+        product = F.linear(q_x.to(operands), q_w.to(operands)).to(dtype)
         return rescale_(product, s_x, s_w.flatten() if s_w.dim() else s_w, bias)
 
 
-def gradients(grad_output: Tensor, on_g: OnGrid | None, on_x: OnGrid, on_w: OnGrid, dtypes: Dtypes) -> Gradients:
+def gradients(grad_output: Tensor, on_g: QTensor | None, on_x: QTensor, on_w: QTensor, dtypes: Dtypes) -> Gradients:
     """(dx [..., in], dW [out, in], db [out]) in these dtypes, None where the dtype is; dx and dW are zero where the
     straight-through estimator holds the gradient of x and W back.
 
@@ -57,15 +57,15 @@ def gradients(grad_output: Tensor, on_g: OnGrid | None, on_x: OnGrid, on_w: OnGr
     to_x, to_w, to_bias = dtypes
     compute_dtype = grad_output.dtype
     operands = product_dtype(compute_dtype, grad_output.device)
-    g, s_g = (grad_output, None) if on_g is None else (on_g.in_dtype(compute_dtype), on_g.scale)
+    g, s_g = (grad_output, None) if on_g is None else on_g.operand(compute_dtype)
     g = g.to(operands)
     grad_x = grad_w = None
     if to_x is not None:
-        q_w = on_w.in_dtype(operands)
-        grad_x = _scaled_product(g, q_w, on_w.scale.flatten(), s_g, compute_dtype, on_x.blocked, to_x)
+        q_w, s_w = on_w.operand(operands)
+        grad_x = _scaled_product(g, q_w, s_w.flatten(), s_g, compute_dtype, on_x.blocked, to_x)
     if to_w is not None:
-        q_x = _rows(on_x.in_dtype(operands))
-        grad_w = _scaled_product(_rows(g).t(), q_x, on_x.scale.flatten(), s_g, compute_dtype, on_w.blocked, to_w)
+        q_x, s_x = on_x.operand(operands)
+        grad_w = _scaled_product(_rows(g).t(), _rows(q_x), s_x.flatten(), s_g, compute_dtype, on_w.blocked, to_w)
     grad_bias = None if to_bias is None else _rows(grad_output).sum(0, dtype=torch.float32).to(to_bias)
     return grad_x, grad_w, grad_bias
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from qatrun.numerics import code_dtype
+from qatrun.numerics import GRIDS
 from qatrun.quant.matmul import scaled_matmul
-from qatrun.quant.quantizer import OnGrid, Quantizer
+from qatrun.quant.qtensor import QTensor, holds_back
+from qatrun.scheme import GRANULARITIES, Scheme
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _numbers = count()
@@ -42,6 +43,11 @@ def number(owner: object) -> Tensor:
     return torch.tensor(given)
 
 
+def forget(number: Tensor) -> None:
+    """Let no graph find the owner of that number any more."""
+    _owners.pop(int(number), None)
+
+
 def _find(number: Tensor) -> Any:
     try:
         return _owners[int(number)]
@@ -50,25 +56,24 @@ def _find(number: Tensor) -> Any:
 
 
 def on_grid(
-    x: Tensor, rounding: Quantizer, owner: Tensor, values: torch.dtype, *, codes: bool, takes_gradient: bool
-) -> OnGrid:
-    """x [..., d] quantized by the owner of that number, whose kind of rounding this is; see `Quantizer.to_grid`."""
-    format, per_row = rounding.spec.format, rounding.spec.granularity != "per_tensor"
-    masked = rounding.clipped_ste and takes_gradient
+    x: Tensor, scheme: Scheme, owner: Tensor, values: torch.dtype, *, codes: bool, takes_gradient: bool
+) -> QTensor:
+    """x [..., d] quantized by the owner of that number, whose scheme this is; see `qtensor.to_grid`."""
+    grid, masked = GRIDS[scheme.format], holds_back(scheme, takes_gradient)
     x_values, x_codes, scale, blocked = to_grid(
-        x.detach(), owner, values, code_dtype(format) if codes else None, per_row, masked
+        x.detach(), owner, values, grid.code_dtype if codes else None, scheme.granularity, masked
     )
-    return OnGrid(format, x_values, x_codes if codes else None, scale, blocked if masked else None)
+    return QTensor(grid, x_values, x_codes if codes else None, scale, blocked if masked else None)
 
 
 @custom_op("qatrun::to_grid", mutates_args=(), tags=_TAGS)
 def to_grid(
-    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, per_row: bool, masked: bool
+    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, granularity: str, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, codes, scale, blocked) of x, empty where not asked for.
 
     Args:
-        per_row: whether the owner gives every row of x a scale of its own.
+        granularity: what shares a scale, by its name.
     """
     result = _find(owner).on_grid(x, values, codes=codes is not None, takes_gradient=masked)
     return (
@@ -81,12 +86,12 @@ def to_grid(
 
 @to_grid.register_fake
 def _(
-    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, per_row: bool, masked: bool
+    x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, granularity: str, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape, dtype=values),
         x.new_empty(0) if codes is None else x.new_empty(x.shape, dtype=codes),
-        x.new_empty((*x.shape[:-1], 1) if per_row else (), dtype=torch.float32),
+        x.new_empty(GRANULARITIES[granularity].scale_shape(x.shape), dtype=torch.float32),
         x.new_empty(-(-x.numel() // 8), dtype=torch.uint8) if masked else x.new_empty(0),
     )
 
@@ -110,9 +115,8 @@ def linear(
         saved: the values or their codes, whichever the backward is to keep.
     """
     module = _find(owner)
-    on_w = module.weight_on_grid(weight, values.dtype)
-    y = scaled_matmul(values, on_w.in_dtype(values.dtype), scale, on_w.scale, bias)
-    return y, torch.tensor(module.generation())
+    on_x, on_w = QTensor(module.input_grid, values, None, scale), module.weight_on_grid(weight, values.dtype)
+    return scaled_matmul(on_x, on_w, bias, values.dtype), torch.tensor(module.generation())
 
 
 @linear.register_fake
@@ -167,7 +171,7 @@ def linear_gradients(
     module = _find(owner)
     if int(generation) != module.generation():
         raise RuntimeError("scales moved between forward and backward: call push after the backward")
-    on_x = OnGrid.of_saved(module.input_format, saved, scale, blocked)
+    on_x = QTensor.of_saved(module.input_grid, saved, scale, blocked)
     found = module.gradients(grad, on_x, module.weight_on_grid(weight, grad.dtype), (to_x, to_weight, to_bias))
     of_x, of_weight, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)
     return of_x, of_weight, of_bias

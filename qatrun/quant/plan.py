@@ -7,72 +7,96 @@ A plan is data. It is made from a recipe and a model (a model on the meta device
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from pydantic import TypeAdapter
 from torch import nn
+from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
 
 from qatrun.errors import InputError, Problem
-from qatrun.formats import FORMATS, Role
-from qatrun.numerics import Clip, Ste
+from qatrun.formats import FORMATS, ROLES, Role
 from qatrun.quant.linears import TIED, Survey, described, named_linears, survey
-from qatrun.recipe import QatConfig, ResolvedRole, SavedActivations, matching_names
+from qatrun.recipe import QatConfig, matching_names
+from qatrun.scheme import GRANULARITIES, RULES, Scheme, Slot
 
-GRANULARITIES: Mapping[Role, tuple[str, ...]] = {
-    "weight": ("per_tensor", "per_channel"),
-    "input": ("per_tensor", "per_token"),
-    "grad_output": ("per_tensor",),
-}
+Schemes = Mapping[Role, Scheme]
+
+
+class _Described(TypedDict):
+    """A plan as plain data."""
+
+    schemes: list[Scheme]
+    linears: dict[str, dict[Role, int]]
+    input_group: dict[str, str]
+    saves_codes: bool
 
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """The linears to quantize and the treatment of each role, the same for all of them.
+    """The linears to quantize, and how each of their tensors is.
 
     Attributes:
-        linears: module names, in the model's order.
-        input_group: linear -> first linear of the model (in the plan or not) that reads the same tensor. The linears of
-            a group share one input quantizer.
-        roles: "weight" and "input", and "grad_output" where the backward is quantized too.
-        clip: whether values saturate at the target or at the format's own largest value.
-        ste: gradient of the rounding: all passes, or nothing passes where the value saturated.
-        saved_activations: what linears keep for the backward; changes memory and time, no result.
+        schemes: linear, in the model's order -> its schemes: "weight" and "input", and "grad_output" where its backward
+            is quantized too.
+        input_group: linear -> first linear of the model (in the plan or not) that reads the same tensor.
+        saves_codes: whether linears keep 8-bit codes for the backward instead of grid values; changes memory and time, no
+            result.
     """
 
-    linears: tuple[str, ...]
+    schemes: Mapping[str, Schemes]
     input_group: Mapping[str, str]
-    roles: Mapping[Role, ResolvedRole]
-    clip: Clip = "format"
-    ste: Ste = "clipped"
-    saved_activations: SavedActivations = "values"
+    saves_codes: bool = False
 
-    def slots(self) -> Iterator[tuple[str, ResolvedRole]]:
-        """(name, treatment) of every quantized tensor: one an input group, one a weight, one an output gradient."""
-        for group in dict.fromkeys(self.input_group[name] for name in self.linears):
-            yield f"{group}:input", self.roles["input"]
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.schemes)
+
+    def slot(self, linear: str, role: Role) -> Slot:
+        """That of one of a linear's tensors. Linears that read the same tensor by the same scheme share its slot."""
+        return self._input_slots[linear] if role == "input" else Slot(linear, role)
+
+    def slots(self) -> dict[Slot, Scheme]:
+        """Every quantized tensor: the inputs, then each linear's weight and output gradient."""
+        inputs = {slot: self.schemes[name]["input"] for name, slot in self._input_slots.items()}
+        return inputs | {
+            Slot(name, role): self.schemes[name][role]
+            for name in self.linears
+            for role in ROLES
+            if role != "input" and role in self.schemes[name]
+        }
+
+    def observed_as(self) -> dict[Slot, Slot]:
+        """Slot -> the one that records the same tensor under a plan that splits no input."""
+        return {
+            slot: slot._replace(linear=self.input_group.get(slot.linear, slot.linear)) if slot.role == "input" else slot
+            for slot in self.slots()
+        }
+
+    @cached_property
+    def _input_slots(self) -> dict[str, Slot]:
+        slots: dict[tuple[str, Scheme], Slot] = {}
         for name in self.linears:
-            yield f"{name}:weight", self.roles["weight"]
-            if "grad_output" in self.roles:
-                yield f"{name}:grad_output", self.roles["grad_output"]
-
-    def slot_name(self, linear: str, role: Role) -> str:
-        """Name of the quantizer of one of a linear's tensors."""
-        return f"{self.input_group[linear] if role == 'input' else linear}:{role}"
+            group, scheme = self.input_group[name], self.schemes[name]["input"]
+            split = any(other == group for other, _ in slots)  # its readers differ: one slot a scheme
+            slots.setdefault((group, scheme), Slot(name if split else group, "input"))
+        return {name: slots[self.input_group[name], self.schemes[name]["input"]] for name in self.linears}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` reads back."""
+        """Plain data that `from_dict` reads back: the different schemes, and for each linear which of them are its."""
+        different = list(dict.fromkeys(scheme for of_roles in self.schemes.values() for scheme in of_roles.values()))
         return {
-            "linears": list(self.linears),
-            "input_group": dict(self.input_group),
-            "roles": {
-                role: {**asdict(spec), "scaling": spec.scaling.model_dump()} for role, spec in self.roles.items()
+            "schemes": [asdict(scheme) for scheme in different],
+            "linears": {
+                name: {role: different.index(scheme) for role, scheme in of_roles.items()}
+                for name, of_roles in self.schemes.items()
             },
-            "clip": self.clip,
-            "ste": self.ste,
-            "saved_activations": self.saved_activations,
+            "input_group": dict(self.input_group),
+            "saves_codes": self.saves_codes,
         }
 
     @classmethod
@@ -82,28 +106,38 @@ class QuantPlan:
         Raises:
             ValueError: it describes none; says which key is wrong.
         """
-        if missing := [field.name for field in fields(cls) if field.name not in data]:
-            raise ValueError(f"lacks {', '.join(missing)}")
-        plan = TypeAdapter(cls).validate_python(data)
+        found = TypeAdapter(_Described).validate_python(data)
+        schemes, linears = found["schemes"], found["linears"]
+        if any(not 0 <= index < len(schemes) for of_roles in linears.values() for index in of_roles.values()):
+            raise ValueError(f"linears: must give each role the number of a scheme, 0 to {len(schemes) - 1}")
+        named = {name: {role: schemes[i] for role, i in of_roles.items()} for name, of_roles in linears.items()}
+        plan = cls(named, found["input_group"], found["saves_codes"])
         if problem := plan._inconsistency():
             raise ValueError(problem)
         return plan
 
     def _inconsistency(self) -> str | None:
-        if not self.linears or len(set(self.linears)) < len(self.linears):
-            return "linears: must name one or more, each once"
-        if set(self.input_group) != set(self.linears):
+        if not self.schemes:
+            return "linears: must name one or more"
+        if set(self.input_group) != set(self.schemes):
             return "input_group: must name a group for each of the linears"
-        if not {"weight", "input"} <= set(self.roles):
-            return "roles: must hold weight and input"
-        for role, spec in self.roles.items():
-            if spec.role != role or spec.format not in FORMATS:
-                return f"roles.{role}: role {spec.role!r} in format {spec.format!r}"
-            if spec.granularity not in GRANULARITIES[role]:
-                return f"roles.{role}.granularity: no {role} has a scale {spec.granularity}"
-            if not 0 < spec.target_amax <= FORMATS[spec.format].max_finite:
-                return f"roles.{role}.target_amax: {spec.target_amax:g} is no value of {spec.format}"
+        for name, of_roles in self.schemes.items():
+            if not {"weight", "input"} <= set(of_roles):
+                return f"linears.{name}: must have schemes of weight and input"
+            for role, scheme in of_roles.items():
+                if problem := _scheme_problem(role, scheme):
+                    return f"linears.{name}.{role}: {problem}"
         return None
+
+
+def _scheme_problem(role: Role, scheme: Scheme) -> str | None:
+    if scheme.format not in FORMATS or scheme.scaling.algorithm not in RULES:
+        return f"format {scheme.format!r}, scaled by {scheme.scaling.algorithm!r}"
+    if scheme.granularity not in GRANULARITIES or role not in GRANULARITIES[scheme.granularity].roles:
+        return f"granularity: no {role} has a scale {scheme.granularity}"
+    if not 0 < scheme.target_amax <= FORMATS[scheme.format].max_finite:
+        return f"target_amax: {scheme.target_amax:g} is no value of {scheme.format}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -151,23 +185,25 @@ def make_plan(model: nn.Module, qat: QatConfig, seen: Survey | None = None) -> Q
     problems: list[Problem] = []
     if seen.complaint is not None:
         problems.append(Problem(f"the model does not run on text alone: {seen.complaint}", key="model.path"))
-    if qat.targets is None:
-        chosen = {name for name in linears if name != seen.head and name not in seen.tied}
-    else:
-        chosen = _matching(linears, qat.targets, "qat.targets", problems)
-    chosen -= _matching(linears, qat.ignore, "qat.ignore", problems)
-    chosen -= _edge_blocks(linears, qat.skip_blocks.first, qat.skip_blocks.last)
-    unfit = {name: seen.unfit[name] for name in linears if name in chosen and name in seen.unfit}
-    chosen -= unfit.keys()
-    if not problems and not chosen:
+    targets = {name for name in linears if name != seen.head and name not in seen.tied}
+    if qat.targets is not None:
+        targets = _matching(linears, qat.targets, "qat.targets", problems)
+    # The first that names a linear decides; None leaves it in BF16.
+    rules: list[tuple[set[str], Schemes | None]] = [
+        (_matching(linears, qat.ignore, "qat.ignore", problems), None),
+        (_edge_blocks(linears, qat.skip_blocks.first, qat.skip_blocks.last), None),
+        (targets, qat.schemes),
+    ]
+    first = {name: next((given for names, given in rules if name in names), None) for name in linears}
+    schemes = {name: given for name, given in first.items() if given is not None and name not in seen.unfit}
+    if not problems and not schemes:
+        unfit = {name: seen.unfit[name] for name, given in first.items() if given is not None}
         cannot = f"; cannot be quantized: {described(unfit)}" if unfit else ""
         problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
-    roles: dict[Role, ResolvedRole] = {spec.role: spec for spec in qat.roles}
-    names = tuple(name for name in linears if name in chosen)
-    input_group = {name: seen.first_reader[name] for name in names}
-    return QuantPlan(names, input_group, roles, qat.clip, qat.ste, qat.saved_activations)
+    groups = {name: seen.first_reader[name] for name in schemes}
+    return QuantPlan(schemes, groups, qat.saved_activations == "codes")
 
 
 def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:

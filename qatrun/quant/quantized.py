@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import operators
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.matmul import scaled_matmul
-from qatrun.quant.quantizer import OnGrid, Quantizer
-from qatrun.quant.slot import Latest
-from qatrun.quant.state import DeviceOnlyModule
+from qatrun.quant.qtensor import QTensor, own_scales, to_grid
+from qatrun.quant.quantizer import Latest
+from qatrun.scheme import Scheme
 
 
-class QuantizedLinear(DeviceOnlyModule):
+class QuantizedLinear(nn.Module):
     """y = (q_x @ q_w^T) * (s_x * s_w) + b with weights on their grid and input scales fixed.
 
     Attributes:
         q_weight: [out, in] grid values in the compute dtype, where they are exact.
         weight_scale: float32, [] per tensor or [out, 1] per channel.
-        input_scale, input_inv_scale: [] float32; unused when inputs are quantized per token.
+        input_scale: [] float32; unused when inputs are quantized per token.
         bias: [out] in the compute dtype, or None.
+        input_scheme: how inputs are quantized.
         shared_input: the input as last quantized, one for all linears that read the same.
         number: by which operators know it.
     """
@@ -33,22 +36,18 @@ class QuantizedLinear(DeviceOnlyModule):
     input_scale: Tensor
     input_inv_scale: Tensor
     bias: Tensor | None
-    input: Quantizer
 
     def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        *,
-        input_quantizer: Quantizer,
-        weight_format: str,
-        shared_input: Latest,
+        self, weight: QTensor, bias: Tensor | None, input_scheme: Scheme, input_scale: Tensor, shared_input: Latest
     ) -> None:
         super().__init__()
-        for name in ("q_weight", "weight_scale", "input_scale", "input_inv_scale", "bias"):
-            self.register_buffer(name, tensors.get(name))
-        self.input = input_quantizer
-        self.weight_format = weight_format
-        self.shared_input = shared_input
+        assert weight.values is not None
+        self.weight_grid, self.input_scheme, self.shared_input = weight.grid, input_scheme, shared_input
+        self.register_buffer("q_weight", weight.values)
+        self.register_buffer("weight_scale", weight.scale)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_inv_scale", inverse_scale(input_scale), persistent=False)
+        self.register_buffer("bias", bias)
         self.number = operators.number(self)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -59,46 +58,54 @@ class QuantizedLinear(DeviceOnlyModule):
     @torch.no_grad()
     def from_trained(cls, linear: FakeQuantLinear, dtype: torch.dtype) -> QuantizedLinear:
         """Round the master weights to their grid with the scale that training would use next."""
-        input, weight_spec = linear.quantizers["input"], linear.quantizers["weight"].rounding.spec
+        of_input = linear.quant.of["input"]
         weight = linear.weight_on_grid(linear.effective_weight(), dtype)
-        tensors = {
-            "q_weight": weight.in_dtype(dtype),
-            "weight_scale": weight.scale.clone(),
-            "input_scale": linear.state.scale[input.slot].clone(),
-            "input_inv_scale": linear.state.inv_scale[input.slot].clone(),
-        }
-        if linear.bias is not None:
-            tensors["bias"] = linear.bias.detach().to(dtype)
         return cls(
-            tensors,
-            input_quantizer=input.rounding,
-            weight_format=weight_spec.format,
-            shared_input=input.latest,
+            QTensor(weight.grid, weight.values_in(dtype), None, weight.scale.clone()),
+            None if linear.bias is None else linear.bias.detach().to(dtype),
+            of_input.scheme,
+            linear.quant.state.scales.scale[of_input.index].clone(),
+            of_input.latest,
         )
+
+    @property
+    def weight(self) -> QTensor:
+        """[out, in]"""
+        return QTensor(self.weight_grid, self.q_weight, None, self.weight_scale)
+
+    @property
+    def input_grid(self) -> Grid:
+        """That inputs are rounded to."""
+        return GRIDS[self.input_scheme.format]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype of x."""
         if torch.compiler.is_compiling():
-            on_x = operators.on_grid(x, self.input, self.number, x.dtype, codes=False, takes_gradient=False)
-            values, x = on_x.in_dtype(x.dtype), x.detach()
+            on_x = operators.on_grid(x, self.input_scheme, self.number, x.dtype, codes=False, takes_gradient=False)
+            values, x = on_x.values_in(x.dtype), x.detach()
             y: Tensor = operators.linear(x, self.q_weight, self.bias, values, values, on_x.scale, None, self.number)[0]
             return y
         on_x = self.shared_input.get(x, partial(self.on_grid, x, x.dtype))
-        return scaled_matmul(
-            on_x.in_dtype(x.dtype), self.q_weight.to(x.dtype), on_x.scale, self.weight_scale, self.bias
-        )
+        return scaled_matmul(on_x, self.weight, self.bias, x.dtype)
 
-    def on_grid(self, x: Tensor, values: torch.dtype, *, codes: bool = False, takes_gradient: bool = False) -> OnGrid:
-        """x [..., in] quantized, with the fixed scale or with scales per token."""
-        scale, inv_scale = self.input_scale, self.input_inv_scale
-        if self.input.spec.granularity != "per_tensor":
-            scale, inv_scale = self.input.own_scales(x)
-        return self.input.to_grid(x, scale, inv_scale, values, codes=codes, takes_gradient=takes_gradient)[0]
+    def on_grid(self, x: Tensor, values: torch.dtype, *, codes: bool = False, takes_gradient: bool = False) -> QTensor:
+        """x [..., in] quantized, with the fixed scale or with scales of its rows."""
+        scheme, scales = self.input_scheme, (self.input_scale, self.input_inv_scale)
+        if scheme.per_row:
+            scales = own_scales(x, scheme)
+        return to_grid(x, scheme, *scales, values, codes=codes, takes_gradient=takes_gradient)[0]
 
-    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> OnGrid:
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
         """What `q_weight` stands for, in a compute dtype."""
-        return OnGrid(self.weight_format, weight.to(dtype), None, self.weight_scale, None)
+        return QTensor(self.weight_grid, weight.to(dtype), None, self.weight_scale)
 
     def generation(self) -> int:
         """Changes with the scales: never."""
         return 0
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLinear:
+        # To another device, never to another dtype: scale arithmetic is float32 always, and grid values stay exact.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        return self

@@ -1,105 +1,101 @@
-"""The quantizer of one role: which scale a tensor gets, and its grid values in one pass."""
+"""The quantizer of one slot: rounds a tensor with the slot's scale and records what it saw, both once for a tensor that
+comes again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qatrun.formats import Role, get_format
-from qatrun.numerics import Quantized, amax, clip_limit, codes_to_grid, inverse_scale, quantize, scale_from_amax
-from qatrun.quant.plan import QuantPlan
-from qatrun.quant.state import ScaleState
-from qatrun.recipe import ResolvedRole
+from qatrun.numerics import GRIDS, amax
+from qatrun.quant import operators
+from qatrun.quant.qtensor import QTensor, own_scales, to_grid
+from qatrun.quant.scales import takes_own_scale
+from qatrun.quant.state import QuantState
+from qatrun.scheme import Scheme, Slot
 
 
-@dataclass(frozen=True)
-class OnGrid:
-    """A quantized tensor: x_hat = values * scale. Of values and codes, which say the same, one may be missing.
-
-    Attributes:
-        format: name of the format.
-        values: [..., d] grid values in the compute dtype, where they are exact, or None.
-        codes: [..., d] 8-bit codes, or None.
-        scale: float32, [] or broadcastable to values.
-        blocked: where the STE holds the gradient back, as bits (see `numerics.Quantized`); None: nowhere.
-    """
-
-    format: str
-    values: Tensor | None
-    codes: Tensor | None
-    scale: Tensor
-    blocked: Tensor | None
-
-    @classmethod
-    def of_saved(cls, format: str, saved: Tensor, scale: Tensor, blocked: Tensor | None) -> OnGrid:
-        """Again from what a backward has kept."""
-        values, codes = (saved, None) if saved.is_floating_point() else (None, saved)
-        return cls(format, values, codes, scale, blocked)
-
-    @property
-    def saved(self) -> Tensor:
-        """What a backward is to keep: codes if there are any, else values."""
-        kept = self.values if self.codes is None else self.codes
-        assert kept is not None
-        return kept
-
-    def in_dtype(self, dtype: torch.dtype) -> Tensor:
-        """The grid values in the compute dtype."""
-        return codes_to_grid(self.saved, self.format, dtype) if self.values is None else self.values.to(dtype)
-
-
-@dataclass(frozen=True)
 class Quantizer:
-    """Rounds the tensors of one role to their grid; without state, the same for all linears of a plan.
+    """Of an input (one for all linears that read it), of a weight or of an output gradient.
 
     Attributes:
-        limit: clip at +-limit on the grid (`clip: target`), or None for the format's own edge.
-        clipped_ste: whether the gradient of saturated values is held back.
+        grid: that of the scheme's format.
+        index: of the slot in the state.
+        latest: what `on_grid_once` gave last.
+        number: by which operators know it.
     """
 
-    spec: ResolvedRole
-    limit: float | None
-    clipped_ste: bool
+    def __init__(self, slot: Slot, scheme: Scheme, state: QuantState) -> None:
+        self.slot, self.scheme, self.state = slot, scheme, state
+        self.grid, self.index = GRIDS[scheme.format], state.scales.index[slot]
+        self.latest = Latest()
+        self.number = operators.number(self)
 
-    @classmethod
-    def of_role(cls, role: Role, plan: QuantPlan) -> Quantizer:
-        """The quantizer that a plan gives to a role."""
-        spec = plan.roles[role]
-        return cls(spec, clip_limit(plan.clip, spec.target_amax), plan.ste == "clipped")
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.number = operators.number(self)  # a copy is another one
 
-    def own_scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, inv_scale), float32, of this very tensor x [..., d], at the quantizer's granularity."""
-        scale = scale_from_amax(amax(x, self.spec.granularity), self.spec.target_amax)
-        return scale, inverse_scale(scale)
+    def observe(self, x: Tensor) -> None:
+        """Record the amax of x, any shape."""
+        self.state.scales.observe(self.index, amax(x, "per_tensor"))
 
-    def takes_own_scale(self, state: ScaleState) -> bool:
-        """Whether a scale comes from the tensor at hand: per channel and per token always, dynamic while training (a
-        weight's also when frozen: it does not depend on the batch), and any scaled slot that has no history yet."""
-        if self.spec.granularity != "per_tensor":
-            return True
-        if self.spec.scaling.type == "dynamic" and (state.training or self.spec.role == "weight"):
-            return True
-        return self.spec.scaling.type != "none" and not state.primed
+    def on_grid(
+        self, x: Tensor, values: torch.dtype | None, *, codes: bool = False, takes_gradient: bool = False
+    ) -> QTensor:
+        """x [..., d] quantized to values, codes or both (see `to_grid`); records what it saw while training."""
+        state = self.state
+        if takes_own_scale(self.slot, self.scheme, primed=state.primed, training=state.training):
+            scale, inv_scale = own_scales(x, self.scheme)
+        else:
+            scale, inv_scale = state.scales.scale[self.index], state.scales.inv_scale[self.index]
+        result, seen = to_grid(x, self.scheme, scale, inv_scale, values, codes=codes, takes_gradient=takes_gradient)
+        if state.training:
+            state.scales.observe(self.index, seen.amax)
+            state.tally.count(self.index, seen.counts, x.numel())
+            if state.tally.measures_noise:
+                state.tally.measure_noise(self.index, x, result.dequantized())
+        return result
 
-    def to_grid(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        inv_scale: Tensor,
-        values: torch.dtype | None,
-        *,
-        codes: bool = False,
-        takes_gradient: bool = False,
-    ) -> tuple[OnGrid, Quantized]:
-        """x [..., d] on its grid, and what the pass over x has seen.
+    def on_grid_once(self, x: Tensor, values: torch.dtype | None, *, codes: bool, key: Tensor | None = None) -> QTensor:
+        """The same, made once for every change of the scales or of `key`, the tensor that x is a view of."""
+        key = x if key is None else key
+        make = partial(self.on_grid, x, values, codes=codes, takes_gradient=key.requires_grad)
+        return self.latest.get(key, make, values, codes, self.state.generation())
 
-        Args:
-            values, codes: which of the two are wanted, values in which dtype.
-            takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
-        """
-        blocked = self.clipped_ste and takes_gradient
-        spec = get_format(self.spec.format)
-        result = quantize(x, inv_scale, spec, self.limit, values=values, codes=codes, blocked=blocked)
-        return OnGrid(spec.name, result.values, result.codes, scale, result.blocked), result
+
+class Latest:
+    """Remembers the last tensor that was quantized and its result, so that the same tensor is not quantized twice.
+
+    Linears that read one input share one of these, and each has one for its weight. A tensor is the same while it is the
+    same object and unchanged in place: what autograd's version counter sees, so not a write through `.data`, which is
+    noticed after the next push only. A result lives no longer than its tensor; a copy of this starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._tensor: Callable[[], Tensor | None] = lambda: None
+        self._circumstances: tuple[object, ...] = ()
+        self._result: QTensor | None = None
+
+    def get(self, x: Tensor, make: Callable[[], QTensor], *circumstances: object) -> QTensor:
+        """The result for x, made if it is not at hand; `circumstances` are what it depends on besides x."""
+        if x.is_inference():  # it has no version counter
+            return make()
+        circumstances = (x._version, x.data_ptr(), x.requires_grad, *circumstances)
+        if self._result is not None and self._tensor() is x and self._circumstances == circumstances:
+            return self._result
+        self._result = None  # before the new one is made, so that there are never two
+        result = make()
+        self._tensor, self._circumstances = weakref.ref(x, self.forget), circumstances
+        self._result = result
+        return result
+
+    def forget(self, _: object = None) -> None:
+        """Let the result go."""
+        self._result = None
+
+    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
+        return Latest, ()

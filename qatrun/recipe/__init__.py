@@ -4,7 +4,7 @@ from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.patterns import matching_names
-from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
+from qatrun.recipe.qat import QatConfig, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
     Arm,
@@ -31,7 +31,6 @@ __all__ = [
     "ProbeConfig",
     "QatConfig",
     "Recipe",
-    "ResolvedRole",
     "RoleConfig",
     "SavedActivations",
     "ScalingConfig",

@@ -1,19 +1,19 @@
 """The `qat` section: what is quantized, to which format, and how its scales are found.
 
 Settings are inherited downwards: a role (weight, input, grad_output) takes `format` and `scaling` from the section
-unless it states its own, and `target_amax` from its format. `QatConfig.role` gives a role with all of that applied.
+unless it states its own, and `target_amax` from its format. `QatConfig.schemes` has all of that applied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from pydantic import field_serializer as serialized_by
 
-from qatrun.formats import Role, get_format
+from qatrun.formats import ROLES, Role, get_format
 from qatrun.recipe.patterns import check_pattern
+from qatrun.scheme import Scaling, Scheme
 
 FormatName = Literal["hif8", "fp8_e4m3", "fp8_e5m2", "int8"]
 Granularity = Literal["per_tensor", "per_channel", "per_token"]
@@ -88,21 +88,6 @@ class SkipBlocks(Section):
     last: NonNegativeInt = Field(0, description="blocks at the output end")
 
 
-@dataclass(frozen=True)
-class ResolvedRole:
-    """One role with everything it inherits filled in.
-
-    Attributes:
-        target_amax: grid value that amax is mapped to; 0 < target_amax <= the format's max_finite.
-    """
-
-    role: Role
-    format: str
-    granularity: Granularity
-    target_amax: float
-    scaling: ScalingConfig
-
-
 class QatConfig(Section):
     """Quantization-aware training; null trains in BF16 throughout."""
 
@@ -133,29 +118,21 @@ class QatConfig(Section):
     ignore: Patterns = Field((), description="linears left in BF16, same patterns; wins over `targets`")
     skip_blocks: SkipBlocks = Field(SkipBlocks(), description="transformer blocks kept in BF16")
 
-    @overload
-    def role(self, role: Literal["weight", "input"]) -> ResolvedRole: ...
-    @overload
-    def role(self, role: Role) -> ResolvedRole | None: ...
-    def role(self, role: Role) -> ResolvedRole | None:
-        """The role with format, target and scaling inherited; None for gradients that are not quantized."""
-        config: RoleConfig | None = getattr(self, role)
-        if config is None:
-            return None
+    @property
+    def schemes(self) -> dict[Role, Scheme]:
+        """Of each role that is quantized, with format, target and scaling inherited."""
+        return {role: self._scheme(role, config) for role in ROLES if (config := getattr(self, role)) is not None}
+
+    def _scheme(self, role: Role, config: RoleConfig) -> Scheme:
         format_name = config.format or self.format
-        return ResolvedRole(
-            role=role,
+        return Scheme(
             format=format_name,
             granularity=config.granularity,
             target_amax=config.target_amax or get_format(format_name).target_amax[role],
-            scaling=self._role_scaling(config),
+            scaling=Scaling(**self._role_scaling(config).model_dump()),
+            clip=self.clip,
+            ste=self.ste,
         )
-
-    @property
-    def roles(self) -> tuple[ResolvedRole, ...]:
-        """The quantized roles, resolved: weight and input, then grad_output where it is quantized."""
-        resolved = (self.role("weight"), self.role("input"), self.role("grad_output"))
-        return tuple(role for role in resolved if role is not None)
 
     def _role_scaling(self, config: RoleConfig) -> ScalingConfig:
         given = {} if config.scaling is None else config.scaling.model_dump(exclude_unset=True)

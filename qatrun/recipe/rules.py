@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qatrun.formats import Role, get_format
-from qatrun.recipe.qat import QatConfig, ResolvedRole
+from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.recipe.wording import suggestion
+from qatrun.scheme import Scheme
 
 KeyPath = tuple[str, ...]
 
@@ -89,12 +90,12 @@ def _source_findings(key: str, source: Source) -> Iterator[Finding]:
 
 
 def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
-    for role in qat.roles:
-        yield from _granularity_findings(role)
-        yield from _format_findings(role)
-        if role.scaling.unit != qat.scaling.unit:
+    for role, scheme in qat.schemes.items():
+        yield from _granularity_findings(role, scheme)
+        yield from _format_findings(role, scheme)
+        if scheme.scaling.unit != qat.scaling.unit:
             message = f"one unit for all roles: set qat.scaling.unit (here {qat.scaling.unit})"
-            yield _finding(message, f"qat.{role.role}.scaling.unit")
+            yield _finding(message, f"qat.{role}.scaling.unit")
 
 
 _NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {
@@ -105,25 +106,25 @@ _NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {
 }
 
 
-def _granularity_findings(role: ResolvedRole) -> Iterator[Finding]:
-    section = f"qat.{role.role}"
-    nearest = _NEAREST_GRANULARITY.get((role.role, role.granularity))
+def _granularity_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
+    section = f"qat.{role}"
+    nearest = _NEAREST_GRANULARITY.get((role, scheme.granularity))
     if nearest is not None:
-        message = f"{role.granularity} makes no sense for {role.role} (did you mean '{nearest}'?)"
+        message = f"{scheme.granularity} makes no sense for {role} (did you mean '{nearest}'?)"
         yield _finding(message, f"{section}.granularity")
-    elif role.granularity != "per_tensor" and role.scaling.type != "dynamic":
-        message = f"{role.scaling.type} scaling keeps one scale per tensor; {role.granularity} takes only 'dynamic'"
+    elif scheme.per_row and scheme.scaling.type != "dynamic":
+        message = f"{scheme.scaling.type} scaling keeps one scale per tensor; {scheme.granularity} takes only 'dynamic'"
         yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
 
 
-def _format_findings(role: ResolvedRole) -> Iterator[Finding]:
-    section = f"qat.{role.role}"
-    largest = get_format(role.format).max_finite
-    if role.role == "grad_output" and role.format == "int8":
+def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
+    section = f"qat.{role}"
+    largest = get_format(scheme.format).max_finite
+    if role == "grad_output" and scheme.format == "int8":
         message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
         yield _finding(message, f"{section}.format", "qat.format")
-    elif role.target_amax > largest:
-        message = f"target_amax {role.target_amax:g} is above the largest {role.format} value (at most {largest:g})"
+    elif scheme.target_amax > largest:
+        message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
         yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qatrun import artifact
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
@@ -23,16 +22,17 @@ from qatrun.evaluate.attribution import Effect
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import Scores
+from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES
-from qatrun.quant import freeze
+from qatrun.quant import calibrated_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records import ArmResult, Result
 from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
-from qatrun.study.variants import calibrated, calibrated_plan, calibration_batches, input_histograms
+from qatrun.study.variants import calibrated, calibration_batches
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
 

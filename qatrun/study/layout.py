@@ -22,9 +22,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatrun import artifact
 from qatrun.errors import InputError
 from qatrun.evaluate.scores import SUMMARY_FILE
+from qatrun.export import artifact
 from qatrun.recipe.wording import suggestion
 
 EVAL, EVAL_OFF = "eval", "eval-quantizers-off"

@@ -12,15 +12,14 @@ from typing import Any, TypeVar
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from qatrun.artifact import PLAN_FILE
 from qatrun.errors import InputError, Problem
+from qatrun.export import artifact
 from qatrun.files import read_json, reading, replace_file
 from qatrun.records import (
     Environment,
     Histograms,
     Result,
     Seeds,
-    ShownQuantized,
     StudyComparison,
     StudyDiagnosis,
 )
@@ -92,7 +91,6 @@ def _read_seeds(folder: StudyFolder) -> SeedsContent:
 def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
     record: Mapping[str, Any] = _optional(folder.result, Result) or {}
     histograms = _optional(folder.histograms, Histograms)
-    description = _optional(folder.quantized / PLAN_FILE, ShownQuantized)
     return ArmContent(
         name=folder.path.name,
         index=index,
@@ -102,7 +100,7 @@ def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
         tensors=read_tensor_stats(folder.path),
         histograms=histograms["tensors"] if histograms else (),
         alarms=read_alarms(folder.alarms),
-        plan=description["plan"] if description else None,
+        plan=artifact.read_plan(folder.quantized) if (folder.quantized / artifact.PLAN_FILE).is_file() else None,
     )
 
 

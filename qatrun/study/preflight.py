@@ -15,9 +15,11 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
+from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
-from qatrun.recipe import Arm, Recipe, ResolvedRole
+from qatrun.recipe import Arm, Recipe
+from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.matching import matched_settings
@@ -84,7 +86,9 @@ class Preflight:
             "tokens_per_step": tokens_per_step,
             "tokens": tokens_per_step * arm.train.steps,
             "coverage": str(covered) if covered is not None else None,
-            "roles": [_role_text(spec) for spec in arm.qat.roles] if arm.qat is not None else [],
+            "roles": [_role_text(role, scheme) for role, scheme in arm.qat.schemes.items()]
+            if arm.qat is not None
+            else [],
             "memory_bytes": memory,
         }
 
@@ -155,10 +159,10 @@ def detectable_drop_pp(num_items: int) -> float:
     return 100 * paired.detectable_drop(num_items)
 
 
-def _role_text(spec: ResolvedRole) -> str:
-    scaling = spec.scaling
+def _role_text(role: Role, scheme: Scheme) -> str:
+    scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    return f"{spec.role} {spec.format} {spec.granularity}, amax to {spec.target_amax:g}, {how}"
+    return f"{role} {scheme.format} {scheme.granularity}, amax to {scheme.target_amax:g}, {how}"
 
 
 def tracker_problems(names: Sequence[str]) -> list[Problem]:

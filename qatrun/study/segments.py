@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qatrun.formats import Role
 from qatrun.quant import QuantPlan
-from qatrun.recipe import Arm, ResolvedRole
+from qatrun.recipe import Arm
+from qatrun.scheme import Scheme, Slot
 from qatrun.train import Segment
 
 TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
@@ -45,18 +45,25 @@ def plan_segments(arms: Mapping[str, Arm], plans: Mapping[str, QuantPlan | None]
 
 
 def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
-    """A plan under which quantizers see everything that these plans quantize, over the longest window of each role."""
+    """A plan under which quantizers see everything that these plans quantize, each tensor once and over the longest window
+    of any."""
     if not plans:
         return None
-    linears = tuple(dict.fromkeys(name for plan in plans for name in plan.linears))
-    groups = {name: group for plan in plans for name, group in plan.input_group.items()}
-    roles: dict[Role, ResolvedRole] = {}
+    observed: dict[Slot, Scheme] = {}
     for plan in plans:
-        for role, spec in plan.roles.items():
-            widest = roles.get(role, spec)
-            window = max(widest.scaling.window, spec.scaling.window)
-            roles[role] = replace(widest, scaling=widest.scaling.model_copy(update={"window": window}))
-    return QuantPlan(linears, groups, roles)
+        observed_as = plan.observed_as()
+        for slot, scheme in plan.slots().items():
+            first = observed.get(observed_as[slot], replace(scheme, clip="format", ste="clipped"))
+            window = max(first.scaling.window, scheme.scaling.window)
+            observed[observed_as[slot]] = replace(first, scaling=replace(first.scaling, window=window))
+    groups = {name: group for plan in plans for name, group in plan.input_group.items()}
+    names = dict.fromkeys(name for plan in plans for name in plan.linears)
+    roles = {name: {role: None for plan in plans for role in plan.schemes.get(name, {})} for name in names}
+    schemes = {
+        name: {role: observed[Slot(groups[name] if role == "input" else name, role)] for role in roles[name]}
+        for name in names
+    }
+    return QuantPlan(schemes, groups)
 
 
 def _trunk_keys(arms: Mapping[str, Arm]) -> dict[str, str]:

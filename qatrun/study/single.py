@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qatrun import artifact
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze

@@ -160,7 +160,7 @@ RESOLUTION_REMEDY = (
 
 def saturation_remedy(qat: QatConfig | None, role: str, overshoot: float) -> str:
     """What to change where a role's tensors saturate under these settings, their amax `overshoot` times its estimate."""
-    spec = None if qat is None else next((spec for spec in qat.roles if spec.role == role), None)
+    spec = None if qat is None else next((scheme for of, scheme in qat.schemes.items() if of == role), None)
     if qat is None or spec is None:
         return "scale estimates do not fit"
     scaling, edge = spec.scaling, "; or clip: format, a wider edge" if qat.clip == "target" else ""

@@ -22,7 +22,7 @@ from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
 from qatrun.model import DTYPES, text_config
 from qatrun.numerics import bfloat16_products, recomputed_products
-from qatrun.quant import Mode, ScaleState, attach
+from qatrun.quant import Mode, QuantState, ResumableState, attach
 from qatrun.recipe import Arm
 from qatrun.train.checkpoint import (
     Checkpoint,
@@ -106,7 +106,7 @@ class _Session:
             options = {"use_reentrant": False, "context_fn": recomputed_products}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.plain_model = model.train()
-        self.quant: ScaleState | None = attach(model, segment.plan) if segment.plan is not None else None
+        self.quant: QuantState | None = attach(model, segment.plan) if segment.plan is not None else None
         self.model = self.accelerator.prepare_model(model)
         self.optimizer = torch.optim.AdamW(
             list(_parameter_groups(model, config.weight_decay)), betas=config.betas, eps=config.eps, fused=True
@@ -174,9 +174,9 @@ class _Session:
         self.optimizer.zero_grad(set_to_none=True)
         num_saturated: int | Tensor = 0
         if self.quant is not None and mode is not Mode.OFF:
-            if self.quant.unit == "optimizer_step":
+            if self.quant.scales.unit == "optimizer_step":
                 self.quant.push()
-            num_saturated = self.quant.take_num_saturated()
+            num_saturated = self.quant.tally.num_saturated()
         self.step += 1
         self.pending_batches.append(batch)
         self.pending.add(
@@ -226,8 +226,9 @@ class _Session:
         }
         state |= self.monitor.tensors()
         if self.quant is not None:
-            state |= {f"quant/{name}": tensor for name, tensor in self.quant.tensors().items()}
-            progress["quant"] = self.quant.counters()
+            parts = ResumableState(self.quant).state_dict()
+            state |= {f"quant/{name}": value for name, value in parts.items() if isinstance(value, Tensor)}
+            progress["quant"] = {name: value for name, value in parts.items() if not isinstance(value, Tensor)}
         checkpoint = Checkpoint(
             model=dict(self.plain_model.named_parameters()),
             optimizer=optimizer_tensors(self.plain_model, self.optimizer),
@@ -266,8 +267,9 @@ class _Session:
         self.stream.seek(checkpoint.progress["data"])
         self.step, self.seconds = checkpoint.step, checkpoint.progress["seconds"]
         if self.quant is not None and "quant" in checkpoint.progress:
-            take = self.quant.adopt_history if from_trunk else self.quant.restore
-            take(checkpoint.quant_tensors(), checkpoint.progress["quant"])
+            part = ResumableState(self.quant)
+            take = part.adopt if from_trunk else part.load_state_dict
+            take({**checkpoint.quant_tensors(), **checkpoint.progress["quant"]})
         watch = self.monitor.watch
         (watch.inherit if from_trunk else watch.restore)(checkpoint.progress["monitor"])
         if not from_trunk:
@@ -282,9 +284,7 @@ class _Session:
             observed_steps=self.observed_steps,
             quantizes=self.segment.quantizes,
         )
-        if mode is Mode.QUANTIZE and self.quant.mode is not Mode.QUANTIZE:
-            self.quant.begin_quantizing()
-        self.quant.mode = mode
+        self.quant.enter(mode)
         return mode
 
     def _accumulate_gradients(self, batch: Batch, micro_batch_size: int) -> Tensor:
@@ -301,7 +301,7 @@ class _Session:
             loss = summed_loss(logits, labels) / num_targets
             self.accelerator.backward(loss)
             total += loss.detach()
-            if self.quant is not None and self.quant.unit == "microbatch" and self.quant.mode is not Mode.OFF:
+            if self.quant is not None and self.quant.scales.unit == "microbatch" and self.quant.mode is not Mode.OFF:
                 self.quant.push()
         return total
 
@@ -354,11 +354,11 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[st
     yield {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
 
 
-def _observed_steps(quant: ScaleState | None, micro_batches: int) -> int:
+def _observed_steps(quant: QuantState | None, micro_batches: int) -> int:
     """Optimizer steps that fill the longest window."""
     if quant is None:
         return 0
-    return math.ceil(len(quant.history) / (micro_batches if quant.unit == "microbatch" else 1))
+    return math.ceil(len(quant.scales.history) / (micro_batches if quant.scales.unit == "microbatch" else 1))
 
 
 def _flat_settings(arm: Arm) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qatrun.errors import AlarmStop, DamagedFileError
-from qatrun.quant import Mode, ScaleState
+from qatrun.quant import Mode, QuantState
 from qatrun.train.alarms import Alarm, AlarmWatch
 from qatrun.train.checkpoint import Checkpoint
 from qatrun.train.metrics import RowsFile, surviving_alarms
@@ -32,11 +32,11 @@ class Monitor:
     """
 
     def __init__(
-        self, segment: Segment, model: Any, quant: ScaleState | None, watched: Watched, autocast: Autocast
+        self, segment: Segment, model: Any, quant: QuantState | None, watched: Watched, autocast: Autocast
     ) -> None:
         self.segment, self.model, self.quant, self.watched, self.autocast = segment, model, quant, watched, autocast
         self.config = segment.arm.monitor
-        names = quant.names if quant is not None else ()
+        names = quant.scales.names if quant is not None else ()
         self.watch = AlarmWatch(self.config.alarms, segment.arm.qat, names)
         self.probe: Probe | None = None
         self.stop: Alarm | None = None
@@ -62,7 +62,7 @@ class Monitor:
         if self.quant is not None:
             state = {} if checkpoint is None else checkpoint.state
             pending = (state[_STEPS], state[_TABLES]) if _STEPS in state else None
-            self._tensors = TensorFile(folder, self.quant.names, from_step=step, pending=pending)
+            self._tensors = TensorFile(folder, self.quant.scales.names, from_step=step, pending=pending)
         if self.config.probe is None or self.watched.text is None:
             return problems
         file = (trunk or folder) / FILE
@@ -84,12 +84,12 @@ class Monitor:
         """Before the forward of the step that makes it `step`."""
         if self.quant is not None:
             every = self.config.sqnr_every
-            self.quant.measures_noise = every is not None and step % every == 0 and self._records(step)
+            self.quant.tally.measures_noise = every is not None and step % every == 0 and self._records(step)
 
     def end_step(self, step: int) -> dict[str, float]:
         """After the scales moved: keep the step's statistics; returns what a probe found, if one is due."""
         if self.quant is not None and self.quant.mode is not Mode.OFF:
-            table = self.quant.take_statistics()
+            table = self.quant.tally.take()
             if self._records(step):
                 self._tables.append((step, table))
         probe = self.config.probe
@@ -163,16 +163,14 @@ class Monitor:
     def _ask(self, probe: Probe) -> dict[str, float]:
         """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
         found: dict[str, float] = {}
-        mode = self.quant.mode if self.quant is not None else Mode.OFF
-        if self.quant is not None:
-            self.quant.mode = Mode.OFF
-        self._ask_as_it_computes(probe, "off", found)
-        if self.quant is not None and mode is Mode.QUANTIZE:
+        if self.quant is None:
+            self._ask_as_it_computes(probe, "off", found)
+            return found
+        with self.quant.computing(Mode.OFF):
+            self._ask_as_it_computes(probe, "off", found)
+        if self.quant.mode is Mode.QUANTIZE:
             self.quant.calibrate_dynamic()
-            self.quant.mode = mode
             self._ask_as_it_computes(probe, "on", found)
-        if self.quant is not None:
-            self.quant.mode = mode
         return found
 
     def _ask_as_it_computes(self, probe: Probe, quantizers: str, found: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qatrun.numerics import bfloat16_products, recomputed_products
-from qatrun.quant import ScaleState, attach, make_plan
+from qatrun.quant import Mode, QuantState, attach, make_plan
 from qatrun.recipe import QatConfig
 
 UNQUANTIZED = "unquantized"
@@ -87,7 +87,7 @@ def token_ids(shape: Shape, device: str) -> Tensor:
     return torch.randint(0, shape.vocab, (shape.batch, shape.seq_len), generator=generator).to(device)
 
 
-def quantize_model(model: nn.Module, arm: str) -> ScaleState | None:
+def quantize_model(model: nn.Module, arm: str) -> QuantState | None:
     """Put an arm's quantizers on the model; returns the scale state of qatrun's."""
     if arm == UNQUANTIZED:
         return None
@@ -95,7 +95,7 @@ def quantize_model(model: nn.Module, arm: str) -> ScaleState | None:
         _prepare_with_torchao(model, arm)
         return None
     state = attach(model, make_plan(model, qatrun_configs()[arm]))
-    state.begin_quantizing()
+    state.enter(Mode.QUANTIZE)
     return state
 
 
@@ -108,7 +108,7 @@ class Trainee:
     """
 
     model: nn.Module
-    state: ScaleState | None
+    state: QuantState | None
     optimizer: torch.optim.Optimizer
     ids: Tensor
     bf16: bool

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from benchmarks.arms import arm_names, torchao_fp8_quantizer
 from benchmarks.timing import Progress, Row, Settings, interleave, rows_against
-from qatrun.formats import FORMATS
-from qatrun.numerics import amax, inverse_scale, quantize, scale_from_amax
+from qatrun.numerics import GRIDS, amax, inverse_scale, quantize, scale_from_amax
 
 FLOORS = ("scale_copy_compiled", "scale_copy_torch")
 COLUMNS = 512
@@ -64,12 +63,13 @@ def _contestants(x: Tensor, *, with_torchao: bool) -> dict[str, Callable[[], obj
         FLOORS[1]: partial(torch.mul, x, one),
         "scale_copy_warm": partial(torch.mul, x, one, out=warm),
     }
-    for spec in FORMATS.values():
-        inv_scale = inverse_scale(scale_from_amax(amax(x, "per_tensor"), spec.target_amax["input"]))
-        run = partial(quantize, x, inv_scale, spec, None, values=x.dtype)
-        runs[spec.name] = run
-        runs[f"{spec.name}+mask"] = partial(run, blocked=True)
-        runs[f"{spec.name}+mask+codes"] = partial(run, blocked=True, codes=True)
+    for name, grid in GRIDS.items():
+        target = grid.format.target_amax["input"]
+        inv_scale = inverse_scale(scale_from_amax(amax(x, "per_tensor"), target))
+        run = partial(quantize, x, inv_scale, grid, None, values=x.dtype)
+        runs[name] = run
+        runs[f"{name}+mask"] = partial(run, blocked=True)
+        runs[f"{name}+mask+codes"] = partial(run, blocked=True, codes=True)
     if with_torchao:
         runs["torchao_fp8_compiled"] = partial(torch.compile(torchao_fp8_quantizer(), dynamic=True), x)
     return runs

@@ -145,7 +145,7 @@ def _push_rows(settings: Settings, progress: Progress) -> list[Row]:
         model = build_model(resized(SHAPES["tiny"], layers=layers), settings.device)
         state = quantize_model(model, "hif8")
         assert state is not None
-        state.amax.fill_(1.0)
+        state.scales.amax.fill_(1.0)
         state.push()  # takes up the scales, once
         with _OperationCounter() as counter:
             state.push()

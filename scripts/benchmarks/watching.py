@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.arms import SHAPES, Trainee, qatrun_configs, trainee
 from benchmarks.timing import Progress, Row, Settings, interleave, row_of
-from qatrun.quant import ScaleState
+from qatrun.quant import QuantState
 from qatrun.recipe import AlarmConfig
 from qatrun.train.alarms import AlarmWatch
 from qatrun.train.tensors import Table, TensorFile
@@ -59,25 +59,25 @@ class _Watching:
 
     def __post_init__(self) -> None:
         assert self.made.state is not None
-        self.state: ScaleState = self.made.state
-        self.alarms = AlarmWatch(AlarmConfig(), qatrun_configs()[ARM], self.state.names)
+        self.state: QuantState = self.made.state
+        self.alarms = AlarmWatch(AlarmConfig(), qatrun_configs()[ARM], self.state.scales.names)
         self.tables: deque[Table] = deque(maxlen=STEPS)
 
     def step(self) -> None:
         """One step, its statistics on the host and past the alarms."""
         self.made.step()
-        self.tables.append(self.state.take_statistics().cpu().numpy())
-        list(self.alarms.see_tensors(self.state.num_pushes, self.tables[-1], 1))
+        self.tables.append(self.state.tally.take().cpu().numpy())
+        list(self.alarms.see_tensors(self.state.scales.num_pushes, self.tables[-1], 1))
 
     def step_with_noise(self) -> None:
         """The same with SQNR."""
-        self.state.measures_noise = True
+        self.state.tally.measures_noise = True
         self.step()
-        self.state.measures_noise = False
+        self.state.tally.measures_noise = False
 
     def write(self) -> None:
         """Write the statistics of as many steps."""
-        file = TensorFile(self.folder, self.state.names, from_step=STEPS)
+        file = TensorFile(self.folder, self.state.scales.names, from_step=STEPS)
         for step in range(STEPS):
             file.add(step, self.tables[step % len(self.tables)])
         file.write(STEPS)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatrun.quant import QuantPlan
+
 Row = Mapping[str, Any]
 
 
@@ -20,7 +22,7 @@ class ArmContent:
         tensors: pyarrow table of quantized tensors' statistics, the trunk left out.
         histograms: entries of histograms.json.
         alarms: rows of alarms.jsonl.
-        plan: which linears are quantized and how, as in plan.json.
+        plan: which linears are quantized and how.
     """
 
     name: str
@@ -31,7 +33,7 @@ class ArmContent:
     tensors: Any = None
     histograms: Sequence[Row] = ()
     alarms: Sequence[Row] = ()
-    plan: Row | None = None
+    plan: QuantPlan | None = None
 
     @property
     def switch_step(self) -> int | None:

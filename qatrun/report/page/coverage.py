@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from qatrun.report.page.content import ArmContent, Row
+from qatrun.formats import ROLES
+from qatrun.quant import QuantPlan
+from qatrun.report.page.content import ArmContent
 from qatrun.report.page.document import NamedTable, Section
 from qatrun.report.page.table import Table, printable, table
 from qatrun.report.page.tensors import block
+from qatrun.scheme import Scaling
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -36,12 +39,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _linears_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
+def _linears_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
     """A row a kind of linear and set of blocks; arms that share it stand in one row."""
     arms_of: dict[tuple[str, int, str], list[str]] = {}
     for arm, plan in planned:
         kinds: dict[str, list[str]] = {}
-        for name in plan["linears"]:
+        for name in plan.linears:
             kinds.setdefault(_NUMBER.sub("*", name, count=1), []).append(name)
         for kind, names in kinds.items():
             blocks = [number for name in names if (number := block(name)) is not None]
@@ -50,27 +53,28 @@ def _linears_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
     return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears")
 
 
-def _roles_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
-    rows = [
+def _roles_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
+    """A row an arm, a role and a scheme that any of its tensors has."""
+    rows = {
         (
             arm.name,
             role,
-            spec.get("format"),
-            spec.get("granularity"),
-            spec.get("target_amax"),
-            _scaling(spec),
-            plan["clip"],
-        )
+            scheme.format,
+            scheme.granularity,
+            scheme.target_amax,
+            _scaling(scheme.scaling),
+            scheme.clip,
+        ): None
         for arm, plan in planned
-        for role, spec in plan["roles"].items()
-    ]
-    return table(
-        ("arm", "role", "format", "granularity", "target amax", "scaling", "clipped at"), rows, "Formats by role"
-    )
+        for role in ROLES
+        for schemes in plan.schemes.values()
+        if (scheme := schemes.get(role)) is not None
+    }
+    columns = ("arm", "role", "format", "granularity", "target amax", "scaling", "clipped at")
+    return table(columns, list(rows), "Formats by role")
 
 
-def _scaling(spec: Row) -> str:
-    scaling = spec.get("scaling", {})
-    if scaling.get("type") != "delayed":
-        return str(scaling.get("type", ""))
-    return f"delayed, {scaling.get('algorithm')} of {scaling.get('window')}, every {scaling.get('update_interval')}"
+def _scaling(scaling: Scaling) -> str:
+    if scaling.type != "delayed":
+        return scaling.type
+    return f"delayed, {scaling.algorithm} of {scaling.window}, every {scaling.update_interval}"

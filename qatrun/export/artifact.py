@@ -2,7 +2,7 @@
 
     quantized/
       model.safetensors    codes of quantized weights (uint8; int8 for INT8), their scales; the rest in the compute dtype
-      plan.json            which linears, which formats, where values are clipped, the compute dtype, the attention kernel
+      plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
 Reading it back gives the very model that was written: grid values are exact in the compute dtype and codes are exact
@@ -23,16 +23,17 @@ from transformers import GenerationConfig
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
 from qatrun.model import DTYPES, architecture, from_tensors, save_description
-from qatrun.numerics import decode, encode, inverse_scale
-from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
+from qatrun.numerics import GRIDS, Grid
+from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
 from qatrun.records import Quantized, Versioned
+from qatrun.scheme import GRANULARITIES
 from qatrun.tokenizer import load_tokenizer
 
 FOLDER = "quantized"
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHOWN = 5  # wrong tensors that are named one by one
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
 
@@ -45,9 +46,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if owner in frozen and leaf == "q_weight":
-            tensors[f"{owner}.codes"] = encode(tensor, frozen[owner].weight_format)
-        elif owner in frozen and leaf == "input_inv_scale":
-            continue  # follows from input_scale
+            tensors[f"{owner}.codes"] = frozen[owner].weight_grid.encode(tensor.float())
         elif tensor.data_ptr() not in stored or owner in frozen:  # tied weights are stored once
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
@@ -100,9 +99,9 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
         raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
-    shared = {group: Latest() for group in plan.input_group.values()}
+    shared = {slot: Latest() for slot in plan.slots()}
     for name in plan.linears:
-        replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.input_group[name]]))
+        replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]))
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), load_tokenizer(source)
@@ -114,9 +113,10 @@ def read_plan(folder: Path) -> QuantPlan:
     Raises:
         InputError: plan.json is missing, torn, of a newer version or something else.
     """
-    described = _description(folder)["plan"]
+    description = _description(folder)
     with reading(folder / PLAN_FILE):
-        return QuantPlan.from_dict(described)
+        described = description["plan"]
+        return QuantPlan.from_dict(_of_version_1(described) if description["format_version"] == 1 else described)
 
 
 def size_bytes(folder: Path) -> int:
@@ -142,10 +142,11 @@ def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Modul
             yield f"the plan names {name}, which is no linear of this model"
             continue
         transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
-        num_out, num_in = reversed(weight.shape) if transposed else weight.shape
-        per_channel = plan.roles["weight"].granularity == "per_channel"
-        yield from _codes_problems(f"{name}.codes", tensors, (num_out, num_in), plan.roles["weight"].format)
-        yield from _scale_problems(f"{name}.weight_scale", tensors, (num_out, 1) if per_channel else ())
+        shape, scheme = (*reversed(weight.shape),) if transposed else (*weight.shape,), plan.schemes[name]["weight"]
+        yield from _codes_problems(f"{name}.codes", tensors, shape, GRIDS[scheme.format])
+        yield from _scale_problems(
+            f"{name}.weight_scale", tensors, GRANULARITIES[scheme.granularity].scale_shape(shape)
+        )
         yield from _scale_problems(f"{name}.input_scale", tensors, ())
     leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
     replaced = {f"{name}.weight" for name in plan.linears}
@@ -159,12 +160,12 @@ def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Modul
             yield f"{name} is not finite"
 
 
-def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], format: str) -> Iterator[str]:
-    codes, dtype = tensors.get(name), torch.int8 if format == "int8" else torch.uint8
+def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], grid: Grid) -> Iterator[str]:
+    codes, dtype = tensors.get(name), grid.code_dtype
     if codes is None or codes.dtype != dtype or codes.shape != shape:
-        yield f"{name} must be {_shown(dtype, shape)}, codes of {format} ({_got(codes)})"
-    elif not decode(codes, format).isfinite().all():
-        yield f"{name} holds codes of {format} that are NaN or Inf"
+        yield f"{name} must be {_shown(dtype, shape)}, codes of {grid.format.name} ({_got(codes)})"
+    elif not grid.decode(codes).isfinite().all():
+        yield f"{name} holds codes of {grid.format.name} that are NaN or Inf"
 
 
 def _scale_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Iterator[str]:
@@ -188,30 +189,44 @@ def _got(tensor: Tensor | None) -> str:
 
 def _unquantized(skeleton: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:
     """The model with grid values where quantized weights go, so that everything else is loaded as it should be."""
-    quantized = set(plan.linears)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in quantized or leaf == "bias":
+        if owner not in plan.schemes or leaf == "bias":
             weights[name] = tensor
         elif leaf == "codes":
-            grid = decode(tensor, plan.roles["weight"].format).to(dtype)
+            values = _grid_of(plan, owner).decode(tensor).to(dtype)
             transposed = not isinstance(skeleton.get_submodule(owner), nn.Linear)
-            weights[f"{owner}.weight"] = grid.t().contiguous() if transposed else grid
+            weights[f"{owner}.weight"] = values.t().contiguous() if transposed else values
     return from_tensors(skeleton, weights, dtype)
 
 
 def _quantized(
     name: str, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype, shared_input: Latest
 ) -> QuantizedLinear:
-    own = {leaf: tensors[f"{name}.{leaf}"] for leaf in ("weight_scale", "input_scale")}
-    own["q_weight"] = decode(tensors[f"{name}.codes"], plan.roles["weight"].format).to(dtype)
-    own["input_inv_scale"] = inverse_scale(own["input_scale"])
-    if f"{name}.bias" in tensors:
-        own["bias"] = tensors[f"{name}.bias"]
-    return QuantizedLinear(
-        own,
-        input_quantizer=Quantizer.of_role("input", plan),
-        weight_format=plan.roles["weight"].format,
-        shared_input=shared_input,
-    )
+    grid, bias = _grid_of(plan, name), tensors.get(f"{name}.bias")
+    values = grid.decode(tensors[f"{name}.codes"]).to(dtype)
+    weight = QTensor(grid, values, None, tensors[f"{name}.weight_scale"])
+    return QuantizedLinear(weight, bias, plan.schemes[name]["input"], tensors[f"{name}.input_scale"], shared_input)
+
+
+def _grid_of(plan: QuantPlan, linear: str) -> Grid:
+    """That a linear's weight is on."""
+    return GRIDS[plan.schemes[linear]["weight"].format]
+
+
+def _of_version_1(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan that has the same schemes for all linears, as this version writes it.
+
+    Raises:
+        KeyError: it is none.
+    """
+    shared = {"clip": plan["clip"], "ste": plan["ste"]}
+    schemes = [{key: value for key, value in spec.items() if key != "role"} | shared for spec in plan["roles"].values()]
+    numbers = {role: number for number, role in enumerate(plan["roles"])}
+    return {
+        "schemes": schemes,
+        "linears": dict.fromkeys(plan["linears"], numbers),
+        "input_group": plan["input_group"],
+        "saves_codes": plan["saved_activations"] == "codes",
+    }

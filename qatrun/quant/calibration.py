@@ -1,0 +1,96 @@
+"""Scales from some batches alone, and how the values of inputs spread over the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatrun.quant.attach import attached_state
+from qatrun.quant.linear import FakeQuantLinear
+from qatrun.quant.plan import QuantPlan
+from qatrun.quant.state import Mode, QuantState
+from qatrun.scheme import Scaling, Slot
+
+CALIBRATED = Scaling(type="delayed", algorithm="max", window=1)
+LOG2_BINS = torch.arange(-24.0, 16.25, 0.25)  # of |x| in units of the grid; HiF8 reaches from 2^-22 to 2^15
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give an attached model scales from these batches of token ids ([batch, seq_len] each) alone: the largest amax of
+    each tensor, whatever the plan's algorithm. It is left quantizing, in eval mode.
+
+    Raises:
+        InputError: nothing is attached.
+    """
+    state = attached_state(model)
+    state.forget()
+    model.eval()
+    observing = [module for module in model.modules() if isinstance(module, QuantState | FakeQuantLinear)]
+    for module in observing:
+        module.training = True
+    state.enter(Mode.OBSERVE)
+    for input_ids in batches:
+        model(input_ids=input_ids, use_cache=False)
+    state.push()
+    model.eval()
+    state.enter(Mode.QUANTIZE)
+
+
+def calibrated_plan(plan: QuantPlan) -> QuantPlan:
+    """The plan with every scale of a whole tensor from calibration, whatever its own scaling."""
+    schemes = {
+        name: {
+            role: scheme if scheme.per_row else replace(scheme, scaling=CALIBRATED) for role, scheme in of_roles.items()
+        }
+        for name, of_roles in plan.schemes.items()
+    }
+    return replace(plan, schemes=schemes, saves_codes=False)
+
+
+@torch.no_grad()
+def input_histograms(
+    model: Any, input_ids: Tensor, scales: Mapping[str, float], plan: QuantPlan
+) -> list[dict[str, Any]]:
+    """How |x| / scale of some inputs is spread over the grid, in bins of log2; plain data.
+
+    Args:
+        model: with quantizers attached.
+        input_ids: [num, seq_len].
+        scales: linear -> scale of its input, units of the tensor per unit of the grid.
+    """
+    counts: dict[str, Tensor] = {}
+    zeros: dict[str, int] = {}
+
+    def count(name: str, x: Tensor) -> None:
+        size = (x.detach().float().abs() / scales[name]).cpu()
+        counts[name] = torch.histogram(size[size > 0].log2().clamp(LOG2_BINS[0], LOG2_BINS[-1]), LOG2_BINS).hist
+        zeros[name] = int((size == 0).sum())
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
+        for name in scales
+    ]
+    try:
+        model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        {
+            "tensor": str(Slot(name, "input")),
+            "format": scheme.format,
+            "scale": scales[name],
+            "target_amax": scheme.target_amax,
+            "log2_edges": LOG2_BINS.tolist(),
+            "counts": [int(value) for value in found],
+            "num_zero": zeros[name],
+            "num_values": int(found.sum()) + zeros[name],
+        }
+        for name, found in counts.items()
+        for scheme in [plan.schemes[name]["input"]]
+    ]

@@ -1,0 +1,88 @@
+"""A quantized tensor, and how a tensor becomes one under a scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qatrun.numerics import GRIDS, Grid, Quantized, amax, codes_to_grid, inverse_scale, quantize, scale_from_amax
+from qatrun.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """x_hat = values * scale. Of values and codes, which say the same, one may be missing.
+
+    Attributes:
+        values: [..., d] grid values in the compute dtype, where they are exact, or None.
+        codes: [..., d] 8-bit codes, or None.
+        scale: float32, of the granularity's `scale_shape`.
+        blocked: where the STE holds the gradient back, as bits (see `numerics.Quantized`); None: nowhere.
+    """
+
+    grid: Grid
+    values: Tensor | None
+    codes: Tensor | None
+    scale: Tensor
+    blocked: Tensor | None = None
+
+    @classmethod
+    def of_saved(cls, grid: Grid, saved: Tensor, scale: Tensor, blocked: Tensor | None) -> QTensor:
+        """Again from what a backward has kept."""
+        values, codes = (saved, None) if saved.is_floating_point() else (None, saved)
+        return cls(grid, values, codes, scale, blocked)
+
+    @property
+    def saved(self) -> Tensor:
+        """What a backward is to keep: codes if there are any, else values."""
+        kept = self.values if self.codes is None else self.codes
+        assert kept is not None
+        return kept
+
+    def values_in(self, dtype: torch.dtype) -> Tensor:
+        """The grid values in the compute dtype."""
+        return codes_to_grid(self.saved, self.grid, dtype) if self.values is None else self.values.to(dtype)
+
+    def operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a matrix product multiplies, [..., d] exact in that dtype, and the scale that is left outside: float32, []
+        or one a row, [..., 1]. A product needs to know no more of how the tensor is scaled."""
+        return self.values_in(dtype), self.scale
+
+    def dequantized(self) -> Tensor:
+        """x_hat, float32."""
+        matrix, scale = self.operand(torch.float32)
+        return matrix * scale
+
+
+def own_scales(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """(scale, inv_scale), float32, of this very tensor x [..., d], at the scheme's granularity."""
+    scale = scale_from_amax(amax(x, scheme.granularity), scheme.target_amax)
+    return scale, inverse_scale(scale)
+
+
+def to_grid(
+    x: Tensor,
+    scheme: Scheme,
+    scale: Tensor,
+    inv_scale: Tensor,
+    values: torch.dtype | None,
+    *,
+    codes: bool = False,
+    takes_gradient: bool = False,
+) -> tuple[QTensor, Quantized]:
+    """x [..., d] on its grid, and what the pass over x has seen.
+
+    Args:
+        values, codes: which of the two are wanted, values in which dtype.
+        takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
+    """
+    grid, blocked = GRIDS[scheme.format], holds_back(scheme, takes_gradient)
+    seen = quantize(x, inv_scale, grid, scheme.limit, values=values, codes=codes, blocked=blocked)
+    return QTensor(grid, seen.values, seen.codes, scale, seen.blocked), seen
+
+
+def holds_back(scheme: Scheme, takes_gradient: bool) -> bool:
+    """Whether the gradient of saturated values is held back."""
+    return scheme.ste == "clipped" and takes_gradient

@@ -1,0 +1,128 @@
+"""The scales of all quantized tensors of a model, and the amax history that they are made from.
+
+Delayed tensor scaling (DTS) gives the scale of a step from amaxes seen before it:
+
+    history  <- [amax of this step; history without its oldest row]
+    estimate  = a rule of `scheme.RULES` over the window
+    scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
+
+These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and `[num_slots]`
+tensors, so a push is the same few operations however many layers there are. Forward and backward only ever raise `amax`, by
+a maximum: what activation checkpointing recomputes changes nothing, and every micro-batch counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qatrun.numerics import inverse_scale, scale_from_amax
+from qatrun.scheme import RULES, Scheme, Slot
+
+
+def takes_own_scale(slot: Slot, scheme: Scheme, *, primed: bool, training: bool) -> bool:
+    """Whether a tensor's scale comes from itself: one of rows always, a dynamic one while training (a weight's also when
+    frozen: it does not depend on the batch), and any that is scaled while no scale comes from a history yet."""
+    if scheme.per_row or (scheme.scaling.type == "dynamic" and (training or slot.role == "weight")):
+        return True
+    return scheme.scaling.type != "none" and not primed
+
+
+class Scales:
+    """amax history and scales of every slot of a plan.
+
+    Attributes:
+        names: of the slots, in the order of all that is kept for them.
+        index: slot -> its place in that order.
+        history: [window, num_slots] float32, newest row first; 0 where nothing was seen.
+        amax: [num_slots] float32, the largest seen since the last push.
+        scale, inv_scale: [num_slots] float32; units of the tensor per unit of the grid, and the reciprocal.
+        target: [num_slots] float32, the grid values that amax is mapped to.
+        unit: what a push closes, the same for all slots.
+        num_pushes: rows that history has had.
+        num_changes: how often history or scales have moved.
+    """
+
+    def __init__(self, slots: Mapping[Slot, Scheme], observed_as: Mapping[Slot, Slot]) -> None:
+        schemes, num = list(slots.values()), len(slots)
+        kinds = [scheme.scaling for scheme in schemes]
+        self.names = tuple(str(slot) for slot in slots)
+        self.index: Mapping[Slot, int] = {slot: i for i, slot in enumerate(slots)}
+        self._observed_as = tuple(str(observed_as[slot]) for slot in slots)
+        self.unit = kinds[0].unit
+        self.num_pushes = self.num_changes = 0
+        self.history = torch.zeros(max(kind.window for kind in kinds), num)
+        self.amax = torch.zeros(num)
+        self.scale, self.inv_scale = torch.ones(num), torch.ones(num)
+        self.target = torch.tensor([scheme.target_amax for scheme in schemes])
+        self.delayed = torch.tensor([kind.type == "delayed" for kind in kinds])
+        self.dynamic = torch.tensor([kind.type == "dynamic" for kind in kinds])
+        self.scaled = torch.tensor([kind.type != "none" for kind in kinds])
+        self._interval = torch.tensor([kind.update_interval for kind in kinds])
+        self._own_scale = torch.tensor(
+            [
+                [takes_own_scale(slot, scheme, primed=primed, training=True) for slot, scheme in slots.items()]
+                for primed in (False, True)
+            ]
+        )
+        self._rules = tuple(dict.fromkeys(kinds))  # few, however many slots
+        self._follows = torch.tensor([[kind == rule for kind in kinds] for rule in self._rules])
+
+    def to(self, device: torch.device) -> None:
+        """Move to another device, never to another dtype: scale arithmetic is float32 always."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
+    @torch.no_grad()
+    def observe(self, slot: int, amax: Tensor) -> None:
+        """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible)."""
+        seen = self.amax[slot]
+        torch.maximum(seen, amax, out=seen)
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Make what was seen since the last push the newest row of history."""
+        self.history = torch.cat([self.amax.unsqueeze(0), self.history[:-1]])
+        self.amax = torch.zeros_like(self.amax)
+        self.num_pushes += 1
+        self.num_changes += 1
+
+    def due(self) -> Tensor:
+        """[num_slots] bool: delayed slots whose interval ends with this push."""
+        return self.delayed & (self.num_pushes % self._interval == 0)
+
+    @torch.no_grad()
+    def move(self, which: Tensor) -> None:
+        """Renew the scales of some slots, [num_slots] bool, from the history."""
+        moved = scale_from_amax(self._estimate(), self.target, previous=self.scale)
+        self.scale = torch.where(which, moved, self.scale)
+        self.inv_scale = inverse_scale(self.scale)
+        self.num_changes += 1
+
+    def used(self, *, primed: bool) -> Tensor:
+        """[num_slots] float32: the scales that the tensors seen since the last push were quantized with; of a slot whose
+        tensors have scales of their own, that of the largest."""
+        fitting = scale_from_amax(self.amax, self.target, previous=self.scale)
+        return torch.where(self._own_scale[int(primed)], fitting, self.scale)
+
+    def forget(self) -> None:
+        """Begin a new history."""
+        self.history, self.amax = torch.zeros_like(self.history), torch.zeros_like(self.amax)
+        self.num_pushes = 0
+
+    def adopt(self, names: list[str], history: Tensor, num_pushes: int) -> None:
+        """Take the amax history that another state, a trunk's, observed, its slots in the order of their names."""
+        theirs = {name: i for i, name in enumerate(names)}
+        columns = torch.tensor([theirs[name] for name in self._observed_as])
+        self.history = history[: len(self.history), columns].to(self.history.device)
+        self.num_pushes = num_pushes
+
+    def _estimate(self) -> Tensor:
+        """[num_slots] amax estimates, each slot's by its own rule."""
+        estimate = self.history[0]
+        for scaling, follows in zip(self._rules, self._follows, strict=True):
+            estimate = torch.where(follows, RULES[scaling.algorithm](self.history, scaling), estimate)
+        return estimate
