@@ -22,6 +22,7 @@ from qatrun.recipe.qat import FormatName, QatConfig, RoleConfig, ScalingConfig
 from qatrun.recipe.reference import main as write_reference
 from qatrun.recipe.reference import reference
 from qatrun.recipe.shipped import recipes_dir
+from qatrun.scheme import Scaling
 
 SHIPPED = [recipe.name for recipe in shipped_recipes()]
 
@@ -83,8 +84,8 @@ def test_openpangu_recipe_is_the_published_configuration() -> None:
     assert (source.path, source.subset, source.streaming) == ("HuggingFaceFW/fineweb", "sample-10BT", True)
     assert (arm.data.seq_len, arm.switch_step) == (1024, 500)
     assert arm.qat is not None
-    scaling = ScalingConfig(type="delayed", algorithm="max", window=64, update_interval=1, unit="microbatch")
-    assert [(role.role, role.format, role.target_amax, role.scaling) for role in arm.qat.roles] == [
+    scaling = Scaling(type="delayed", algorithm="max", window=64, update_interval=1, unit="microbatch")
+    assert [(role, s.format, s.target_amax, s.scaling) for role, s in arm.qat.schemes.items()] == [
         ("weight", "hif8", 15.0, scaling),
         ("input", "hif8", 15.0, scaling),
         ("grad_output", "hif8", 224.0, scaling),
@@ -212,10 +213,10 @@ def test_arms_are_laid_over_the_recipe() -> None:
     )
     late, plain = recipe.resolve_arm("late"), recipe.resolve_arm("plain")
     assert late.qat is not None
-    weight = late.qat.role("weight")
+    weight = late.qat.schemes["weight"]
     assert (weight.format, weight.target_amax) == ("int8", 7.0)
-    assert weight.scaling == ScalingConfig(window=4, algorithm="most_recent")
-    assert late.qat.role("input").scaling.window == 8
+    assert weight.scaling == Scaling(window=4, algorithm="most_recent")
+    assert late.qat.schemes["input"].scaling.window == 8
     assert (late.switch_step, plain.switch_step, recipe.resolve_arm("bf16").switch_step) == (700, 500, None)
     assert plain.qat == recipe.qat
 
@@ -245,16 +246,19 @@ def test_roles_inherit_format_target_and_scaling() -> None:
         weight=RoleConfig(format="int8", scaling=ScalingConfig(window=4)),
         grad_output=RoleConfig(),
     )
-    weight, inputs, gradients = qat.roles
+    weight, inputs, gradients = qat.schemes.values()
     assert (weight.format, weight.target_amax) == ("int8", 127.0)
-    assert weight.scaling == ScalingConfig(window=4, algorithm="most_recent")
-    assert (inputs.format, inputs.target_amax, inputs.scaling) == ("hif8", 15.0, qat.scaling)
+    assert weight.scaling == Scaling(window=4, algorithm="most_recent")
+    assert (inputs.format, inputs.target_amax, inputs.scaling) == (
+        "hif8",
+        15.0,
+        Scaling(window=8, algorithm="most_recent"),
+    )
     assert (gradients.format, gradients.target_amax) == ("hif8", 224.0)
 
 
 def test_gradients_are_not_quantized_by_default() -> None:
-    assert QatConfig().role("grad_output") is None
-    assert [role.role for role in QatConfig().roles] == ["weight", "input"]
+    assert list(QatConfig().schemes) == ["weight", "input"]
 
 
 def test_scales_finer_than_a_tensor_are_dynamic() -> None:
@@ -263,8 +267,8 @@ def test_scales_finer_than_a_tensor_are_dynamic() -> None:
         weight=RoleConfig(granularity="per_channel"),
         input=RoleConfig(granularity="per_token", scaling=ScalingConfig(window=2)),
     )
-    assert qat.role("weight").scaling == ScalingConfig(type="dynamic", window=8)
-    assert qat.role("input").scaling == ScalingConfig(type="dynamic", window=2)
+    assert qat.schemes["weight"].scaling == Scaling(type="dynamic", window=8)
+    assert qat.schemes["input"].scaling == Scaling(type="dynamic", window=2)
 
 
 # --- the resolved recipe
@@ -291,7 +295,7 @@ def test_resolved_recipe_loads_back_equal(overrides: list[str], tmp_path: Path) 
     for name in recipe.arm_names:
         arm, again = recipe.resolve_arm(name), loaded.resolve_arm(name)
         assert again == arm
-        assert (again.qat and again.qat.roles) == (arm.qat and arm.qat.roles)
+        assert (again.qat and again.qat.schemes) == (arm.qat and arm.qat.schemes)
 
 
 # --- any input gives a recipe or a list of mistakes
