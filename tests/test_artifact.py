@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,23 @@ def test_folders_that_are_no_quantized_model_are_refused(saved: Path, tmp_path: 
     (saved / artifact.PLAN_FILE).write_text(json.dumps(description))
     with pytest.raises(InputError, match="format version 3"):
         qatrun.load(saved)
+
+
+def test_a_plan_of_format_version_1_is_read(saved: Path) -> None:
+    """It had one scheme a role, for all linears."""
+    file = saved / artifact.PLAN_FILE
+    plan, description = artifact.read_plan(saved), json.loads(file.read_text())
+    roles = {role: asdict(scheme) | {"role": role} for role, scheme in plan.schemes[plan.linears[0]].items()}
+    clip, ste = ({spec.pop(key) for spec in roles.values()}.pop() for key in ("clip", "ste"))
+    description["plan"] = {
+        "linears": list(plan.linears),
+        "input_group": dict(plan.input_group),
+        "roles": roles,
+        "clip": clip,
+        "ste": ste,
+        "saved_activations": "values",
+    }
+    before = logits(artifact.load(saved)[0])
+    file.write_text(json.dumps(description | {"format_version": 1}))
+    assert artifact.read_plan(saved) == plan
+    assert torch.equal(logits(artifact.load(saved)[0]), before)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from builders import tiny_gpt2, tiny_llama
+from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
-from qatrun.quant import Mode, QuantPlan, attach, coverage, make_plan, named_linears
+from qatrun.export import artifact
+from qatrun.quant import Mode, QuantPlan, ResumableState, attach, coverage, freeze, make_plan, named_linears
 from qatrun.recipe import RoleConfig, ScalingConfig, SkipBlocks, load_recipe
+from qatrun.scheme import Slot
 
 BLOCK = (
     "self_attn.q_proj",
@@ -196,3 +200,31 @@ def test_a_model_that_cannot_run_on_the_meta_device_gets_a_quantizer_a_linear() 
     state.enter(Mode.QUANTIZE)
     model(torch.ones(2, 4)).sum().backward()
     assert (state.scales.amax > 0).all()
+
+
+def test_readers_of_one_tensor_share_its_slot_as_far_as_their_schemes_agree(tmp_path: Path) -> None:
+    """Plans may give each linear schemes of its own; a trunk that splits nothing serves such an arm, too."""
+    plan = make_plan(tiny_llama(), QatConfig(format="hif8"))
+    attention = "model.layers.0.self_attn."
+    per_token = QatConfig(format="int8", input=RoleConfig(granularity="per_token")).schemes
+    mixed = replace(plan, schemes={**plan.schemes, f"{attention}k_proj": per_token})
+    names = {name: mixed.slot(f"{attention}{name}_proj", "input").linear for name in "qkv"}
+    assert names == {name: f"{attention}{of}_proj" for name, of in zip("qkv", "qkq", strict=True)}
+    assert set(mixed.slots()) == {*plan.slots(), Slot(f"{attention}k_proj", "input")}
+    assert QuantPlan.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+
+    model = tiny_llama()
+    trunk, arm = attach(tiny_llama(), plan), attach(model, mixed)
+    trunk.scales.observe(trunk.scales.index[Slot(f"{attention}q_proj", "input")], torch.tensor(6.0))
+    trunk.push()
+    ResumableState(arm).adopt(ResumableState(trunk).state_dict())
+    of_qkv = [arm.scales.index[mixed.slot(f"{attention}{name}_proj", "input")] for name in "qkv"]
+    assert arm.scales.history[0, of_qkv].tolist() == [6.0] * 3
+
+    quantized_steps(model, arm)
+    attached = logits(model)
+    freeze(model, torch.float32)
+    assert torch.equal(logits(model), attached)
+    artifact.save(model, word_tokenizer(), mixed, tmp_path)
+    assert artifact.read_plan(tmp_path) == mixed
+    assert torch.equal(logits(artifact.load(tmp_path)[0]), attached)

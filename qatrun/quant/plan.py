@@ -80,10 +80,12 @@ class QuantPlan:
     @cached_property
     def _input_slots(self) -> dict[str, Slot]:
         slots: dict[tuple[str, Scheme], Slot] = {}
+        named: set[str] = set()
         for name in self.linears:
             group, scheme = self.input_group[name], self.schemes[name]["input"]
-            split = any(other == group for other, _ in slots)  # its readers differ: one slot a scheme
-            slots.setdefault((group, scheme), Slot(name if split else group, "input"))
+            # Where readers of one tensor differ, there is a slot a scheme.
+            slots.setdefault((group, scheme), Slot(name if group in named else group, "input"))
+            named.add(group)
         return {name: slots[self.input_group[name], self.schemes[name]["input"]] for name in self.linears}
 
     def to_dict(self) -> dict[str, Any]:
