@@ -16,7 +16,7 @@ from typing import Any
 from qatrun.formats import Role
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, ResolvedRole
-from qatrun.train import Segment
+from qatrun.train.segment import Segment
 
 TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
 # Keys of `train` that no number depends on.
