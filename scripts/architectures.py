@@ -41,7 +41,8 @@ from qatrun.quant import freeze
 from qatrun.recipe import Recipe
 from qatrun.study import preflight
 from qatrun.study.segments import plan_segments
-from qatrun.train import Watched, train
+from qatrun.train.loop import train
+from qatrun.train.segment import Watched
 from tiny_configs import ARCHITECTURES, tiny_config
 
 SUPPORTED, REFUSED, NOT_BUILT, FAILED = "supported", "refused at check", "not built", "failed late"

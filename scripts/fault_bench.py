@@ -40,36 +40,41 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qatrun import demo
-from qatrun.data import IGNORE_INDEX, open_probe
+from qatrun import artifact, demo
+from qatrun.data import IGNORE_INDEX, open_data, open_probe
 from qatrun.evaluate.perplexity import perplexity
-from qatrun.export import artifact
-from qatrun.model import load_model, save_model
-from qatrun.quant import QuantState
+from qatrun.files import read_json, write_json
+from qatrun.model import DTYPES, load_model, save_model
+from qatrun.numerics import bfloat16_products, inverse_scale
+from qatrun.quant import Scales
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
 from qatrun.report import TerminalDisplay
-from qatrun.study import preflight, run_study, single
+from qatrun.study import preflight, run_study
+from qatrun.study.claim import claimed
 from qatrun.study.diagnose import diagnose
-from qatrun.study.layout import StudyFolder, read_json, write_json
+from qatrun.study.display import Display
+from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
 from qatrun.tokenizer import load_tokenizer
-from qatrun.train import read_metrics
+from qatrun.train.loop import Session
+from qatrun.train.metrics import read_alarms
+from qatrun.train.segment import Segment, Watched
+from qatrun.train.signals import stop_on_signals
 
 FORMATS = ("hif8", "fp8_e4m3", "int8")
 PLANTED = {
@@ -195,18 +200,43 @@ def write_outlier_model(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def planted() -> Iterator[None]:
-    """Under-estimate the scales of arms whose name says so, while they train."""
-    train, estimate = single.train, QuantState._estimate
+def train_planted(recipe: Recipe, display: Display) -> None:
+    """Train the arms whose name asks for scales that are too small; the study then finds them trained."""
+    checked, folder = preflight(recipe), StudyFolder(Path(recipe.output_dir) / recipe.name)
+    with claimed(folder, recipe, resume=True, overwrite=False, warn=display.on_warning):
+        for segments in plan_segments(checked.arms, checked.plans, folder.path):
+            factor = UNDERESTIMATE.get(segments.own.arm.name.partition("-")[2])
+            if factor is not None and segments.trunk is not None:
+                train_segment(segments.trunk, display)
+                train_segment(segments.own, display, factor)
 
-    def train_planted(segment: Any, *arguments: Any) -> Any:
-        factor = UNDERESTIMATE.get(segment.arm.name.partition("-")[2], 1) if segment.quantizes else 1
-        with mock.patch.object(QuantState, "_estimate", lambda state: estimate(state) / factor):
-            return train(segment, *arguments)
 
-    with mock.patch.object(single, "train", train_planted):
-        yield
+def train_segment(segment: Segment, display: Display, factor: int = 1) -> None:
+    """Train a segment as a study does, with scale estimates that many times too small."""
+    arm, tokenizer = segment.arm, load_tokenizer(segment.arm.model)
+    assert arm.monitor.probe is not None
+    model = load_model(arm.model, DTYPES[arm.model.param_dtype])
+    stream = open_data(arm.data, tokenizer, arm.train.seed).train
+    watched = Watched(open_probe(arm.data, tokenizer, arm.monitor.probe.sequences))
+    display.begin_training(segment.name, arm.warmup.steps if segment.trunk is not None else 0, segment.last_step)
+    with bfloat16_products(), stop_on_signals() as request:
+        session = Session(segment, model, stream, display, watched=watched)
+        if session.quant is not None:
+            underestimate(session.quant.scales, factor)
+        session.run(request)
+
+
+def underestimate(scales: Scales, factor: int) -> None:
+    """Divide every scale by a factor, a power of two, whenever it moves."""
+    move = scales.move
+
+    def moved(which: Tensor) -> None:
+        before = scales.scale
+        move(which)
+        scales.scale = torch.where(scales.scale == before, before, scales.scale / factor)
+        scales.inv_scale = inverse_scale(scales.scale)
+
+    scales.move = moved  # type: ignore[method-assign]
 
 
 def run_seed(seed: int, output: Path) -> None:
@@ -215,8 +245,8 @@ def run_seed(seed: int, output: Path) -> None:
     with TerminalDisplay(Console()) as display:
         bursts = (burst_recipe(fault, seed, output) for fault in QUIET_STEPS)
         for recipe in (main_recipe(seed, output), *bursts, outlier_recipe(seed, output)):
-            with planted():
-                folder = StudyFolder(run_study(recipe, display, resume=True).folder)
+            train_planted(recipe, display)
+            folder = StudyFolder(run_study(recipe, display, resume=True).folder)
             found = diagnose(folder, display)["arms"]
             measure = Measure(folder, recipe)
             cells += [
@@ -281,7 +311,7 @@ def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Me
         "fault": fault,
         "harm": {"forgetting": forgetting, "quantization": quantization},
         "findings": found["findings"],
-        "alarms": first_alarms(folder.arm(arm.name).path),
+        "alarms": first_alarms(folder.arm(arm.name)),
         "effects": {effect["name"]: effect for effect in found["effects"]},
         "sentence": found["sentence"],
     }
@@ -304,14 +334,13 @@ def run_healthy(num_seeds: int, output: Path) -> None:
     with TerminalDisplay(console) as display:
         for seed in range(num_seeds):
             settings = [f"output_dir={output}", f"name=healthy-{seed}", f"train.seed={seed}"]
-            recipe = load_recipe("demo", settings)
-            checked, folder = preflight(recipe), StudyFolder(output / f"healthy-{seed}")
-            study = single._Study(recipe, checked, folder, display, ())
+            checked = preflight(load_recipe("demo", settings))
+            folder = StudyFolder(output / f"healthy-{seed}")
             for segments in plan_segments(checked.arms, checked.plans, folder.path):
                 if segments.own.arm.name == "hif8" and segments.trunk is not None:
-                    study._train(segments.trunk)
-                    study._train(segments.own)
-            alarms = read_metrics(folder.arm("hif8").path / "alarms.jsonl")
+                    train_segment(segments.trunk, display)
+                    train_segment(segments.own, display)
+            alarms = read_alarms(folder.arm("hif8").alarms)
             raised += bool(alarms)
             console.print(f"seed {seed}: {len(alarms)} alarms", *(row["text"] for row in alarms), sep="\n  ")
     console.print(f"{raised} of {num_seeds} healthy runs raised an alarm")
@@ -332,7 +361,8 @@ def confusion(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def summarize(output: Path, console: Console) -> None:
     """Print the confusion matrix and a line for each cell; write faults.csv."""
-    cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
+    files = sorted(output.glob("seed-*/cells.json"))
+    cells = [cell for file in files for cell in read_json(file, list[dict[str, Any]])]
     for title, mild in (("cells", False), ("mild cells", True)):
         console.print(confusion([cell for cell in cells if (cell["fault"] in MILD) == mild], title))
     columns = ["seed", "format", "fault", "forgetting_nats_token", "forgetting_nats_answer"]

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 from compilers import needs_compiler
 
 from qatrun.numerics import native
+from qatrun.quant import Mode
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 
@@ -41,3 +44,28 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
         low, high = json.loads((output / f"{kind}-bands.json").read_text())[f"kernel/{case}/hif8"]
         assert low < row["value"] < high
     assert "not measured" in (output / f"{kind}.md").read_text()
+
+
+class NoProgress:
+    def begin(self, case: str, rounds: int) -> None: ...
+    def advance(self) -> None: ...
+
+
+def test_what_is_timed_is_the_step_of_the_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    arms, memory, timing, watching = (
+        import_module(f"benchmarks.{name}") for name in ("arms", "memory", "timing", "watching")
+    )
+    made = arms.trainee("hif8", arms.SHAPES["tiny"], "cpu", bf16=True, micro_batches=2)
+    quant = made.stepper.quant
+    assert (quant.mode, quant.scales.num_pushes) == (Mode.QUANTIZE, 2)
+    first, later = made.step(), [made.step() for _ in range(20)][-1]
+    assert later < first
+    assert quant.scales.num_pushes == 23
+    saved = {
+        arm: memory.saved_for_backward(arms.trainee(arm, arms.SHAPES["tiny"], "cpu", bf16=True))
+        for arm in (arms.UNQUANTIZED, "hif8", "hif8_codes")
+    }
+    assert saved["hif8_codes"] < saved["hif8"]
+    rows = watching.benchmark(timing.Settings("cpu", "tiny", quick=True), NoProgress())
+    assert [row.case for row in rows] == ["fp32", "bf16"]

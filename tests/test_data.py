@@ -292,13 +292,13 @@ def test_a_saved_position_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytes
     uninterrupted = stream()
     batches, hashes, positions = [], [], []
     while uninterrupted.documents.epoch < 3:
-        positions.append(json.loads(json.dumps(uninterrupted.position())))
+        positions.append(json.loads(json.dumps(uninterrupted.state_dict())))
         batches.append(uninterrupted.take(2))
         hashes.append(uninterrupted.data_hash)
     assert len(positions) > 30
     resumed = stream()
     for place, position in enumerate(positions):
-        resumed.seek(position)
+        resumed.load_state_dict(position)
         for batch, data_hash in zip(batches[place : place + 3], hashes[place : place + 3], strict=True):
             again = resumed.take(2)
             assert torch.equal(again.input_ids, batch.input_ids)
@@ -309,7 +309,7 @@ def test_a_saved_position_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytes
 def test_a_position_is_a_copy(tmp_path: Path) -> None:
     stream = opened(write_texts(tmp_path / "a.jsonl", 40), streaming=True).train
     stream.take(3)
-    position = stream.position()
+    position = stream.state_dict()
     before = copy.deepcopy(position)
     stream.take(20)
     assert position == before

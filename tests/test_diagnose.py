@@ -10,7 +10,7 @@ import pytest
 from tiny_world import run_qatrun
 
 from qatrun.evaluate.scores import Scores
-from qatrun.train import read_metrics
+from qatrun.train.metrics import read_metrics
 
 
 def test_train_ends_with_a_diagnosis_and_the_page(trained_world: Path) -> None:

@@ -67,10 +67,9 @@ def test_a_disk_that_refuses_is_one_sentence_and_loses_nothing(tmp_path: Path, w
 
 
 def test_a_disk_that_refuses_a_checkpoint_leaves_the_one_before_it(tmp_path: Path, small_disk: None) -> None:
-    small = {"rng/cpu": torch.get_rng_state()}
-    write_checkpoint(tmp_path, Checkpoint({"w": LARGE[:3]}, {}, small, {"step": 1}), keep_last=1)
+    write_checkpoint(tmp_path, Checkpoint(1, "a", {"model": {"w": LARGE[:3]}}), keep_last=1)
     with pytest.raises(WriteError, match="File too large"):
-        write_checkpoint(tmp_path, Checkpoint({"w": LARGE}, {}, small, {"step": 2}), keep_last=1)
+        write_checkpoint(tmp_path, Checkpoint(2, "a", {"model": {"w": LARGE}}), keep_last=1)
     found, warnings = latest_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, warnings) == (1, [])

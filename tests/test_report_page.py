@@ -26,7 +26,8 @@ from qatrun.report.page.table import csv_text, shown, table
 from qatrun.report.page.tensors import TensorStats
 from qatrun.study.layout import StudyFolder
 from qatrun.study.page import read_study, write_page
-from qatrun.train import read_metrics, read_tensor_stats
+from qatrun.train.metrics import read_metrics
+from qatrun.train.tensors import read_tensor_stats
 
 LIMIT = 3_000_000
 SMALL = Shape(steps=60, warmup=10, blocks=1)

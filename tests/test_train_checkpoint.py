@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from training import Recorder, TinyStudy, ctrl_c, differences, final_state
 
 import qatrun.train.checkpoint as checkpoint_module
 from qatrun.errors import CheckpointError, Interrupted, WriteError
+from qatrun.files import sha256
 from qatrun.train.checkpoint import Checkpoint, has_checkpoint, latest_checkpoint, read_checkpoint, write_checkpoint
+from qatrun.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("datasets_cache", "one_thread")
 
@@ -22,7 +25,16 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors", "pro
 
 def checkpoint_at(step: int) -> Checkpoint:
     tensor = torch.full((3, 4), float(step))
-    return Checkpoint({"w": tensor}, {"exp_avg/w": tensor.t()}, {"rng/cpu": torch.get_rng_state()}, {"step": step})
+    data = {"ids": [1, 2], "seen": tensor.bool()}
+    return Checkpoint(step, "a", {"model": {"w": tensor}, "optimizer": {"exp_avg/w": tensor.t()}, "data": data})
+
+
+def without_a_clock(folder: Path) -> None:
+    """Make a checkpoint one of an earlier version, which held what is the clock's beside the step."""
+    progress, manifest = (json.loads((folder / name).read_text()) for name in ("progress.json", "manifest.json"))
+    (folder / "progress.json").write_text(json.dumps(progress | progress.pop("clock")))
+    manifest["progress.json"] = sha256(folder / "progress.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def steps_in(folder: Path) -> list[str]:
@@ -42,11 +54,12 @@ def truncate(file: Path) -> None:
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     written = checkpoint_at(7)
     back = read_checkpoint(write_checkpoint(tmp_path, written, keep_last=1))
-    assert back.step == 7
-    for part in ("model", "optimizer", "state"):
-        before, after = getattr(written, part), getattr(back, part)
+    assert (back.step, back.identity) == (7, "a")
+    for name, before in written.parts.items():
+        after = back.parts[name]
         assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        for key, value in before.items():
+            assert torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key]
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink], ids=["flipped byte", "truncated", "missing"])
@@ -128,6 +141,20 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(twice: tuple[Tin
     damaged.train(own, listener)
     assert ["step-000006" in text for text in listener.warnings] == [True]
     assert listener.rows[0]["step"] == 5, "from the checkpoint of step 4"
+    assert differences(final_state(uninterrupted.arms["hif8"].own), final_state(own)) == []
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(twice: tuple[TinyStudy, TinyStudy]) -> None:
+    uninterrupted, resumed = twice
+    uninterrupted.train_arm()
+    own = resumed.arms["hif8"].own
+    with pytest.raises(Interrupted):
+        resumed.train_arm(make_listener=lambda: Recorder({6: ctrl_c}))
+    without_a_clock(own.folder / "checkpoints" / "step-000006")
+    resumed.train(own, listener := Recorder())
+    before, after = read_metrics(own.folder / "metrics.jsonl")[-2:]
+    assert (listener.rows, listener.warnings) == ([after], [])
+    assert after["seconds"] > before["seconds"], "it goes on counting"
     assert differences(final_state(uninterrupted.arms["hif8"].own), final_state(own)) == []
 
 

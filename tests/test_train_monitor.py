@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from qatrun.errors import AlarmStop
 from qatrun.numerics import round_to_format
 from qatrun.quant import STATISTICS, Mode, attach, make_plan
 from qatrun.recipe import AlarmConfig, QatConfig
-from qatrun.scheme import Slot
-from qatrun.train import read_alarms, read_metrics, read_tensor_stats
-from qatrun.train.alarms import AlarmWatch, saturation_remedy
+from qatrun.scheme import Scaling, Scheme, Slot
+from qatrun.train.alarms import AlarmWatch
+from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.probe import Probe
-from qatrun.train.tensors import TensorFile
+from qatrun.train.tensors import TensorFile, read_tensor_stats
 
 NO_AUTOCAST = contextlib.nullcontext
 
@@ -125,7 +126,7 @@ def test_ema_is_the_weighted_mean_of_the_window() -> None:
 
 class TestTensorFile:
     def test_parts_are_read_back_in_order_with_nothing_where_nothing_was_measured(self, tmp_path: Path) -> None:
-        file = TensorFile(tmp_path, ["a:input", "a:weight"], from_step=0)
+        file = TensorFile(tmp_path, ["a:input", "a:weight"])
         file.add(1, table(2, amax=[1.0, 2.0]))
         file.write(1)
         file.add(2, table(2, amax=3.0, scale=0.5, clip_fraction=0.25))
@@ -140,11 +141,11 @@ class TestTensorFile:
         assert [row["clip_fraction"] for row in rows] == [None, None, 0.25, 0.25]
 
     def test_what_is_later_than_the_checkpoint_is_dropped(self, tmp_path: Path) -> None:
-        file = TensorFile(tmp_path, ["a:input"], from_step=0)
+        file = TensorFile(tmp_path, ["a:input"])
         for step in (2, 4, 6):
             file.add(step, table(1, amax=step))
             file.write(step)
-        TensorFile(tmp_path, ["a:input"], from_step=4)
+        TensorFile(tmp_path, ["a:input"]).begin(from_step=4)
         assert read_tensor_stats(tmp_path)["step"].to_pylist() == [2, 4]
 
     def test_a_long_run_of_a_large_model_is_small(self, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ class TestTensorFile:
         names = [
             f"model.layers.{i}.mlp.down_proj:{role}" for i in range(182) for role in ("input", "weight", "grad_output")
         ]
-        file = TensorFile(tmp_path, names, from_step=0)
+        file = TensorFile(tmp_path, names)
         for step in range(100):
             file.add(step + 1, rng.random((len(names), len(STATISTICS)), dtype=np.float32))
         file.write(100)
@@ -198,15 +199,14 @@ class TestAlarms:
     names = ("a:input", "b:input", "a:weight")
 
     def watch(self, **config: Any) -> AlarmWatch:
-        return AlarmWatch(
-            AlarmConfig(**config), QatConfig(scaling={"algorithm": "most_recent", "window": 1}), self.names
-        )
+        scheme = Scheme("hif8", "per_tensor", 15.0, Scaling(algorithm="most_recent", window=1))
+        return AlarmWatch(AlarmConfig(**config), dict.fromkeys(map(Slot.parse, self.names), scheme))
 
     def test_clipping_that_lasts_is_raised_once_with_the_worst_tensor_and_what_to_do(self) -> None:
         watch = self.watch(patience=4)
         clipping = table(3, clip_fraction=[0.0, 0.01, 0.0], overshoot=[1.0, 6.2, 1.0])
         raised = [alarm for step in range(740, 760) for alarm in watch.see_tensors(step, clipping, 1)]
-        assert [alarm.to_dict() for alarm in raised] == [
+        assert [asdict(alarm) for alarm in raised] == [
             {
                 "step": 740,
                 "kind": "saturation",
@@ -258,24 +258,10 @@ class TestAlarms:
         expected = [a for step in range(9) for a in whole.see_tensors(step, clipping, 1)]
         found = [a for step in range(4) for a in first.see_tensors(step, clipping, 1)]
         second = self.watch()
-        second.restore(first.counters())
+        second.load_state_dict(first.state_dict())
         found += [a for step in range(4, 9) for a in second.see_tensors(step, clipping, 1)]
         assert found == expected
         assert expected
-
-    @pytest.mark.parametrize(
-        ("qat", "overshoot", "said"),
-        [
-            ({"scaling": {"algorithm": "max", "window": 4}}, 1.3, "widen window (4)"),
-            ({"scaling": {"update_interval": 10}}, 8.0, "update_interval 1"),
-            ({"scaling": {"type": "static"}}, 3.0, "scaling static does not follow"),
-            ({"scaling": {}}, 1.3, "amax grows faster than a window of 64 sees"),
-            ({"scaling": {}}, 8.0, "too small by a factor that no trend explains"),
-            ({"scaling": {"window": 4}, "clip": "target"}, 1.3, "or clip: format"),
-        ],
-    )
-    def test_the_remedy_is_one_that_the_settings_lack(self, qat: dict[str, Any], overshoot: float, said: str) -> None:
-        assert said in saturation_remedy(QatConfig(**qat), "input", overshoot)
 
 
 class TestInTraining:

@@ -9,7 +9,7 @@ import pytest
 
 from qatrun.quant import Mode
 from qatrun.recipe import TrainConfig, WarmupConfig
-from qatrun.train import learning_rate_at, mode_at
+from qatrun.train.schedule import learning_rate_at, mode_at
 
 NO_RATE_OF_ITS_OWN = WarmupConfig(steps=4)
 

@@ -19,17 +19,11 @@ from qatrun.files import sha256
 from qatrun.quant import make_plan
 from qatrun.recipe import Recipe
 from qatrun.study.segments import ArmSegments, plan_segments
-from qatrun.train import (
-    Outcome,
-    Segment,
-    Watched,
-    latest_checkpoint,
-    read_alarms,
-    read_metrics,
-    read_tensor_stats,
-    train,
-)
-from qatrun.train.metrics import CLOCK_FIELDS
+from qatrun.train.checkpoint import latest_checkpoint
+from qatrun.train.loop import train
+from qatrun.train.metrics import CLOCK_FIELDS, read_alarms, read_metrics
+from qatrun.train.segment import Outcome, Segment, Watched
+from qatrun.train.tensors import read_tensor_stats
 
 
 def gpt2_with_dropout() -> GPT2LMHeadModel:
@@ -148,11 +142,13 @@ def final_state(segment: Segment) -> dict[str, Any]:
     checkpoint, warnings = latest_checkpoint(segment.folder / "checkpoints")
     assert checkpoint is not None
     assert not warnings
-    clock = {"seconds", "peak_memory_bytes"}
-    parts = {"model": checkpoint.model, "optimizer": checkpoint.optimizer, "state": checkpoint.state}
+    parts = {name: state for name, state in checkpoint.parts.items() if name != "clock"}
+    values = {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     return {
-        "tensors": {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()},
-        "progress": {key: value for key, value in checkpoint.progress.items() if key not in clock},
+        "tensors": tensors,
+        "plain": {name: value for name, value in values.items() if name not in tensors},
+        "run": (checkpoint.step, checkpoint.identity),
         "metrics": [
             {key: value for key, value in row.items() if key not in CLOCK_FIELDS}
             for row in read_metrics(segment.folder / "metrics.jsonl")
@@ -174,5 +170,5 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         or name not in other["tensors"]
         or not torch.equal(one["tensors"][name], other["tensors"][name])
     ]
-    parts = ("progress", "metrics", "statistics", "parts", "checkpoints", "alarms")
+    parts = ("run", "plain", "metrics", "statistics", "parts", "checkpoints", "alarms")
     return found + [part for part in parts if one[part] != other[part]]

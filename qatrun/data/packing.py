@@ -36,6 +36,10 @@ class Batch:
         """Micro-batches of `size` sequences."""
         return [Batch(*part) for part in zip(self.input_ids.split(size), self.labels.split(size), strict=True)]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.input_ids.to(device), self.labels.to(device))
+
     @property
     def num_targets(self) -> int:
         """Tokens that are predicted and counted; the first of a sequence never is."""
@@ -96,8 +100,8 @@ class PackedStream:
             elif self.documents.epoch > epoch_with_text + 1:
                 raise InputError(Problem("it has rows but no text to train on", f"{self.documents.key}.path"))
 
-    def position(self) -> dict[str, Any]:
-        """Everything that `seek` needs to go on bit for bit, as plain data."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is: all that it needs to go on bit for bit, as plain data."""
         return {
             "documents": self.documents.position(),
             "ids": list(self._ids),
@@ -105,12 +109,14 @@ class PackedStream:
             "data_hash": self.data_hash,
         }
 
-    def seek(self, position: Mapping[str, Any]) -> None:
-        """Go to a saved position."""
-        self.documents.seek(position["documents"])
-        self._ids = list(position["ids"])
-        self._counted = [bool(flag) for flag in position["counted"]]
-        self.data_hash = position["data_hash"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a stream of the same data was."""
+        self.documents.seek(state["documents"])
+        self._ids = list(state["ids"])
+        self._counted = [bool(flag) for flag in state["counted"]]
+        self.data_hash = state["data_hash"]
+
+    adopt = load_state_dict  # an arm reads on where its trunk stopped
 
 
 @dataclass(frozen=True)

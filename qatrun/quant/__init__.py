@@ -8,6 +8,7 @@ from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest, Quantizer
+from qatrun.quant.scales import Scales
 from qatrun.quant.state import Mode, QuantState, ResumableState
 from qatrun.quant.tally import STATISTICS
 
@@ -23,6 +24,7 @@ __all__ = [
     "QuantizedLinear",
     "Quantizer",
     "ResumableState",
+    "Scales",
     "Survey",
     "attach",
     "calibrate",

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qatrun import advice
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
@@ -28,13 +29,13 @@ from qatrun.model import DTYPES
 from qatrun.quant import calibrated_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records import ArmResult, Result
+from qatrun.scheme import Slot
 from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibration_batches
 from qatrun.tokenizer import load_tokenizer
-from qatrun.train.alarms import RESOLUTION_REMEDY, saturation_remedy
 
 
 class ScoringDisplay(Protocol):
@@ -198,16 +199,16 @@ class _Diagnosis:
         say: Mapping[str, Callable[[], str]] = {
             "forgetting": lambda: (
                 f"training forgot: {self.arm.twin}, without any quantizer, is {_cost(effects['training'])} below the "
-                f"start model; lower train.learning_rate ({self.arm.train.learning_rate:g})"
+                f"start model; {advice.FORGETTING} ({self.arm.train.learning_rate:g})"
             ),
             "saturation": lambda: (
                 f"scales saturate: quantization costs {_cost(effects['whole'], text=True)}, of which fitting scales "
                 f"would cost {_cost(effects['ptq'], text=True)}; {_worst(records, by_clipping=True)}"
-                f"{saturation_remedy(self.arm.qat, records[0].role, records[0].overshoot) if records else ''}"
+                f"{self._against_saturation(records[0]) if records else ''}"
             ),
             "resolution": lambda: (
                 f"the grid is too coarse: even fitting scales cost {_cost(effects['ptq'])}; "
-                f"{_worst(records, by_clipping=False)}{RESOLUTION_REMEDY}"
+                f"{_worst(records, by_clipping=False)}{advice.RESOLUTION}"
             ),
             "divergence": lambda: (
                 f"training under quantization ended {_cost(effects['whole'])} below {self.arm.twin}, which neither "
@@ -215,6 +216,10 @@ class _Diagnosis:
             ),
         }
         return "; and ".join(say[cause]() for cause in causes) + step
+
+    def _against_saturation(self, worst: TensorRecord) -> str:
+        schemes = artifact.read_plan(self.folder.arm(self.arm.name).quantized).slots()
+        return advice.against_saturation(schemes.get(Slot.parse(worst.tensor)), worst.overshoot)
 
 
 def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:

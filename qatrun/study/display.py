@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from qatrun.train import Listener
+from qatrun.train.segment import Listener
 
 
 class Display(Listener, Protocol):

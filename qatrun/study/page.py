@@ -25,7 +25,8 @@ from qatrun.records import (
 )
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
 from qatrun.study.layout import ArmFolder, StudyFolder
-from qatrun.train import read_alarms, read_metrics, read_tensor_stats
+from qatrun.train.metrics import read_alarms, read_metrics
+from qatrun.train.tensors import read_tensor_stats
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from qatrun.recipe import AlarmConfig
 from qatrun.records import MetricsRow
 from qatrun.study.layout import ArmFolder
-from qatrun.train import read_alarms, read_metrics, read_tensor_stats
+from qatrun.train.metrics import read_alarms, read_metrics
+from qatrun.train.tensors import read_tensor_stats
 
 SHOWN = 5
 CLIPS = 0.001  # the share of a tensor's values that counts as clipping where no alarm has a threshold

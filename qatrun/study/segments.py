@@ -16,7 +16,7 @@ from typing import Any
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm
 from qatrun.scheme import Scheme, Slot
-from qatrun.train import Segment
+from qatrun.train.segment import Segment
 
 TRAINED_SECTIONS = {"model", "data", "train", "warmup"}
 # Keys of `train` that no number depends on.

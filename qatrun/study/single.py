@@ -32,7 +32,9 @@ from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, plan_segments
 from qatrun.tokenizer import load_tokenizer
-from qatrun.train import Outcome, Segment, Watched, has_checkpoint, train
+from qatrun.train.checkpoint import has_checkpoint
+from qatrun.train.loop import train
+from qatrun.train.segment import Outcome, Segment, Watched
 
 
 def run_single(

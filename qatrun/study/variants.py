@@ -15,7 +15,7 @@ from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate, calibrated_plan
 from qatrun.recipe import Arm
 from qatrun.study.layout import ArmFolder
-from qatrun.train import latest_checkpoint
+from qatrun.train.checkpoint import latest_checkpoint
 
 
 def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor]) -> Any:
@@ -48,7 +48,7 @@ def _trained(arm: Arm, folder: ArmFolder) -> Any:
     model = load_model(arm.model, DTYPES[arm.model.param_dtype])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.model[name])
+            parameter.copy_(checkpoint.parts["model"][name])
     return model
 
 

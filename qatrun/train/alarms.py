@@ -10,15 +10,17 @@ Each is raised once (of tensors: once a role), when it first holds. Thresholds a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qatrun import advice
 from qatrun.quant import STATISTICS
-from qatrun.recipe import AlarmConfig, QatConfig
+from qatrun.recipe import AlarmConfig
+from qatrun.scheme import Scheme, Slot
 from qatrun.train.tensors import Table
 
 PROBES_IN_A_ROW = 2
@@ -26,7 +28,7 @@ PROBES_IN_A_ROW = 2
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something is going wrong since about this step.
+    """Something is going wrong since about this step: a row of alarms.jsonl.
 
     Attributes:
         step: optimizer steps done.
@@ -38,19 +40,19 @@ class Alarm:
     text: str
     tensor: str | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """A row of alarms.jsonl."""
-        return asdict(self)
-
 
 class AlarmWatch:
     """Sees the statistics as they come and says what is new about them."""
 
-    def __init__(self, config: AlarmConfig, qat: QatConfig | None, names: Sequence[str]) -> None:
-        self.config, self.qat, self.names = config, qat, list(names)
-        self.role = np.array([name.rpartition(":")[2] for name in names])
-        self.clipping = np.zeros(len(names))  # clip fraction, exponential average over `patience` steps
-        self.coarse_measurements = np.zeros(len(names), dtype=np.int64)
+    def __init__(self, config: AlarmConfig, schemes: Mapping[Slot, Scheme]) -> None:
+        """
+        Args:
+            schemes: of each quantized tensor, in the order of the statistics.
+        """
+        self.config, self.schemes, self.slots = config, schemes, list(schemes)
+        self.role = np.array([slot.role for slot in self.slots])
+        self.clipping = np.zeros(len(self.slots))  # clip fraction, exponential average over `patience` steps
+        self.coarse_measurements = np.zeros(len(self.slots), dtype=np.int64)
         self.forgetting_probes = self.quantization_probes = 0
         self.raised: set[str] = set()
 
@@ -81,7 +83,7 @@ class AlarmWatch:
         if self.forgetting_probes >= PROBES_IN_A_ROW and self._first("forgetting"):
             text = (
                 f"step {step}: with quantizers off the model is {kl_off:.3f} nats per token from the start model on "
-                f"held-out text (alarm above {limit:g}): training overwrites what it knew; lower train.learning_rate"
+                f"held-out text (alarm above {limit:g}): training overwrites what it knew; {advice.FORGETTING}"
             )
             yield Alarm(step, "forgetting", text, None)
         if kl_on is None or added is None:
@@ -90,12 +92,12 @@ class AlarmWatch:
         if self.quantization_probes >= PROBES_IN_A_ROW and self._first("quantization"):
             text = (
                 f"step {step}: quantizers move the model {kl_on - kl_off:.3f} nats per token further from the start "
-                f"model (alarm above {added:g}): look for saturated or coarse tensors, or leave sensitive layers in BF16"
+                f"model (alarm above {added:g}): {advice.QUANTIZATION}"
             )
             yield Alarm(step, "quantization", text, None)
 
-    def counters(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as plain data."""
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
         return {
             "clipping": self.clipping.tolist(),
             "coarse_measurements": self.coarse_measurements.tolist(),
@@ -104,16 +106,15 @@ class AlarmWatch:
             "raised": sorted(self.raised),
         }
 
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        """Take back what `counters` gave, of a run over the same tensors."""
-        self.clipping = np.array(counters["clipping"], dtype=np.float64)
-        self.coarse_measurements = np.array(counters["coarse_measurements"], dtype=np.int64)
-        self.inherit(counters)
-        self.quantization_probes = counters["quantization_probes"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.clipping = np.array(state["clipping"], dtype=np.float64)
+        self.coarse_measurements = np.array(state["coarse_measurements"], dtype=np.int64)
+        self.adopt(state)
+        self.quantization_probes = state["quantization_probes"]
 
-    def inherit(self, counters: Mapping[str, Any]) -> None:
-        """Take from a trunk what concerns the model as a whole."""
-        self.forgetting_probes, self.raised = counters["forgetting_probes"], set(counters["raised"])
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """What concerns the model as a whole."""
+        self.forgetting_probes, self.raised = state["forgetting_probes"], set(state["raised"])
 
     def _first(self, key: str) -> bool:
         new = key not in self.raised
@@ -127,62 +128,26 @@ class AlarmWatch:
         affected: npt.NDArray[np.bool_],
         badness: npt.NDArray[Any],
         shown: Table,
-        sentence: Callable[[str, str, float, float], str],
+        sentence: Callable[[str, Slot, float, float], str],
     ) -> Iterator[Alarm]:
         """An alarm for each role that has affected tensors for the first time."""
-        for role in _distinct(self.role[affected]):
+        for role in dict.fromkeys(self.role[affected]):
             if self._first(f"{kind}:{role}"):
                 here = affected & (self.role == role)
                 worst = int(np.argmax(np.where(here, badness, -np.inf)))
                 how_many = f"{here.sum()} of {(self.role == role).sum()} {role}s"
-                text = sentence(how_many, self.names[worst], badness[worst], shown[worst])
-                yield Alarm(step, kind, f"step {step}: {text}", self.names[worst])
+                text = sentence(how_many, self.slots[worst], badness[worst], shown[worst])
+                yield Alarm(step, kind, f"step {step}: {text}", str(self.slots[worst]))
 
-    def _saturation_text(self, how_many: str, worst: str, clipped: float, overshoot: float) -> str:
+    def _saturation_text(self, how_many: str, worst: Slot, clipped: float, overshoot: float) -> str:
         return (
             f"{how_many} clip > {100 * (self.config.clip_fraction or 0):g} % of their values over "
-            f"{self.config.patience} steps, worst {worst.rpartition(':')[0]} ({100 * clipped:.2g} %, overshoot "
-            f"{overshoot:.1f}x): {saturation_remedy(self.qat, worst.rpartition(':')[2], overshoot)}"
+            f"{self.config.patience} steps, worst {worst.linear} ({100 * clipped:.2g} %, overshoot "
+            f"{overshoot:.1f}x): {advice.against_saturation(self.schemes[worst], overshoot)}"
         )
 
-    def _resolution_text(self, how_many: str, worst: str, _: float, sqnr_db: float) -> str:
+    def _resolution_text(self, how_many: str, worst: Slot, _: float, sqnr_db: float) -> str:
         return (
-            f"{how_many} keep less than {self.config.sqnr_db:g} dB, worst {worst.rpartition(':')[0]} ({sqnr_db:.1f} dB): "
-            f"{RESOLUTION_REMEDY}"
+            f"{how_many} keep less than {self.config.sqnr_db:g} dB, worst {worst.linear} ({sqnr_db:.1f} dB): "
+            f"{advice.RESOLUTION}"
         )
-
-
-RESOLUTION_REMEDY = (
-    "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "
-    "a wider format such as hif8, or leave these layers in BF16"
-)
-
-
-def saturation_remedy(qat: QatConfig | None, role: str, overshoot: float) -> str:
-    """What to change where a role's tensors saturate under these settings, their amax `overshoot` times its estimate."""
-    spec = None if qat is None else next((scheme for of, scheme in qat.schemes.items() if of == role), None)
-    if qat is None or spec is None:
-        return "scale estimates do not fit"
-    scaling, edge = spec.scaling, "; or clip: format, a wider edge" if qat.clip == "target" else ""
-    if scaling.type != "delayed":
-        return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
-    if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
-        if overshoot > NOT_A_TREND:
-            return f"scales are too small by a factor that no trend explains; check where they come from{edge}"
-        return (
-            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
-        )
-    changes = [
-        "use algorithm max" if scaling.algorithm != "max" else "",
-        f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",
-        "update_interval 1" if scaling.update_interval > 1 else "",
-    ]
-    return f"scale estimates lag; in qat.scaling {', '.join(filter(None, changes))}{edge}"
-
-
-WIDE_WINDOW = 16
-NOT_A_TREND = 2.0  # amax does not double from one step to the next for long
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -3,8 +3,8 @@
     checkpoints/step-000500/
       model.safetensors       parameters
       optimizer.safetensors   AdamW's moments and step, by parameter name
-      state.safetensors       random number generators, amax history and scales
-      progress.json           step, position in the data, counters, what run it belongs to
+      state.safetensors       tensors of all other parts, as `<part>/<name>`
+      progress.json           step, what run it belongs to, and the plain data of each part
       manifest.json           SHA-256 of each of the files above
 
 A checkpoint is written into a temporary folder, flushed to disk and renamed. The manifest is checked before a checkpoint
@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
 from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
 from qatrun.records import Progress
+from qatrun.train.parts import State
 
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
-PARTS = ("model", "optimizer", "state")
-FILES = {*(f"{name}.safetensors" for name in PARTS), "progress.json"}
+LARGE = ("model", "optimizer")  # parts with a file of their own
+SHARED = "state"
+FILES = {*(f"{name}.safetensors" for name in (*LARGE, SHARED)), "progress.json"}
 _FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -43,24 +44,14 @@ class Checkpoint:
     """Everything a run needs to go on bit for bit.
 
     Attributes:
-        model: parameter name -> tensor, tied ones once.
-        optimizer: "<moment>/<parameter name>" -> tensor.
-        state: "rng/...", "quant/..." and "monitor/..." -> tensor.
-        progress: plain data; has "step", the number of optimizer steps done.
+        step: number of optimizer steps done.
+        identity: of the run, see `Segment`.
+        parts: name -> what the part gave as its state.
     """
 
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    state: Mapping[str, Tensor]
-    progress: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.progress["step"])
-
-    def quant_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the scale state; empty where no quantizers were attached."""
-        return {name.removeprefix("quant/"): t for name, t in self.state.items() if name.startswith("quant/")}
+    step: int
+    identity: str
+    parts: Mapping[str, State]
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_every: int = 1) -> Path:
@@ -91,15 +82,20 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in (*LARGE, SHARED)}
+    progress: dict[str, Any] = {"step": checkpoint.step, "identity": checkpoint.identity}
+    for part, state in checkpoint.parts.items():
+        file, prefix = (part, "") if part in LARGE else (SHARED, f"{part}/")
+        tensors[file] |= {f"{prefix}{key}": t.contiguous() for key, t in state.items() if isinstance(t, Tensor)}
+        progress[part] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     with filled_folder(folder):
-        for name in PARTS:
-            tensors = {key: value.contiguous() for key, value in getattr(checkpoint, name).items()}
-            save_file(tensors, folder / f"{name}.safetensors")
-        (folder / "progress.json").write_text(json.dumps(checkpoint.progress), encoding="utf-8")
+        for name, content in tensors.items():
+            save_file(content, folder / f"{name}.safetensors")
+        (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         manifest = {name: sha256(folder / name) for name in sorted(FILES)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for file in (*folder.iterdir(), folder):
-        flush_to_disk(file)
+    for path in (*folder.iterdir(), folder):
+        flush_to_disk(path)
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -120,13 +116,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         _check_files(folder)
-        model, optimizer, state = (_read_tensors(folder / f"{name}.safetensors") for name in PARTS)
-        progress = read_json(folder / "progress.json", Progress)
+        progress: Mapping[str, Any] = read_json(folder / "progress.json", Progress)
+        parts: dict[str, dict[str, Any]] = {key: value for key, value in progress.items() if isinstance(value, dict)}
+        for file in (*LARGE, SHARED):
+            for key, tensor in _read_tensors(folder / f"{file}.safetensors").items():
+                part, _, name = key.partition("/") if file == SHARED else (file, "/", key)
+                parts.setdefault(part, {})[name] = tensor
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
     if progress["step"] != _step(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: it is one of step {progress['step']}")
-    return Checkpoint(model, optimizer, state, progress)
+    parts.setdefault("clock", dict(progress))  # what it holds lay beside the step before it was a part
+    return Checkpoint(progress["step"], progress["identity"], parts)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -164,39 +165,6 @@ def _check_files(folder: Path) -> Path:
     if damaged:
         raise CheckpointError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
     return folder
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        entry, _, name = key.partition("/")
-        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """States of torch's random number generators, CPU and GPUs."""
-    states = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"rng/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_rng(tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `rng_tensors` gave, as far as the devices are here."""
-    torch.set_rng_state(tensors["rng/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"rng/cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng/cuda{i}"], i)
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:

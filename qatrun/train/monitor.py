@@ -5,50 +5,55 @@ Nothing here changes a number of the training, and all of it is as resumable as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from qatrun.errors import AlarmStop, DamagedFileError
-from qatrun.quant import Mode, QuantState
+from qatrun.quant import Mode
 from qatrun.train.alarms import Alarm, AlarmWatch
-from qatrun.train.checkpoint import Checkpoint
 from qatrun.train.metrics import RowsFile, surviving_alarms
+from qatrun.train.parts import State, Stateful
 from qatrun.train.probe import FILE, Probe
 from qatrun.train.segment import Segment, Watched
+from qatrun.train.stepper import Stepper
 from qatrun.train.tensors import TensorFile
 
-_STEPS, _TABLES = "monitor/steps", "monitor/tables"
-Autocast = Callable[[], AbstractContextManager[Any]]
 
-
-class Monitor:
+class Monitor(Stateful):
     """Watches one segment.
 
     Attributes:
         stop: the alarm that ends the run, once there is one and `on_alarm` says so.
     """
 
-    def __init__(
-        self, segment: Segment, model: Any, quant: QuantState | None, watched: Watched, autocast: Autocast
-    ) -> None:
-        self.segment, self.model, self.quant, self.watched, self.autocast = segment, model, quant, watched, autocast
-        self.config = segment.arm.monitor
-        names = quant.scales.names if quant is not None else ()
-        self.watch = AlarmWatch(self.config.alarms, segment.arm.qat, names)
+    def __init__(self, segment: Segment, stepper: Stepper, watched: Watched) -> None:
+        self.segment, self.watched, self.config = segment, watched, segment.arm.monitor
+        self.model, self.quant, self.autocast = stepper.model, stepper.quant, stepper.autocast
+        slots = {} if segment.plan is None else segment.plan.slots()
+        self.watch = AlarmWatch(self.config.alarms, slots)
         self.probe: Probe | None = None
         self.stop: Alarm | None = None
         self._tables: list[tuple[int, Tensor]] = []
-        self._tensors: TensorFile | None = None
+        self._tensors = TensorFile(segment.folder, [str(slot) for slot in slots])
         self._alarms: RowsFile | None = None
 
-    def start(self, step: int, checkpoint: Checkpoint | None) -> list[str]:
+    def state_dict(self) -> State:
+        """Of the alarms, and the statistics since the last part, where a checkpoint is written between two."""
+        return self.watch.state_dict() | self._tensors.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self.watch.load_state_dict(state)
+        self._tensors.load_state_dict(state)
+
+    def adopt(self, state: State) -> None:
+        self.watch.adopt(state)
+
+    def start(self, step: int) -> list[str]:
         """Open the files after `step` steps. At step 0 the start model is asked about the probe's text.
 
-        Args:
-            checkpoint: the segment's own that it goes on from, or None.
         Returns:
             Sentences on what cannot be watched, or is lost of what was.
         """
@@ -59,10 +64,7 @@ class Monitor:
         self._alarms = RowsFile(alarms, rows)
         lost = len(self.watch.raised) - len(rows)
         problems = [f"{alarms} has lost {lost} of {len(self.watch.raised)} alarms"] if lost > 0 else []
-        if self.quant is not None:
-            state = {} if checkpoint is None else checkpoint.state
-            pending = (state[_STEPS], state[_TABLES]) if _STEPS in state else None
-            self._tensors = TensorFile(folder, self.quant.scales.names, from_step=step, pending=pending)
+        self._tensors.begin(step)
         if self.config.probe is None or self.watched.text is None:
             return problems
         file = (trunk or folder) / FILE
@@ -104,7 +106,7 @@ class Monitor:
         alarms: list[Alarm] = []
         for row in rows:
             step = row["step"]
-            if step in tables and self._tensors is not None:
+            if step in tables:
                 self._tensors.add(step, tables[step])
                 if row["phase"] == "qat":
                     alarms += self.watch.see_tensors(step, tables[step], self.config.every)
@@ -112,29 +114,23 @@ class Monitor:
                 alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
         for alarm in alarms:
             assert self._alarms is not None
-            self._alarms.append(alarm.to_dict())
+            self._alarms.append(asdict(alarm))
         if alarms and self.config.on_alarm == "stop" and self.stop is None:
             self.stop = alarms[0]
         return alarms
 
-    def save(self, step: int, *, due: bool) -> dict[str, Any]:
-        """Write what a checkpoint of this moment stands on; returns what it must hold, as plain data, besides `tensors`.
+    def write(self, step: int, *, due: bool) -> None:
+        """Write what a checkpoint of this moment stands on.
 
         Args:
             due: whether it would be written in a run that is not stopped, too.
         """
         assert self._alarms is not None
         self._alarms.sync()
-        if self._tensors is not None and due:
+        if due:
             self._tensors.write(step)
-        elif self._tensors is not None:
+        else:
             self._tensors.show()
-        return self.watch.counters()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides: statistics since the last part, where it is written between two."""
-        pending = None if self._tensors is None else self._tensors.pending()
-        return {} if pending is None else {_STEPS: pending[0], _TABLES: pending[1]}
 
     def raise_if_stopped(self) -> None:
         """

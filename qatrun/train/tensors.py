@@ -12,8 +12,9 @@ of 182 linears come to well under 1 GB.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ from qatrun.quant import STATISTICS
 FOLDER, UNFINISHED = "tensors", "unfinished.parquet"
 _PART = re.compile(r"step-\d+\.parquet")
 Table = npt.NDArray[np.float32]
-Pending = tuple[Tensor, Tensor]
 
 SCHEMA = pa.schema(
     [("step", pa.int32()), ("tensor", pa.dictionary(pa.int32(), pa.string()))]
@@ -40,19 +40,17 @@ SCHEMA = pa.schema(
 class TensorFile:
     """Collects the rows of a segment and writes them a part at a time."""
 
-    def __init__(self, folder: Path, names: Sequence[str], *, from_step: int, pending: Pending | None = None) -> None:
-        """Go on after `from_step` steps: parts that say something of later ones are dropped.
-
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """
         Args:
             folder: of the segment.
             names: of the quantized tensors, in the order of the tables.
-            pending: as `pending` gave it at that step.
         """
         self._folder, self._names = folder / FOLDER, list(names)
         self._rows: list[tuple[int, Table]] = []
-        if pending is not None:
-            steps, tables = pending
-            self._rows = list(zip(steps.tolist(), tables.numpy(), strict=True))
+
+    def begin(self, from_step: int) -> None:
+        """Go on after so many steps: parts that say something of later ones are dropped."""
         for part in _parts(self._folder):
             if _last_step(part) > from_step:
                 part.unlink()
@@ -61,12 +59,16 @@ class TensorFile:
         """Keep one step's statistics, [num_tensors, len(STATISTICS)] float32, NaN where nothing was measured."""
         self._rows.append((step, table))
 
-    def pending(self) -> Pending | None:
-        """What no part holds yet: steps [num] and their tables [num, num_tensors, len(STATISTICS)]; None if nothing."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What no part holds yet, if anything: steps [num] and their tables [num, num_tensors, len(STATISTICS)]."""
         if not self._rows:
-            return None
+            return {}
         steps, tables = zip(*self._rows, strict=True)
-        return torch.tensor(steps), torch.from_numpy(np.stack(tables))
+        return {"steps": torch.tensor(steps), "tables": torch.from_numpy(np.stack(tables))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "steps" in state:
+            self._rows = list(zip(state["steps"].tolist(), state["tables"].numpy(), strict=True))
 
     def write(self, step: int) -> None:
         """Write what was added since the last part, up to this step, as a part."""

@@ -12,15 +12,18 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qatrun.numerics import bfloat16_products, recomputed_products
-from qatrun.quant import Mode, QuantState, attach, make_plan
-from qatrun.recipe import QatConfig
+from qatrun.data import Batch
+from qatrun.numerics import bfloat16_products
+from qatrun.quant import Mode, QuantPlan, QuantState, attach, make_plan
+from qatrun.recipe import ModelConfig, QatConfig, TrainConfig
+from qatrun.train.stepper import Stepper
 
 UNQUANTIZED = "unquantized"
+LEARNING_RATE = 1e-5
 NO_TORCHAO = "torchao is not installed (pip install 'qatrun[bench]')"
 
 
@@ -87,59 +90,72 @@ def token_ids(shape: Shape, device: str) -> Tensor:
     return torch.randint(0, shape.vocab, (shape.batch, shape.seq_len), generator=generator).to(device)
 
 
+def plan_of(model: nn.Module, arm: str) -> QuantPlan | None:
+    """What qatrun quantizes in an arm; None where it does nothing."""
+    config = qatrun_configs().get(arm)
+    return None if config is None else make_plan(model, config)
+
+
 def quantize_model(model: nn.Module, arm: str) -> QuantState | None:
     """Put an arm's quantizers on the model; returns the scale state of qatrun's."""
-    if arm == UNQUANTIZED:
-        return None
     if arm.startswith("torchao"):
         _prepare_with_torchao(model, arm)
+    plan = plan_of(model, arm)
+    if plan is None:
         return None
-    state = attach(model, make_plan(model, qatrun_configs()[arm]))
+    state = attach(model, plan)
     state.enter(Mode.QUANTIZE)
     return state
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """One arm in training: master weights in float32, fused AdamW.
+    """One arm in training by the loop's own step: master weights in float32, fused AdamW, gradients clipped.
 
     Attributes:
-        micro_batches: forward-backward passes a step, each over the whole of `ids`.
+        plan: what qatrun quantizes, if anything.
+        batch: of one step, all its micro-batches.
     """
 
-    model: nn.Module
-    state: QuantState | None
-    optimizer: torch.optim.Optimizer
-    ids: Tensor
-    bf16: bool
-    micro_batches: int = 1
+    plan: QuantPlan | None
+    stepper: Stepper
+    batch: Batch
 
     def forward(self) -> Tensor:
         """Mean loss, [] float32, with its graph."""
-        autocast = torch.autocast(self.ids.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-        with bfloat16_products(), autocast:
-            logits = self.model(input_ids=self.ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), self.ids[:, 1:].flatten())
+        with bfloat16_products():
+            return self.stepper.loss(self.batch, self.batch.num_targets)
 
     def step(self) -> Tensor:
-        """Forward, backward, optimizer and, where there is one, the scale update; returns the last loss."""
-        for micro_batch in range(1, self.micro_batches + 1):
-            if self.state is not None:
-                self.state.last_micro_batch = micro_batch == self.micro_batches
-            loss = self.forward()
-            loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.state is not None:
-            self.state.push()
-        return loss.detach()
+        """Forward, backward, optimizer and, where there is one, the scale update; returns the loss."""
+        with bfloat16_products():
+            return self.stepper.step(self.batch, LEARNING_RATE).loss
 
 
-def untrained(arm: str, model: nn.Module, shape: Shape, device: str, *, bf16: bool, micro_batches: int = 1) -> Trainee:
+def untrained(
+    arm: str,
+    model: nn.Module,
+    shape: Shape,
+    device: str,
+    *,
+    bf16: bool,
+    checkpointing: bool = False,
+    micro_batches: int = 1,
+) -> Trainee:
     """An arm made of a model, before its first step."""
-    state = quantize_model(model, arm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return Trainee(model, state, optimizer, token_ids(shape, device), bf16, micro_batches)
+    if arm.startswith("torchao"):
+        _prepare_with_torchao(model, arm)
+    size = micro_batches * shape.batch
+    train = TrainConfig(
+        steps=1, global_batch_size=size, micro_batch_size=shape.batch, gradient_checkpointing=checkpointing
+    )
+    dtypes = ModelConfig(path="random", compute_dtype="bfloat16" if bf16 else "float32")
+    plan = plan_of(model, arm)
+    stepper = Stepper(Accelerator(cpu=device == "cpu"), model, plan, train, dtypes)
+    if stepper.quant is not None:
+        stepper.quant.enter(Mode.QUANTIZE)
+    ids = token_ids(shape, "cpu").repeat(micro_batches, 1)
+    return Trainee(plan, stepper, Batch(ids, ids))
 
 
 def trainee(
@@ -158,10 +174,7 @@ def trainee(
         compiled: the whole model under torch.compile.
     """
     model = build_model(shape, device)
-    if checkpointing:
-        options = {"use_reentrant": False, "context_fn": recomputed_products}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    made = untrained(arm, model, shape, device, bf16=bf16, micro_batches=micro_batches)
+    made = untrained(arm, model, shape, device, bf16=bf16, checkpointing=checkpointing, micro_batches=micro_batches)
     if compiled:
         model.compile(dynamic=False)
     for _ in range(2):

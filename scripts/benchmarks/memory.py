@@ -37,7 +37,7 @@ def benchmark(settings: Settings, progress: Progress) -> list[Row]:
 
 def saved_for_backward(made: Trainee) -> int:
     """Bytes that a forward saves for its backward: every storage once, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in made.stepper.model.parameters()}
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def saved_for_backward(made: Trainee) -> int:
     with saved_tensors_hooks(note, lambda tensor: tensor):
         loss = made.forward()
     loss.backward()
-    made.optimizer.zero_grad(set_to_none=True)
+    made.stepper.optimizer.zero_grad(set_to_none=True)
     return sum(storages.values())
 
 

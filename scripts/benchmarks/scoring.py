@@ -47,7 +47,7 @@ def _scorer(arm: str, shape: Shape, dtype: torch.dtype, device: str) -> Callable
         model: nn.Module = build_model(shape, device, dtype)
         quantize_model(model, arm)
     else:
-        model = trainee(arm, shape, device, bf16=dtype == torch.bfloat16).model
+        model = trainee(arm, shape, device, bf16=dtype == torch.bfloat16).stepper.model
         freeze(model, dtype)
     return partial(_log_likelihoods, model.eval(), token_ids(shape, device))
 

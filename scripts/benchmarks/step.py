@@ -1,4 +1,4 @@
-"""One training step: forward, backward, fused AdamW and, for qatrun, the scale update."""
+"""One training step, the loop's own: forward, backward, clipping, fused AdamW and, for qatrun, the scale update."""
 
 from __future__ import annotations
 

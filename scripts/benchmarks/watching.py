@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import SHAPES, Trainee, qatrun_configs, trainee
+from benchmarks.arms import SHAPES, Trainee, trainee
 from benchmarks.timing import Progress, Row, Settings, interleave, row_of
 from qatrun.quant import QuantState
 from qatrun.recipe import AlarmConfig
@@ -58,9 +58,10 @@ class _Watching:
     folder: Path
 
     def __post_init__(self) -> None:
-        assert self.made.state is not None
-        self.state: QuantState = self.made.state
-        self.alarms = AlarmWatch(AlarmConfig(), qatrun_configs()[ARM], self.state.scales.names)
+        assert self.made.plan is not None
+        assert self.made.stepper.quant is not None
+        self.state: QuantState = self.made.stepper.quant
+        self.alarms = AlarmWatch(AlarmConfig(), self.made.plan.slots())
         self.tables: deque[Table] = deque(maxlen=STEPS)
 
     def step(self) -> None:
@@ -77,7 +78,7 @@ class _Watching:
 
     def write(self) -> None:
         """Write the statistics of as many steps."""
-        file = TensorFile(self.folder, self.state.scales.names, from_step=STEPS)
+        file = TensorFile(self.folder, self.state.scales.names)
         for step in range(STEPS):
             file.add(step, self.tables[step % len(self.tables)])
         file.write(STEPS)

@@ -1,0 +1,36 @@
+"""Remedies: what to change where a run goes wrong, in words that alarms and diagnosis share. Torch-free."""
+
+from __future__ import annotations
+
+from qatrun.scheme import Scheme
+
+FORGETTING = "lower train.learning_rate"
+QUANTIZATION = "look for saturated or coarse tensors, or leave sensitive layers in BF16"
+RESOLUTION = (
+    "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "
+    "a wider format such as hif8, or leave these layers in BF16"
+)
+
+WIDE_WINDOW = 16
+NOT_A_TREND = 2.0  # amax does not double from one step to the next for long
+
+
+def against_saturation(scheme: Scheme | None, overshoot: float) -> str:
+    """What to change where tensors of this scheme saturate, their amax `overshoot` times its estimate."""
+    if scheme is None:
+        return "scale estimates do not fit"
+    scaling, edge = scheme.scaling, "; or clip: format, a wider edge" if scheme.clip == "target" else ""
+    if scaling.type != "delayed":
+        return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
+    if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
+        if overshoot > NOT_A_TREND:
+            return f"scales are too small by a factor that no trend explains; check where they come from{edge}"
+        return (
+            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
+        )
+    changes = [
+        "use algorithm max" if scaling.algorithm != "max" else "",
+        f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",
+        "update_interval 1" if scaling.update_interval > 1 else "",
+    ]
+    return f"scale estimates lag; in qat.scaling {', '.join(filter(None, changes))}{edge}"

@@ -1,0 +1,130 @@
+"""One optimizer step: forward and backward over micro-batches, clipping, update, scales. It knows no file and no clock, so
+that what is benchmarked is what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from qatrun.data import Batch
+from qatrun.model import DTYPES
+from qatrun.numerics import recomputed_products
+from qatrun.quant import Mode, QuantPlan, QuantState, attach
+from qatrun.ranks import ALONE, World
+from qatrun.recipe import ModelConfig, TrainConfig
+from qatrun.train.objective import CrossEntropy, Objective
+
+
+class Taken(NamedTuple):
+    """What a step came to; tensors are still being computed on the device.
+
+    Attributes:
+        loss: [] float32, the mean over the targets of the whole batch.
+        grad_norm: [] float32, before clipping.
+        num_saturated: [] int64, slots.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    num_saturated: Tensor | int
+
+
+class Stepper:
+    """A model in training, with quantizers attached where there is a plan, and its optimizer.
+
+    Attributes:
+        quant: their scales, in whatever mode the caller puts them; None without a plan.
+        objective: cross-entropy.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        plan: QuantPlan | None,
+        train: TrainConfig,
+        dtypes: ModelConfig,
+        world: World = ALONE,
+    ) -> None:
+        if train.gradient_checkpointing:
+            options = {"use_reentrant": False, "context_fn": recomputed_products}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.accelerator, self.train, self.dtypes, self.world = accelerator, train, dtypes, world
+        self.model = model.train()
+        self.quant: QuantState | None = attach(model, plan) if plan is not None else None
+        self.prepared = accelerator.prepare_model(model)
+        groups = list(_parameter_groups(model, train.weight_decay))
+        self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
+        self.objective: Objective = CrossEntropy()
+        self._nonfinite = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+
+    def step(self, batch: Batch, learning_rate: float) -> Taken:
+        """One optimizer step on a whole batch. Nothing in it waits for the device. From the first loss or gradient that
+        is not finite on, no step updates a parameter."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self.accumulate_gradients(batch)
+        grad_norm = self._clip()
+        self._nonfinite |= ~(loss.isfinite() & grad_norm.isfinite())
+        self.optimizer.found_inf = self._nonfinite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Taken(loss, grad_norm, self._move_scales())
+
+    def accumulate_gradients(self, batch: Batch) -> Tensor:
+        """Backward over all micro-batches; returns the mean loss, [], over the targets of the whole batch."""
+        size = self.objective.size(batch)
+        total = torch.zeros((), device=self.accelerator.device)
+        micro_batches = self.world.mine(batch.split(self.train.micro_batch_size))
+        for number, micro in enumerate(micro_batches, start=1):
+            if self.quant is not None:
+                self.quant.last_micro_batch = number == len(micro_batches)
+            loss = self.loss(micro, size)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            self._push("microbatch")
+        return self.world.total(total)
+
+    def loss(self, micro_batch: Batch, size: int) -> Tensor:
+        """[], with its graph: what a micro-batch adds to the mean loss of a batch of that size."""
+        micro_batch = micro_batch.to(self.accelerator.device)
+        with self.autocast():
+            logits = self.prepared(input_ids=micro_batch.input_ids, use_cache=False).logits
+        return self.objective.summed(logits, micro_batch) / size
+
+    def autocast(self) -> torch.autocast:
+        """The compute dtype of the model. Not Accelerate's own, which is one a process: arms may differ."""
+        wanted = DTYPES[self.dtypes.compute_dtype]
+        enabled = wanted != DTYPES[self.dtypes.param_dtype]
+        return torch.autocast(self.accelerator.device.type, dtype=wanted, enabled=enabled)
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients as one vector, [], before it is clipped."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.train.max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.train.max_grad_norm, grad_norm)
+        return grad_norm
+
+    def _move_scales(self) -> Tensor | int:
+        """After the update; [] int64, how many slots saturated in the step."""
+        self._push("optimizer_step")
+        return 0 if self.quant is None or self.quant.mode is Mode.OFF else self.quant.tally.num_saturated()
+
+    def _push(self, unit: str) -> None:
+        """Close a unit of the amax history, if it is one."""
+        if self.quant is not None and self.quant.mode is not Mode.OFF and self.quant.scales.unit == unit:
+            self.quant.scales.amax = self.world.maximum(self.quant.scales.amax)
+            self.quant.push()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
+    """Matrices decay; norms and biases, which are vectors, do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    yield {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay}
+    yield {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
