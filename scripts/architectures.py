@@ -37,7 +37,7 @@ from qatrun.data import open_data, open_probe
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Recipe
+from qatrun.recipe import Recipe, parse_recipe
 from qatrun.study import preflight
 from qatrun.study.segments import plan_segments
 from qatrun.train import Watched, train
@@ -136,7 +136,7 @@ def write_model(architecture: str, folder: Path) -> None:
 
 
 def make_recipe(folder: Path, attention: str) -> Recipe:
-    return Recipe.model_validate(
+    return parse_recipe(
         {
             "name": "sweep",
             "model": {

@@ -219,7 +219,7 @@ def run_seed(seed: int, output: Path) -> None:
             found = diagnose(folder, display)["arms"]
             measure = Measure(folder, recipe)
             cells += [
-                cell_of(folder, recipe.resolve_arm(name), result, measure, seed) for name, result in found.items()
+                cell_of(folder, recipe.arm_by_name[name], result, measure, seed) for name, result in found.items()
             ]
     healthy = {cell["format"]: cell["harm"]["quantization"] for cell in cells if cell["fault"] == "none"}
     for cell in cells:
@@ -231,7 +231,7 @@ class Measure:
     """What the rule looks at, for the models of one study."""
 
     def __init__(self, folder: StudyFolder, recipe: Recipe) -> None:
-        self.folder, self.arm = folder, recipe.resolve_arm(recipe.arm_names[0])
+        self.folder, self.arm = folder, recipe.arm_by_name[recipe.arm_names[0]]
         self.tokenizer = load_tokenizer(self.arm.model)
         self.text = open_probe(self.arm.data, self.tokenizer, 64)
         self.asked = self._questions()

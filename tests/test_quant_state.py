@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatrun import QatConfig
 from qatrun.quant import FakeQuantLinear, Mode, QuantPlan, ScaleState, attach, detach, make_plan
-from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.recipe import RoleConfig, RoleScaling, ScalingConfig
 
 INF, NAN = math.inf, math.nan
 SLOTS = ("a:input", "a:weight", "a:grad_output")
@@ -113,7 +113,7 @@ def test_scales_are_those_of_the_reference_formulas(
     roles: tuple[ScalingConfig, ...], observed: int, steps: list[tuple[list[float], ...]]
 ) -> None:
     """Roles of their own windows, algorithms and types; micro-batches; a switch after some observed steps."""
-    of_input, of_weight, of_gradient = (RoleConfig(scaling=scaling) for scaling in roles)
+    of_input, of_weight, of_gradient = (RoleConfig(scaling=RoleScaling(**s.model_dump())) for s in roles)
     qat = QatConfig(format="fp8_e5m2", input=of_input, weight=of_weight, grad_output=of_gradient)
     state = ScaleState(plan_of(qat))
     state.mode = Mode.OBSERVE
@@ -171,7 +171,7 @@ def test_an_old_amax_leaves_the_window() -> None:
 
 
 def test_windows_are_each_role_its_own() -> None:
-    short, long = RoleConfig(scaling=ScalingConfig(window=1)), RoleConfig(scaling=ScalingConfig(window=4))
+    short, long = RoleConfig(scaling=RoleScaling(window=1)), RoleConfig(scaling=RoleScaling(window=4))
     state = ScaleState(plan_of(QatConfig(format="int8", input=short, weight=long)))
     state.begin_quantizing()
     for amax in (127.0 * 4, 127.0, 127.0, 127.0, 127.0):

@@ -4,7 +4,15 @@ from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.patterns import matching_names
-from qatrun.recipe.qat import QatConfig, ResolvedRole, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
+from qatrun.recipe.qat import (
+    QatConfig,
+    ResolvedRole,
+    RoleConfig,
+    RoleScaling,
+    SavedActivations,
+    ScalingConfig,
+    SkipBlocks,
+)
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
     Arm,
@@ -33,6 +41,7 @@ __all__ = [
     "Recipe",
     "ResolvedRole",
     "RoleConfig",
+    "RoleScaling",
     "SavedActivations",
     "ScalingConfig",
     "ShippedRecipe",

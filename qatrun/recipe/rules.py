@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qatrun.formats import Role, get_format
+from qatrun.formats import get_format
 from qatrun.recipe.qat import QatConfig, ResolvedRole
 from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.recipe.wording import suggestion
+from qatrun.scheme import GRANULARITIES
 
 KeyPath = tuple[str, ...]
 
@@ -79,7 +80,7 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
 
 
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:
-    if source.messages_column is not None and "text_column" in source.model_fields_set:
+    if source.messages_column is not None and source.text_column is not None:
         message = "text_column and messages_column exclude each other: give one"
         yield _finding(message, f"{key}.messages_column", f"{key}.text_column")
     if source.roles is not None and source.messages_column is None:
@@ -97,21 +98,15 @@ def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
             yield _finding(message, f"qat.{role.role}.scaling.unit")
 
 
-_NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {
-    ("weight", "per_token"): "per_channel",
-    ("input", "per_channel"): "per_token",
-    ("grad_output", "per_channel"): "per_tensor",
-    ("grad_output", "per_token"): "per_tensor",
-}
-
-
 def _granularity_findings(role: ResolvedRole) -> Iterator[Finding]:
     section = f"qat.{role.role}"
-    nearest = _NEAREST_GRANULARITY.get((role.role, role.granularity))
-    if nearest is not None:
+    granularity = GRANULARITIES[role.granularity]
+    if role.role not in granularity.roles:
+        fitting = [name for name, other in GRANULARITIES.items() if role.role in other.roles]
+        nearest = max(fitting, key=lambda name: GRANULARITIES[name].rows == granularity.rows)
         message = f"{role.granularity} makes no sense for {role.role} (did you mean '{nearest}'?)"
         yield _finding(message, f"{section}.granularity")
-    elif role.granularity != "per_tensor" and role.scaling.type != "dynamic":
+    elif granularity.rows and role.scaling.type != "dynamic":
         message = f"{role.scaling.type} scaling keeps one scale per tensor; {role.granularity} takes only 'dynamic'"
         yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
 
