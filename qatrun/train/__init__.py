@@ -18,20 +18,12 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "Checkpoint": "qatrun.train.checkpoint",
-            "Listener": "qatrun.train.segment",
-            "Outcome": "qatrun.train.segment",
-            "Segment": "qatrun.train.segment",
-            "Watched": "qatrun.train.segment",
-            "has_checkpoint": "qatrun.train.checkpoint",
-            "latest_checkpoint": "qatrun.train.checkpoint",
-            "learning_rate_at": "qatrun.train.schedule",
-            "mode_at": "qatrun.train.schedule",
-            "read_alarms": "qatrun.train.metrics",
-            "read_checkpoint": "qatrun.train.checkpoint",
-            "read_metrics": "qatrun.train.metrics",
-            "read_tensor_stats": "qatrun.train.tensors",
-            "train": "qatrun.train.loop",
+            "qatrun.train.checkpoint": ("Checkpoint", "has_checkpoint", "latest_checkpoint", "read_checkpoint"),
+            "qatrun.train.loop": ("train",),
+            "qatrun.train.metrics": ("read_alarms", "read_metrics"),
+            "qatrun.train.schedule": ("learning_rate_at", "mode_at"),
+            "qatrun.train.segment": ("Listener", "Outcome", "Segment", "Watched"),
+            "qatrun.train.tensors": ("read_tensor_stats",),
         },
     )
 
