@@ -282,6 +282,12 @@ def test_resolved_recipe_loads_back_equal(overrides: list[str], tmp_path: Path) 
     assert roles[0] == roles[1]
 
 
+def test_keys_that_studies_once_lacked_are_not_written_while_null() -> None:
+    written = load_recipe("demo", ["qat.weight.scaling.window=3"]).model_dump(mode="json")
+    assert {"text_column", "roles"}.isdisjoint(written["data"]["train"])
+    assert written["qat"]["weight"]["scaling"] == {"window": 3}
+
+
 def test_the_recipe_of_a_seed_loads_back_equal(tmp_path: Path) -> None:
     from qatrun.study.replicas import replica_recipe
 
@@ -307,18 +313,8 @@ KEYS = st.sampled_from(["qat", "weight", "scaling", "arms", "type", "tasks", "tr
 TREES = st.recursive(SCALARS, lambda below: st.lists(below, max_size=2) | st.dictionaries(KEYS, below, max_size=3))
 PLACES = st.sampled_from(
     [
-        *(
-            "name",
-            "model",
-            "data.train",
-            "train",
-            "train.steps",
-            "train.betas",
-            "warmup",
-            "eval",
-            "eval.tasks",
-            "budget",
-        ),
+        *("name", "model", "data.train", "train", "train.steps", "train.betas"),
+        *("warmup", "eval", "eval.tasks", "budget"),
         *("qat", "qat.weight", "qat.scaling", "qat.grad_output", "qat.targets"),
         *("arms", "arms.bf16", "arms.hif8", "arms.hif8.qat"),
     ]
