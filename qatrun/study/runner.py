@@ -29,7 +29,7 @@ from qatrun.study.single import run_single
 def run(
     recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
 ) -> StudyResult:
-    """What `qatrun train` does, shown on the terminal: a recipe file, a shipped name or what `parse_recipe` made.
+    """What `qatrun train` does, shown on the terminal: a recipe file, a shipped name or a recipe made in Python.
 
     Raises:
         as `load_recipe` and `run_study`.
