@@ -26,14 +26,14 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m qatrun.recipe.reference --check
+	$(BIN)/python scripts/reference.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 reference: $(READY)
-	$(BIN)/python -m qatrun.recipe.reference
+	$(BIN)/python scripts/reference.py
 
 # On a machine that does nothing else. BENCH=cuda for the GPU. In an environment of its own: where torchao is installed,
 # transformers loads it and prints its warnings.

@@ -7,13 +7,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qatrun import boundary, terminal
 from qatrun.errors import InputError
-from qatrun.paths import expand_path
+from qatrun.options import (
+    JsonOption,
+    OutputDirOption,
+    RecipeArgument,
+    SetOption,
+    StudyArgument,
+    TrustOption,
+    argument,
+    number,
+    path_option,
+    place,
+)
 
 app = typer.Typer(
     name="qatrun",
@@ -24,44 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
-
-
-def expanded(written: str | Path) -> str:
-    """A path as it is meant, whichever option or argument it comes by; hub ids and names stay as they are."""
-    try:
-        return expand_path(str(written))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def expanded_path(written: str | Path) -> Path:
-    """`expanded`, for what can only be a file or a folder."""
-    return Path(expanded(written))
-
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
-]
-StudyArgument = Annotated[
-    str | None, typer.Argument(metavar="STUDY", parser=expanded, help="A study's name or folder; default: the newest.")
-]
-OutputDirOption = Annotated[Path, typer.Option(parser=expanded_path, metavar="PATH", help="Where studies lie.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _trust(context: typer.Context, trust: bool) -> bool:
-    if trust:
-        from qatrun.evaluate.trust import trusting_task_code
-
-        context.with_resource(trusting_task_code())
-    return trust
-
-
-TrustOption = Annotated[
-    bool,
-    typer.Option("--trust-task-code", callback=_trust, help="Run code that comes with task files (!function, Jinja)."),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,11 +62,15 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
     fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
     strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
-    track: Annotated[list[str] | None, typer.Option(help="Tracker of Accelerate's, such as tensorboard.")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Tracker of Accelerate's, such as tensorboard.")
+    ] = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Train every arm of a recipe, score them and compare them."""
-    loaded = _load_recipe(recipe, set_)
+    from qatrun.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
@@ -127,14 +104,14 @@ def check(
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
-    if schema:
-        from qatrun.recipe import json_schema
+    from qatrun.recipe import json_schema, load_recipe
 
+    if schema:
         out.print_data(json_schema())
         return
     if recipe is None:
         raise InputError("name a recipe to check, or give --schema")
-    loaded = _load_recipe(recipe, set_)
+    loaded = load_recipe(recipe, set_ or ())
     _quiet_libraries()
     from qatrun.report import dry_run
     from qatrun.study import preflight
@@ -152,29 +129,17 @@ def check(
 @app.command(name="eval")
 def evaluate(
     path: Annotated[
-        str,
-        typer.Argument(
-            parser=expanded,
-            metavar="PATH",
-            help="A model: an arm of a study, a quantized folder, or any Hugging Face model.",
-        ),
+        str, argument("PATH", "A model: an arm of a study, a quantized folder, or any Hugging Face model.")
     ],
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: the study's, else the three benchmarks.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items per leaf task (MMLU has 57).")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples, for every task.")] = None,
-    data_dir: Annotated[
         str | None,
-        typer.Option(parser=expanded, metavar="PATH", help="Folder laid out like the hub to take questions from."),
+        typer.Option(metavar="NAMES", help="Comma-separated; default: the study's, else the three benchmarks."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per forward.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            parser=expanded_path, metavar="PATH", help="Folder for scores and samples, which `compare` reads."
-        ),
-    ] = None,
+    limit: Annotated[int | None, number("Items per leaf task (MMLU has 57).")] = None,
+    num_fewshot: Annotated[int | None, number("Few-shot examples, for every task.", least=0)] = None,
+    data_dir: Annotated[str | None, place("PATH", "Folder laid out like the hub to take questions from.")] = None,
+    batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
+    output: Annotated[Path | None, path_option("Folder for scores and samples, which `compare` reads.")] = None,
     json_: JsonOption = False,
     trust_task_code: TrustOption = False,
 ) -> None:
@@ -196,16 +161,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    twin: Annotated[
-        str, typer.Argument(parser=expanded, metavar="TWIN", help="The BF16 arm, or a folder with scores.")
-    ],
-    arm: Annotated[
-        str, typer.Argument(parser=expanded, metavar="ARM", help="The arm to judge, or a folder with scores.")
-    ],
-    study: Annotated[
-        str | None,
-        typer.Option(parser=expanded, metavar="STUDY", help="Study to take arms from; default: the newest."),
-    ] = None,
+    twin: Annotated[str, argument("TWIN", "The BF16 arm, or a folder with scores.")],
+    arm: Annotated[str, argument("ARM", "The arm to judge, or a folder with scores.")],
+    study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
     output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
     anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
@@ -273,11 +231,8 @@ def recipes() -> None:
 
 @app.command()
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", parser=expanded, help="A model folder or hub id.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(parser=expanded_path, metavar="PATH", help="File to write; default: <model's name>.yaml here."),
-    ] = None,
+    model: Annotated[str, argument("MODEL", "A model folder or hub id.")],
+    output: Annotated[Path | None, path_option("File to write; default: <model's name>.yaml here.")] = None,
 ) -> None:
     """Write a commented recipe for a model, to be edited."""
     from qatrun.recipe import template
@@ -298,12 +253,6 @@ def main() -> None:
         err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
         code = code or 3
     raise SystemExit(code)
-
-
-def _load_recipe(recipe: str, overrides: list[str] | None) -> Any:
-    from qatrun.recipe import load_recipe
-
-    return load_recipe(recipe, overrides or ())
 
 
 @contextmanager

@@ -36,7 +36,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in one line: `recipes/x.yaml:12: quant.format -- unknown format 'hif9'`."""
+    """One mistake in one line: `recipes/x.yaml:12: qat.format -- unknown format 'hif9'`.
+
+    Attributes:
+        key: of the recipe; "" where none is concerned.
+        where: file and line, or the `--set`; "" where that is not known.
+    """
 
     message: str
     key: str = ""

@@ -38,7 +38,7 @@ from qatrun.evaluate.perplexity import perplexity
 from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Recipe
+from qatrun.recipe import Recipe, parse_recipe
 from qatrun.study import preflight
 from qatrun.study.segments import plan_segments
 from qatrun.train.loop import train
@@ -138,7 +138,7 @@ def write_model(architecture: str, folder: Path) -> None:
 
 
 def make_recipe(folder: Path, attention: str) -> Recipe:
-    return Recipe.model_validate(
+    return parse_recipe(
         {
             "name": "sweep",
             "model": {

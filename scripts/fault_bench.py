@@ -53,9 +53,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qatrun import artifact, demo
+from qatrun import demo
 from qatrun.data import IGNORE_INDEX, open_data, open_probe
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.numerics import bfloat16_products, inverse_scale
@@ -250,7 +251,7 @@ def run_seed(seed: int, output: Path) -> None:
             found = diagnose(folder, display)["arms"]
             measure = Measure(folder, recipe)
             cells += [
-                cell_of(folder, recipe.resolve_arm(name), result, measure, seed) for name, result in found.items()
+                cell_of(folder, recipe.arm_by_name[name], result, measure, seed) for name, result in found.items()
             ]
     healthy = {cell["format"]: cell["harm"]["quantization"] for cell in cells if cell["fault"] == "none"}
     for cell in cells:
@@ -262,7 +263,7 @@ class Measure:
     """What the rule looks at, for the models of one study."""
 
     def __init__(self, folder: StudyFolder, recipe: Recipe) -> None:
-        self.folder, self.arm = folder, recipe.resolve_arm(recipe.arm_names[0])
+        self.folder, self.arm = folder, recipe.arm_by_name[recipe.arm_names[0]]
         self.tokenizer = load_tokenizer(self.arm.model)
         self.text = open_probe(self.arm.data, self.tokenizer, 64)
         self.asked = self._questions()

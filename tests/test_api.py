@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import walk_packages
 
 import pytest
 
 import qatrun
 from qatrun import errors
-from qatrun.errors import InputError, Problem, QatrunError
+from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, ROLES, get_format
 
 
@@ -18,31 +23,39 @@ def in_a_fresh_interpreter(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_every_public_name_resolves() -> None:
-    for name in qatrun.__all__:
-        assert getattr(qatrun, name) is not None
-    with pytest.raises(AttributeError, match="quantise"):
-        qatrun.quantise  # noqa: B018
+def packages() -> list[str]:
+    """The package, and those in it that say what is public."""
+    found = [info.name for info in walk_packages(qatrun.__path__, "qatrun.") if "_recipes" not in info.name]
+    return ["qatrun", *(name for name in found if "__all__" in source_of(name))]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *(
-            "qatrun.export.artifact",
-            "qatrun.data",
-            "qatrun.errors",
-            "qatrun.evaluate",
-            "qatrun.numerics",
-            "qatrun.quant",
-        ),
-        *("qatrun.recipe", "qatrun.study", "qatrun.train"),
-    ],
-)
-def test_what_a_module_exports_it_has(module: str) -> None:
-    home = import_module(module)
-    for name in getattr(home, "__all__", ()):
-        assert hasattr(home, name), name
+def source_of(module: str) -> str:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", packages())
+def test_what_a_package_says_is_public_is_there(package: str) -> None:
+    home = import_module(package)
+    assert home.__all__ == sorted(home.__all__, key=as_ruff_sorts), "in the order that every list has"
+    assert len(set(home.__all__)) == len(home.__all__)
+    for name in home.__all__:
+        assert getattr(home, name) is not None, name
+    if hasattr(home, "__getattr__"):
+        with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'quantise'"):
+            home.quantise  # noqa: B018
+
+
+def as_ruff_sorts(name: str) -> tuple[bool, bool, str]:
+    return not name.isupper(), not name[0].isupper(), name
+
+
+def test_the_package_shows_what_is_public_and_says_what_the_readme_uses() -> None:
+    assert dir(qatrun) == qatrun.__all__
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bqatrun\.([a-zA-Z]\w*)(?=\()", readme)) <= set(qatrun.__all__)
 
 
 def test_importing_qatrun_imports_no_torch() -> None:
@@ -84,9 +97,28 @@ def test_formats_are_known_by_name_and_mistakes_are_answered_with_the_nearest() 
         get_format("zzz")
 
 
+def classes_of_the_tree() -> list[tuple[str, str | None]]:
+    """(class, the class above it), from top to bottom, as the docstring of errors.py draws them."""
+    drawn: list[tuple[str, str | None]] = []
+    above: list[str] = []
+    for branch, name in re.findall(r"^([│├└─ ]*)(\w+) +\S", errors.__doc__ or "", re.MULTILINE)[1:]:
+        del above[len(branch) // 4 :]
+        drawn.append((name, above[-1] if above else None))
+        above.append(name)
+    return drawn
+
+
+def test_the_tree_of_exceptions_is_the_one_drawn_and_all_of_it_is_public() -> None:
+    exceptions = {name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and name != "Problem"}
+    exceptions = {name: kind for name, kind in exceptions.items() if issubclass(kind, BaseException)}
+    assert {*exceptions, "Problem"} == set(errors.__all__)
+    bases = {name: kind.__bases__[0].__name__ for name, kind in exceptions.items()}
+    assert dict(classes_of_the_tree()) == bases | {"QatrunError": None}
+    assert all(kind.__doc__ for kind in exceptions.values())
+
+
 def test_errors_have_exit_codes_and_one_line_a_problem() -> None:
     exceptions = [getattr(errors, name) for name in errors.__all__ if name != "Problem"]
-    assert all(issubclass(exception, QatrunError) for exception in exceptions)
     assert {e.__name__ for e in exceptions if e.exit_code == 2} == {
         *("InputError", "RecipeError", "MismatchError", "DamagedFileError"),
     }

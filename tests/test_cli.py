@@ -119,14 +119,6 @@ def test_check_imports_neither_training_nor_scoring() -> None:
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", ["train", "check", "eval", "compare", "recipes", "init"])
-def test_every_verb_has_help(tmp_path: Path, verb: str) -> None:
-    ran = run_qatrun(verb, "--help", cwd=tmp_path)
-    assert ran.code == 0
-    assert ran.out.startswith(f"Usage: qatrun {verb}")
-    assert verb in run_qatrun("--help", cwd=tmp_path).out
-
-
 # check
 
 

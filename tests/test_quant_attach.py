@@ -14,7 +14,7 @@ from torch import Tensor
 from qatrun import QatConfig
 from qatrun.errors import InputError
 from qatrun.quant import FakeQuantLinear, Mode, QuantizedLinear, attach, detach, freeze, make_plan, quantized_linears
-from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.recipe import RoleConfig, RoleScaling, ScalingConfig
 from qatrun.scheme import Slot
 
 INT8 = QatConfig(format="int8", grad_output=RoleConfig(format="fp8_e5m2"))
@@ -172,7 +172,7 @@ FROZEN = {
     "int8": QatConfig(format="int8", input=RoleConfig(granularity="per_token")),
     "static": QatConfig(format="int8", scaling=ScalingConfig(type="static")),
     "none": QatConfig(format="hif8", scaling=ScalingConfig(type="none")),
-    "mixed": QatConfig(format="hif8", weight=RoleConfig(format="int8", scaling=ScalingConfig(type="dynamic"))),
+    "mixed": QatConfig(format="hif8", weight=RoleConfig(format="int8", scaling=RoleScaling(type="dynamic"))),
 }
 
 
@@ -225,7 +225,7 @@ def test_freezing_without_quantizers_or_scales_is_refused() -> None:
     ("granularity", "scaling"), [("per_tensor", "delayed"), ("per_tensor", "dynamic"), ("per_token", "dynamic")]
 )
 def test_frozen_scores_do_not_depend_on_the_rest_of_the_batch(granularity: str, scaling: str) -> None:
-    role = RoleConfig(granularity=granularity, scaling=ScalingConfig(type=scaling))
+    role = RoleConfig(granularity=granularity, scaling=RoleScaling(type=scaling))
     model = tiny_llama()
     # One token's embedding dwarfs the others: whoever shares a scale with it notices.
     with torch.no_grad():

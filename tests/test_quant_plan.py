@@ -16,7 +16,7 @@ from qatrun import QatConfig
 from qatrun.errors import InputError
 from qatrun.export import artifact
 from qatrun.quant import Mode, QuantPlan, ResumableState, attach, coverage, freeze, make_plan, named_linears
-from qatrun.recipe import RoleConfig, ScalingConfig, SkipBlocks, load_recipe
+from qatrun.recipe import RoleConfig, RoleScaling, ScalingConfig, SkipBlocks, load_recipe
 from qatrun.scheme import Slot
 
 BLOCK = (
@@ -121,7 +121,7 @@ def openpangu_1b() -> LlamaConfig:
 def test_the_published_configuration_quantizes_63_of_183_linears() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(openpangu_1b())
-    arm = load_recipe("openpangu-1b-hif8").resolve_arm("hif8")
+    arm = load_recipe("openpangu-1b-hif8").arm_by_name["hif8"]
     plan = make_plan(model, arm.qat)
     covered = coverage(model, plan)
     assert (covered.num_quantized, covered.num_linears) == (63, 183)
@@ -169,7 +169,7 @@ def test_a_plan_reads_back_from_json() -> None:
         format="fp8_e4m3",
         scaling=ScalingConfig(window=7, algorithm="most_recent"),
         weight=RoleConfig(granularity="per_channel"),
-        input=RoleConfig(target_amax=100.0, scaling=ScalingConfig(window=3)),
+        input=RoleConfig(target_amax=100.0, scaling=RoleScaling(window=3)),
         grad_output=RoleConfig(format="fp8_e5m2"),
         clip="target",
         ste="identity",

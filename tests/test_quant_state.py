@@ -32,7 +32,7 @@ from qatrun.quant import (
     detach,
     make_plan,
 )
-from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.recipe import RoleConfig, RoleScaling, ScalingConfig
 from qatrun.scheme import Slot
 
 INF, NAN = math.inf, math.nan
@@ -124,7 +124,7 @@ def test_scales_are_those_of_the_reference_formulas(
     roles: tuple[ScalingConfig, ...], observed: int, steps: list[tuple[list[float], ...]]
 ) -> None:
     """Roles of their own windows, algorithms and types; micro-batches; a switch after some observed steps."""
-    of_input, of_weight, of_gradient = (RoleConfig(scaling=scaling) for scaling in roles)
+    of_input, of_weight, of_gradient = (RoleConfig(scaling=RoleScaling(**s.model_dump())) for s in roles)
     qat = QatConfig(format="fp8_e5m2", input=of_input, weight=of_weight, grad_output=of_gradient)
     state = QuantState(plan_of(qat))
     state.enter(Mode.OBSERVE)
@@ -182,7 +182,7 @@ def test_an_old_amax_leaves_the_window() -> None:
 
 
 def test_windows_are_each_role_its_own() -> None:
-    short, long = RoleConfig(scaling=ScalingConfig(window=1)), RoleConfig(scaling=ScalingConfig(window=4))
+    short, long = RoleConfig(scaling=RoleScaling(window=1)), RoleConfig(scaling=RoleScaling(window=4))
     state = QuantState(plan_of(QatConfig(format="int8", input=short, weight=long)))
     state.enter(Mode.QUANTIZE)
     for amax in (127.0 * 4, 127.0, 127.0, 127.0, 127.0):

@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,11 +19,9 @@ from qatrun.errors import RecipeError
 from qatrun.formats import FORMATS
 from qatrun.recipe import Recipe, json_schema, load_recipe, parse_recipe, shipped_recipes, template
 from qatrun.recipe.document import Document, Place, merge
-from qatrun.recipe.qat import FormatName, QatConfig, RoleConfig, ScalingConfig
-from qatrun.recipe.reference import main as write_reference
-from qatrun.recipe.reference import reference
+from qatrun.recipe.qat import QatConfig, RoleConfig, RoleScaling, ScalingConfig
 from qatrun.recipe.shipped import recipes_dir
-from qatrun.scheme import Scaling
+from qatrun.scheme import GRANULARITIES, RULES, Scaling
 
 SHIPPED = [recipe.name for recipe in shipped_recipes()]
 
@@ -51,7 +50,7 @@ def test_shipped_recipe_loads_by_name_and_path(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe == load_recipe(recipes_dir() / f"{name}.yaml")
-    twins = [recipe.resolve_arm(arm).twin for arm in recipe.arm_names]
+    twins = [arm.twin for arm in recipe.arm_by_name.values()]
     assert twins == [None, "bf16"] or name.startswith("ablation")
 
 
@@ -75,7 +74,7 @@ def test_override_example_in_the_header_works(name: str) -> None:
 
 
 def test_openpangu_recipe_is_the_published_configuration() -> None:
-    arm = load_recipe("openpangu-1b-hif8").resolve_arm("hif8")
+    arm = load_recipe("openpangu-1b-hif8").arm_by_name["hif8"]
     train = arm.train
     assert (train.steps, train.global_batch_size, train.learning_rate) == (10_000, 1024, 1e-5)
     assert (train.lr_schedule, train.lr_warmup_steps, train.min_lr_ratio) == ("cosine", 300, 0.0)
@@ -105,40 +104,29 @@ def test_template_is_a_recipe_for_the_model(model: str, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.model.path == model
     assert recipe.name.endswith("-hif8")
-    assert recipe.model_copy(update={"model": None, "name": ""}) == load_recipe("local-model").model_copy(
-        update={"model": None, "name": ""}
-    )
+    mine, its = (one.model_dump(exclude={"model", "name"}) for one in (recipe, load_recipe("local-model")))
+    assert mine == its
 
 
 def test_template_is_named_after_the_model() -> None:
     assert "\nname: qwen3-0.6b-hif8\n" in template("Qwen/Qwen3-0.6B")
 
 
-# --- reference and schema
+# --- choices
 
 
-def test_reference_is_up_to_date() -> None:
-    assert (recipes_dir() / "README.md").read_text(encoding="utf-8") == reference()
-    assert write_reference(["--check"]) == 0
+def test_choices_of_the_schema_are_those_of_the_tables() -> None:
+    sections = json_schema()["$defs"]
+    for section, key, table in (
+        ("QatConfig", "format", FORMATS),
+        ("RoleConfig", "granularity", GRANULARITIES),
+        ("ScalingConfig", "algorithm", RULES),
+    ):
+        assert sections[section]["properties"][key]["enum"] == list(table)
 
 
-def test_a_stale_reference_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatrun.recipe.reference.recipes_dir", lambda: tmp_path)
-    (tmp_path / "README.md").write_text("old", encoding="utf-8")
-    assert write_reference(["--check"]) == 1
-    assert write_reference([]) == 0
-    assert write_reference(["--check"]) == 0
-
-
-def test_every_key_is_described() -> None:
-    schema = json_schema()
-    sections = [schema, *schema["$defs"].values()]
-    bare = [key for section in sections for key, field in section["properties"].items() if not field.get("description")]
-    assert bare == []
-
-
-def test_formats_of_the_schema_are_the_formats() -> None:
-    assert get_args(FormatName) == tuple(FORMATS)
+def test_scaling_says_what_a_scheme_does() -> None:
+    assert ScalingConfig().model_dump() == asdict(Scaling())
 
 
 def test_importing_recipes_leaves_the_heavy_packages_alone() -> None:
@@ -181,7 +169,7 @@ def test_a_shipped_recipe_can_be_extended_by_name(tmp_path: Path) -> None:
 def test_set_reaches_every_arm_that_inherits_the_key() -> None:
     recipe = load_recipe("demo", ["qat.scaling.window=16", "arms.fp8.qat.format=fp8_e4m3", "arms.fp8.twin=bf16"])
     assert recipe.arm_names == ("bf16", "hif8", "fp8")
-    arms = [recipe.resolve_arm(name) for name in recipe.arm_names]
+    arms = recipe.arm_by_name.values()
     assert [arm.twin for arm in arms] == [None, "bf16", "bf16"]
     configs = [arm.qat and (arm.qat.format, arm.qat.scaling.window) for arm in arms]
     assert configs == [None, ("hif8", 16), ("fp8_e4m3", 16)]
@@ -211,13 +199,13 @@ def test_arms_are_laid_over_the_recipe() -> None:
         },
         arms={"bf16": {"qat": None}, "late": {"qat": {"start_step": 700, "weight": {"format": "int8"}}}, "plain": None},
     )
-    late, plain = recipe.resolve_arm("late"), recipe.resolve_arm("plain")
+    late, plain = recipe.arm_by_name["late"], recipe.arm_by_name["plain"]
     assert late.qat is not None
     weight = late.qat.schemes["weight"]
     assert (weight.format, weight.target_amax) == ("int8", 7.0)
     assert weight.scaling == Scaling(window=4, algorithm="most_recent")
     assert late.qat.schemes["input"].scaling.window == 8
-    assert (late.switch_step, plain.switch_step, recipe.resolve_arm("bf16").switch_step) == (700, 500, None)
+    assert (late.switch_step, plain.switch_step, recipe.arm_by_name["bf16"].switch_step) == (700, 500, None)
     assert plain.qat == recipe.qat
 
 
@@ -243,7 +231,7 @@ def test_roles_inherit_format_target_and_scaling() -> None:
     qat = QatConfig(
         format="hif8",
         scaling=ScalingConfig(window=8, algorithm="most_recent"),
-        weight=RoleConfig(format="int8", scaling=ScalingConfig(window=4)),
+        weight=RoleConfig(format="int8", scaling=RoleScaling(window=4)),
         grad_output=RoleConfig(),
     )
     weight, inputs, gradients = qat.schemes.values()
@@ -265,7 +253,7 @@ def test_scales_finer_than_a_tensor_are_dynamic() -> None:
     qat = QatConfig(
         scaling=ScalingConfig(type="static", window=8),
         weight=RoleConfig(granularity="per_channel"),
-        input=RoleConfig(granularity="per_token", scaling=ScalingConfig(window=2)),
+        input=RoleConfig(granularity="per_token", scaling=RoleScaling(window=2)),
     )
     assert qat.schemes["weight"].scaling == Scaling(type="dynamic", window=8)
     assert qat.schemes["input"].scaling == Scaling(type="dynamic", window=2)
@@ -293,9 +281,31 @@ def test_resolved_recipe_loads_back_equal(overrides: list[str], tmp_path: Path) 
     loaded = load_recipe(path)
     assert loaded == recipe
     for name in recipe.arm_names:
-        arm, again = recipe.resolve_arm(name), loaded.resolve_arm(name)
+        arm, again = recipe.arm_by_name[name], loaded.arm_by_name[name]
         assert again == arm
         assert (again.qat and again.qat.schemes) == (arm.qat and arm.qat.schemes)
+
+
+def test_keys_that_studies_once_lacked_are_not_written_while_null() -> None:
+    written = load_recipe("demo", ["qat.weight.scaling.window=3"]).model_dump(mode="json")
+    assert {"text_column", "roles"}.isdisjoint(written["data"]["train"])
+    assert written["qat"]["weight"]["scaling"] == {"window": 3}
+
+
+def test_the_recipe_of_a_seed_loads_back_equal(tmp_path: Path) -> None:
+    from qatrun.study.replicas import replica_recipe
+
+    overrides = ["train.seeds=[0, 7]", "arms.hot={train: {learning_rate: 1e-3}, twin: bf16}"]
+    one = replica_recipe(load_recipe("demo", overrides), 7)
+    assert {(arm.train.seed, arm.train.seeds) for arm in one.arm_by_name.values()} == {(7, None)}
+    path = tmp_path / "seed.yaml"
+    path.write_text(one.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == one
+
+
+def test_a_recipe_that_no_loader_made_has_no_arms_to_run() -> None:
+    with pytest.raises(TypeError, match="make a recipe with load_recipe or parse_recipe"):
+        Recipe.model_validate(load_recipe("demo").model_dump(mode="json")).arm_by_name  # noqa: B018
 
 
 # --- any input gives a recipe or a list of mistakes
@@ -307,18 +317,8 @@ KEYS = st.sampled_from(["qat", "weight", "scaling", "arms", "type", "tasks", "tr
 TREES = st.recursive(SCALARS, lambda below: st.lists(below, max_size=2) | st.dictionaries(KEYS, below, max_size=3))
 PLACES = st.sampled_from(
     [
-        *(
-            "name",
-            "model",
-            "data.train",
-            "train",
-            "train.steps",
-            "train.betas",
-            "warmup",
-            "eval",
-            "eval.tasks",
-            "budget",
-        ),
+        *("name", "model", "data.train", "train", "train.steps", "train.betas"),
+        *("warmup", "eval", "eval.tasks", "budget"),
         *("qat", "qat.weight", "qat.scaling", "qat.grad_output", "qat.targets"),
         *("arms", "arms.bf16", "arms.hif8", "arms.hif8.qat"),
     ]
@@ -340,7 +340,7 @@ def test_any_value_anywhere_gives_a_recipe_or_mistakes(path: str, value: Any) ->
         problems = error.problems
     else:
         problems = ()
-        assert [recipe.resolve_arm(name).name for name in recipe.arm_names] == list(recipe.arms)
+        assert [arm.name for arm in recipe.arm_by_name.values()] == list(recipe.arms)
     assert all(problem.key for problem in problems)
 
 

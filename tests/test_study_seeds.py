@@ -394,8 +394,8 @@ def test_openpangu_has_the_arms_and_questions_of_the_ablation_and_the_published_
     assert published.arm_names == demo.arm_names
     assert published.contrasts == demo.contrasts
     assert list(published.eval.tasks) == list(published.budget) == ["mmlu", "hellaswag", "arc_challenge"]
-    final = load_recipe("openpangu-1b-hif8").resolve_arm("hif8")
-    arm = published.resolve_arm("max-64-low")
+    final = load_recipe("openpangu-1b-hif8").arm_by_name["hif8"]
+    arm = published.arm_by_name["max-64-low"]
     assert (arm.model, arm.data, arm.warmup) == (final.model, final.data, final.warmup)
     assert arm.train.model_copy(update={"seeds": None, "keep_last": final.train.keep_last}) == final.train
-    assert published.resolve_arm("max-64-high").train.learning_rate == 1e-4
+    assert published.arm_by_name["max-64-high"].train.learning_rate == 1e-4

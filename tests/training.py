@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qatrun.data import open_data, open_probe
 from qatrun.files import sha256
 from qatrun.quant import make_plan
-from qatrun.recipe import Recipe
+from qatrun.recipe import parse_recipe
 from qatrun.study.segments import ArmSegments, plan_segments
 from qatrun.train.checkpoint import latest_checkpoint
 from qatrun.train.loop import train
@@ -114,8 +114,7 @@ class TinyStudy:
         for name, section in sections.items():
             defaults[name] = defaults[name] | dict(section)
         chosen = dict(arms or {"bf16": {"qat": None}, "hif8": {}})
-        recipe = Recipe.model_validate({"name": "tiny", "eval": {"tasks": {"none": 0}}, "arms": chosen} | defaults)
-        resolved = {name: recipe.resolve_arm(name) for name in recipe.arm_names}
+        resolved = parse_recipe({"name": "tiny", "eval": {"tasks": {"none": 0}}, "arms": chosen} | defaults).arm_by_name
         model = make_model()
         plans = {name: make_plan(model, arm.qat) if arm.qat else None for name, arm in resolved.items()}
         planned = plan_segments(resolved, plans, folder)

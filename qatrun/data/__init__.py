@@ -18,13 +18,8 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "Batch": "qatrun.data.packing",
-            "Data": "qatrun.data.packing",
-            "IGNORE_INDEX": "qatrun.data.packing",
-            "PackedStream": "qatrun.data.packing",
-            "open_data": "qatrun.data.packing",
-            "open_dataset": "qatrun.data.dataset",
-            "open_probe": "qatrun.data.packing",
+            "qatrun.data.dataset": ("open_dataset",),
+            "qatrun.data.packing": ("IGNORE_INDEX", "Batch", "Data", "PackedStream", "open_data", "open_probe"),
         },
     )
 

@@ -37,7 +37,7 @@ def as_document(values: Any, where: str, source: Source, key: str) -> Document |
     """
     if not isinstance(values, Mapping):
         raise InputError(Problem(f"{where}: no mapping of columns to values (got {values!r:.60})", key=f"{key}.path"))
-    column = source.messages_column or source.text_column
+    column = source.column
     key = column_key(source, key)
     if column not in values:
         close = get_close_matches(column, values, n=1)

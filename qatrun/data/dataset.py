@@ -53,7 +53,7 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
         raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path"))
     if not FEATURES.keys() <= first.keys():
         as_document(first, f"{source.path}, row 1", source, key)
-        dataset = dataset.select_columns([source.messages_column or source.text_column])
+        dataset = dataset.select_columns([source.column])
     return dataset
 
 
@@ -156,7 +156,7 @@ def _load_by_name(source: Source) -> Any:
 def _documents_of_files(files: Sequence[Path], source: Source, key: str) -> Iterator[Document | None]:
     try:
         for file in files:
-            for row in read_rows(file, source.messages_column or source.text_column):
+            for row in read_rows(file, source.column):
                 yield as_document(row.values, row.where, source, key)
     except UnreadableError as error:
         raise InputError(Problem(str(error), key=f"{key}.path")) from None

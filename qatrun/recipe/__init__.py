@@ -4,7 +4,14 @@ from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.patterns import matching_names
-from qatrun.recipe.qat import QatConfig, RoleConfig, SavedActivations, ScalingConfig, SkipBlocks
+from qatrun.recipe.qat import (
+    QatConfig,
+    RoleConfig,
+    RoleScaling,
+    SavedActivations,
+    ScalingConfig,
+    SkipBlocks,
+)
 from qatrun.recipe.schema import (
     DEFAULT_BUDGET_PP,
     Arm,
@@ -32,6 +39,7 @@ __all__ = [
     "QatConfig",
     "Recipe",
     "RoleConfig",
+    "RoleScaling",
     "SavedActivations",
     "ScalingConfig",
     "ShippedRecipe",

@@ -1,6 +1,8 @@
 """From a file, a shipped name or a mapping to a checked `Recipe`. Every mistake is found and reported at once.
 
 read the YAML -> what it extends, below it -> `--set`s, above it -> the schema -> each arm: the schema, then the rules
+
+An arm is resolved here and nowhere else: the recipe's tree as it was given, the arm's overrides laid over it.
 """
 
 from __future__ import annotations
@@ -147,28 +149,32 @@ def _checked(document: Document, mistakes: list[Mistake]) -> Recipe:
     recipe, found, bad_paths = validate(Recipe, document)
     mistakes.extend(found)
     mistakes.extend(_located(study_findings(recipe), document, bad_paths))
-    mistakes.extend(_arm_mistakes(document, recipe, bad_paths))
+    given = _arms_as_given(document, recipe).items()
+    arms = {name: _resolved_arm(name, overrides, document, mistakes) for name, overrides in given}
+    mistakes.extend(_located(twin_findings(arms), document, bad_paths))
     if mistakes:
         raise _error(mistakes)
-    return recipe
+    return recipe.with_arms(_with_twins(arms))
 
 
-def _arm_mistakes(document: Document, recipe: Recipe, bad_paths: frozenset[KeyPath]) -> Iterator[Mistake]:
-    """What is wrong in the arms of a recipe whose shared sections have `bad_paths`."""
-    arms: dict[str, Arm] = {}
-    shared = document.only((*ARM_SECTIONS, "eval"))
-    for name, given in _arms_as_given(document, recipe).items():
-        overrides = Document(given, document.places_below(("arms", name)))
-        yield from _keys_no_arm_may_have(overrides)
-        twin = overrides.tree.get("twin")
-        merged = merge(shared, overrides.only(ARM_SECTIONS))
-        merged.tree |= {"name": name, "twin": twin}
-        merged.places[("twin",)] = overrides.place(("twin",))
-        arm, found, bad_arm_paths = validate(Arm, merged)
-        yield from found
-        yield from _located(arm_findings(arm), merged, bad_arm_paths)
-        arms[name] = arm
-    yield from _located(twin_findings(arms), document, bad_paths)
+def _resolved_arm(name: str, given: dict[str, Any], document: Document, mistakes: list[Mistake]) -> Arm:
+    """The arm with its overrides applied. Mistakes in what it shares are found once more, at the same place."""
+    overrides = Document(given, document.places_below(("arms", name)))
+    mistakes.extend(_keys_no_arm_may_have(overrides))
+    merged = merge(document.only((*ARM_SECTIONS, "monitor", "eval")), overrides.only(ARM_SECTIONS))
+    merged.tree |= {"name": name, "twin": overrides.tree.get("twin")}
+    merged.places[("twin",)] = overrides.place(("twin",))
+    arm, found, bad_paths = validate(Arm, merged)
+    mistakes.extend(found)
+    mistakes.extend(_located(arm_findings(arm), merged, bad_paths))
+    return arm
+
+
+def _with_twins(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """A quantized arm that names no twin is compared with the only BF16 arm, where there is one."""
+    bf16_arms = [name for name, arm in arms.items() if arm.qat is None]
+    only = {"twin": bf16_arms[0] if len(bf16_arms) == 1 else None}
+    return {name: arm if arm.qat is None or arm.twin else arm.model_copy(update=only) for name, arm in arms.items()}
 
 
 def _arms_as_given(document: Document, recipe: Recipe) -> dict[str, dict[str, Any]]:

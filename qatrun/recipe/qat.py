@@ -6,17 +6,20 @@ unless it states its own, and `target_amax` from its format. `QatConfig.schemes`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
-from pydantic import field_serializer as serialized_by
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, create_model
 
-from qatrun.formats import ROLES, Role, get_format
+from qatrun.formats import FORMATS, ROLES, Role, get_format
 from qatrun.recipe.patterns import check_pattern
-from qatrun.scheme import Scaling, Scheme
+from qatrun.scheme import GRANULARITIES, RULES, Clip, Scaling, Scheme, Ste
 
-FormatName = Literal["hif8", "fp8_e4m3", "fp8_e5m2", "int8"]
-Granularity = Literal["per_tensor", "per_channel", "per_token"]
+if TYPE_CHECKING:
+    FormatName = str
+    Granularity = str
+    RuleName = str
+else:  # names of the tables, as the schema and its messages read them
+    FormatName, Granularity, RuleName = (Literal[tuple(table)] for table in (FORMATS, GRANULARITIES, RULES))
 SavedActivations = Literal["values", "codes"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -38,23 +41,48 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], Field(strict=False), AfterValidator(_no_duplicates)]
 
 
+def is_null(value: object) -> bool:
+    """Whether a key says nothing. Some are not written then, so that studies made before there were such keys go on."""
+    return value is None
+
+
 class ScalingConfig(Section):
     """How a scale is found from the amaxes seen."""
 
     type: Literal["delayed", "dynamic", "static", "none"] = Field(
-        "delayed",
+        Scaling.type,
         description="`delayed`: from the amaxes of earlier steps; `dynamic`: from the tensor at hand; "
         "`static`: frozen at the switch; `none`: scale 1",
     )
-    algorithm: Literal["max", "most_recent", "ema"] = Field(
-        "max", description="delayed: largest or latest amax of the window, or their exponential moving average"
+    algorithm: RuleName = Field(
+        Scaling.algorithm,
+        description="delayed: largest or latest amax of the window, or their exponential moving average",
     )
-    ema_decay: float = Field(0.9, gt=0.0, lt=1.0, description="ema: weight of an amax over that of the next newer one")
-    window: Count = Field(64, description="delayed: length of the amax history, in `unit`s")
-    update_interval: Count = Field(1, description="delayed: a new scale every so many `unit`s")
+    ema_decay: float = Field(
+        Scaling.ema_decay, gt=0.0, lt=1.0, description="ema: weight of an amax over that of the next newer one"
+    )
+    window: Count = Field(Scaling.window, description="delayed: length of the amax history, in `unit`s")
+    update_interval: Count = Field(Scaling.update_interval, description="delayed: a new scale every so many `unit`s")
     unit: Literal["optimizer_step", "microbatch"] = Field(
-        "optimizer_step", description="delayed: what pushes one entry onto the amax history"
+        Scaling.unit, description="delayed: what pushes one entry onto the amax history"
     )
+
+
+def _nullable(section: type[Section], name: str) -> Any:
+    """A section of the same keys, each of which may be null, and is by default: so it says only what differs."""
+    keys: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        of_field = field.asdict()
+        kind: Any = of_field["annotation"]
+        attributes = of_field["attributes"] | {"default": None, "exclude_if": is_null}
+        keys[key] = (Annotated[kind | None, *of_field["metadata"], Field(**attributes)], None)
+    return create_model(name, __base__=Section, __doc__=section.__doc__, **keys)
+
+
+if TYPE_CHECKING:
+    RoleScaling = ScalingConfig
+else:
+    RoleScaling = _nullable(ScalingConfig, "RoleScaling")
 
 
 class RoleConfig(Section):
@@ -69,16 +97,11 @@ class RoleConfig(Section):
         None,
         description="grid value that amax is mapped to, at most the format's largest; null: the format's default",
     )
-    scaling: ScalingConfig | None = Field(
+    scaling: RoleScaling | None = Field(
         None,
         description="keys that differ from `qat.scaling`; null: none do "
         "(but `dynamic` for per_channel and per_token, their only type)",
     )
-
-    @serialized_by("scaling")
-    def _only_what_was_given(self, scaling: ScalingConfig | None) -> dict[str, Any] | None:
-        # A key not given is inherited; written out with its default it would stop being so.
-        return None if scaling is None else scaling.model_dump(exclude_unset=True)
 
 
 class SkipBlocks(Section):
@@ -101,12 +124,10 @@ class QatConfig(Section):
     grad_output: RoleConfig | None = Field(
         None, description="output gradients in the backward; null: not quantized; {}: quantized with the defaults"
     )
-    clip: Literal["format", "target"] = Field(
+    clip: Clip = Field(
         "format", description="edge at which values saturate: the format's largest value, or `target_amax`"
     )
-    ste: Literal["identity", "clipped"] = Field(
-        "clipped", description="straight-through gradient: of every value, or zero for the saturated ones"
-    )
+    ste: Ste = Field("clipped", description="straight-through gradient: of every value, or zero for the saturated ones")
     saved_activations: SavedActivations = Field(
         "values",
         description="what quantized linears keep for the backward: grid values, or their 8-bit codes: "
@@ -135,7 +156,7 @@ class QatConfig(Section):
         )
 
     def _role_scaling(self, config: RoleConfig) -> ScalingConfig:
-        given = {} if config.scaling is None else config.scaling.model_dump(exclude_unset=True)
-        if config.granularity != "per_tensor":
+        given = {} if config.scaling is None else config.scaling.model_dump()
+        if GRANULARITIES[config.granularity].rows:
             given = {"type": "dynamic", **given}
         return self.scaling.model_copy(update=given)

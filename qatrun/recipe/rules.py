@@ -13,7 +13,7 @@ from qatrun.formats import Role, get_format
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.recipe.wording import suggestion
-from qatrun.scheme import Scheme
+from qatrun.scheme import GRANULARITIES, Scheme
 
 KeyPath = tuple[str, ...]
 
@@ -80,7 +80,7 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
 
 
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:
-    if source.messages_column is not None and "text_column" in source.model_fields_set:
+    if source.messages_column is not None and source.text_column is not None:
         message = "text_column and messages_column exclude each other: give one"
         yield _finding(message, f"{key}.messages_column", f"{key}.text_column")
     if source.roles is not None and source.messages_column is None:
@@ -98,21 +98,15 @@ def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
             yield _finding(message, f"qat.{role}.scaling.unit")
 
 
-_NEAREST_GRANULARITY: Mapping[tuple[Role, str], str] = {
-    ("weight", "per_token"): "per_channel",
-    ("input", "per_channel"): "per_token",
-    ("grad_output", "per_channel"): "per_tensor",
-    ("grad_output", "per_token"): "per_tensor",
-}
-
-
 def _granularity_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
     section = f"qat.{role}"
-    nearest = _NEAREST_GRANULARITY.get((role, scheme.granularity))
-    if nearest is not None:
+    granularity = GRANULARITIES[scheme.granularity]
+    if role not in granularity.roles:
+        fitting = [name for name, other in GRANULARITIES.items() if role in other.roles]
+        nearest = max(fitting, key=lambda name: GRANULARITIES[name].rows == granularity.rows)
         message = f"{scheme.granularity} makes no sense for {role} (did you mean '{nearest}'?)"
         yield _finding(message, f"{section}.granularity")
-    elif scheme.per_row and scheme.scaling.type != "dynamic":
+    elif granularity.rows and scheme.scaling.type != "dynamic":
         message = f"{scheme.scaling.type} scaling keeps one scale per tensor; {scheme.granularity} takes only 'dynamic'"
         yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
 

@@ -1,7 +1,7 @@
 """What a recipe may say: every key with its type, default, range, unit and meaning.
 
-A `Recipe` describes a study: shared sections, and arms that override some of them. `Recipe.resolve_arm` gives an `Arm`,
-the sections with the overrides applied. Rules that need more than one key are in `rules.py`; `load_recipe` and
+A `Recipe` describes a study: shared sections, and arms that override some of them. An `Arm` is the sections with the
+overrides applied; the loader resolves them. Rules that need more than one key are in `rules.py`; `load_recipe` and
 `parse_recipe` check everything at once. `recipes/README.md` is made from this file.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,17 +19,15 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    SerializerFunctionWrapHandler,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
-    model_serializer,
 )
 from ruamel.yaml import YAML
 
 from qatrun.paths import expand_path
-from qatrun.recipe.merge import deep_merge
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
-from qatrun.recipe.qat import Count, QatConfig, Section
+from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 
 DEFAULT_BUDGET_PP = 1.0
 PLAIN_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -66,13 +65,9 @@ def _without_null(tasks: Any) -> Any:
     return {name: value for name, value in tasks.items() if value is not None} if isinstance(tasks, dict) else tasks
 
 
-def _null_is_empty(overrides: Any) -> Any:
-    return {} if overrides is None else overrides
-
-
 FolderName = Annotated[str, AfterValidator(_plain_folder_name)]
 ArmName = Annotated[FolderName, AfterValidator(_not_reserved)]
-Overrides = Annotated[dict[str, Any], BeforeValidator(_null_is_empty)]
+Overrides = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Location = Annotated[str, AfterValidator(expand_path)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -106,7 +101,9 @@ class Source(Section):
     )
     subset: NonEmpty | None = Field(None, description="hub configuration, such as `sample-10BT`")
     split: NonEmpty = Field("train", description="split of the data set")
-    text_column: NonEmpty = Field("text", description="column of plain text; loss on every token")
+    text_column: NonEmpty | None = Field(
+        None, exclude_if=is_null, description="column of plain text, loss on every token; null: `text`"
+    )
     messages_column: NonEmpty | None = Field(
         None,
         description="column of conversations, instead of `text_column`: chat template applied, loss on the assistant's "
@@ -114,6 +111,7 @@ class Source(Section):
     )
     roles: dict[NonEmpty, NonEmpty] | None = Field(
         None,
+        exclude_if=is_null,
         description="role in the conversations -> role of the chat template; null: as they are written, but `human` and "
         "`gpt` of ShareGPT's `from`/`value` turns are user and assistant",
         examples=[{"human": "user", "bot": "assistant"}],
@@ -121,15 +119,10 @@ class Source(Section):
     streaming: bool = Field(False, description="read while training instead of downloading first")
     shuffle: bool = Field(True, description="shuffle documents by `train.seed`")
 
-    @model_serializer(mode="wrap")
-    def _only_what_was_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The default does not conflict with `messages_column`; written out it would.
-        values: dict[str, Any] = serialize(self)
-        if "text_column" not in self.model_fields_set:
-            values.pop("text_column", None)
-        if self.roles is None:  # a study made before there were roles goes on
-            values.pop("roles", None)
-        return values
+    @property
+    def column(self) -> str:
+        """The one that is read."""
+        return self.messages_column or self.text_column or "text"
 
 
 class DataConfig(Section):
@@ -261,6 +254,7 @@ class Recipe(Section):
         examples=[{"does the window help": ["max-64", "latest"]}],
     )
     output_dir: Location = Field("runs", description="folder that studies are written under")
+    _arm_by_name: dict[str, Arm] = PrivateAttr(default_factory=dict)
 
     @field_validator("budget")
     @classmethod
@@ -273,15 +267,18 @@ class Recipe(Section):
         """The arms in the order of the recipe."""
         return tuple(self.arms)
 
-    def resolve_arm(self, name: str) -> Arm:
-        """The arm with its overrides applied and its twin named.
+    @property
+    def arm_by_name(self) -> Mapping[str, Arm]:
+        """The arms in the order of the recipe, resolved; TypeError where no loader made it."""
+        if not self._arm_by_name:
+            raise TypeError("its arms are not resolved: make a recipe with load_recipe or parse_recipe")
+        return self._arm_by_name
 
-        Raises:
-            KeyError: the recipe has no such arm.
-        """
-        shared = self.model_dump(include={*ARM_SECTIONS, "monitor", "eval"})
-        merged = deep_merge(shared, self.arms[name])
-        return Arm.model_validate(merged | {"name": name, "twin": self._twin(name)})
+    def with_arms(self, arms: Mapping[str, Arm]) -> Recipe:
+        """The recipe with its arms resolved to these."""
+        recipe = self.model_copy()
+        recipe._arm_by_name = dict(arms)
+        return recipe
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, as YAML that loads back equal."""
@@ -291,17 +288,6 @@ class Recipe(Section):
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
         yaml.dump(self.model_dump(mode="json"), text)
         return text.getvalue()
-
-    def _twin(self, name: str) -> str | None:
-        if not self._is_quantized(name):
-            return None
-        bf16_arms = [arm for arm in self.arms if not self._is_quantized(arm)]
-        only = bf16_arms[0] if len(bf16_arms) == 1 else None
-        given: str | None = self.arms[name].get("twin")
-        return given or only
-
-    def _is_quantized(self, name: str) -> bool:
-        return self.arms[name].get("qat", self.qat) is not None
 
 
 def json_schema() -> dict[str, Any]:

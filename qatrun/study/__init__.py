@@ -20,21 +20,13 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "ArmFolder": "qatrun.study.layout",
-            "Display": "qatrun.study.display",
-            "Pair": "qatrun.study.pairs",
-            "StudyFolder": "qatrun.study.layout",
-            "StudyResult": "qatrun.study.results",
-            "compare_arms": "qatrun.study.pairs",
-            "compare_named": "qatrun.study.pairs",
-            "comparison_csv": "qatrun.study.results",
-            "diagnose_study": "qatrun.study.named",
-            "eval_config": "qatrun.study.scoring",
-            "newest_study": "qatrun.study.layout",
-            "report_study": "qatrun.study.named",
-            "run": "qatrun.study.runner",
-            "run_study": "qatrun.study.runner",
-            "score_path": "qatrun.study.scoring",
+            "qatrun.study.display": ("Display",),
+            "qatrun.study.layout": ("ArmFolder", "StudyFolder", "newest_study"),
+            "qatrun.study.named": ("diagnose_study", "report_study"),
+            "qatrun.study.pairs": ("Pair", "compare_arms", "compare_named"),
+            "qatrun.study.results": ("StudyResult", "comparison_csv"),
+            "qatrun.study.runner": ("run", "run_study"),
+            "qatrun.study.scoring": ("eval_config", "score_path"),
         },
     )
 

@@ -97,7 +97,7 @@ def _is_finished(folder: StudyFolder) -> bool:
         recipe = load_recipe(folder.recipe)
         if recipe.train.seeds is not None or recipe.contrasts:
             return folder.seeds.is_file()
-        diagnoses = recipe.diagnose.at_end and any(recipe.resolve_arm(name).twin for name in recipe.arm_names)
+        diagnoses = recipe.diagnose.at_end and any(arm.twin for arm in recipe.arm_by_name.values())
         return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
     return False
 
@@ -185,7 +185,7 @@ def _settled(recipe: Recipe, saved: Recipe, now: Recipe) -> dict[str, Any]:
     where some are only added."""
     tree = recipe.model_dump(mode="json", exclude=FREE_SECTIONS | PLACE)
     tree["arms"] = {
-        name: _without_free_sections(recipe.arms[name]) | {"twin": recipe.resolve_arm(name).twin}
+        name: _without_free_sections(recipe.arms[name]) | {"twin": recipe.arm_by_name[name].twin}
         for name in saved.arm_names
         if name in now.arms
     }

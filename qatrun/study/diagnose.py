@@ -57,7 +57,7 @@ def diagnose(folder: StudyFolder, display: ScoringDisplay) -> dict[str, Any]:
     if not folder.recipe.is_file() or not folder.comparison.is_file():
         raise InputError(Problem(f"no finished study in {folder.path}", "study"))
     recipe = load_recipe(folder.recipe)
-    arms = [recipe.resolve_arm(name) for name in recipe.arm_names]
+    arms = recipe.arm_by_name.values()
     found = {arm.name: _Diagnosis(folder, recipe, arm, display).run() for arm in arms if arm.twin is not None}
     if not found:
         raise InputError(Problem(f"{folder.path} has no quantized arm with a BF16 twin to diagnose", "study"))

@@ -69,7 +69,7 @@ class _Evidence:
         names = recipe.arm_names
         return cls(
             recipe,
-            {name: recipe.resolve_arm(name) for name in names},
+            recipe.arm_by_name,
             folders,
             {name: [Scores.load(folder.arm(name).eval) for folder in folders] for name in (*names, START)},
             {name: [_Losses.read(folder.arm(name)) for folder in folders] for name in names},

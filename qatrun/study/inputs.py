@@ -67,8 +67,7 @@ def check_inputs(folder: StudyFolder, recipe: Recipe) -> None:
 def _keys(recipe: Recipe) -> dict[str, str]:
     """Path of every text and model -> its key in the recipe."""
     keys: dict[str, str] = {}
-    for name in recipe.arm_names:
-        arm = recipe.resolve_arm(name)
+    for arm in recipe.arm_by_name.values():
         keys.setdefault(arm.model.path, "model.path")
         for key in ("train", "valid", "probe"):
             source = getattr(arm.data, key)

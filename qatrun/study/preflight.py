@@ -107,7 +107,7 @@ class Preflight:
 
 def preflight(recipe: Recipe) -> Preflight:
     """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising."""
-    arms = {name: recipe.resolve_arm(name) for name in recipe.arm_names}
+    arms = recipe.arm_by_name
     problems: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}

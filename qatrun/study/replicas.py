@@ -17,14 +17,18 @@ from qatrun.study.preflight import Preflight
 
 def replica_recipe(recipe: Recipe, seed: int) -> Recipe:
     """The recipe of one seed's study; it can be run by itself."""
-    train = recipe.train.model_copy(update={"seed": seed, "seeds": None})
-    folder = str(Path(recipe.output_dir) / recipe.name)
-    return recipe.model_copy(update={"name": f"seed-{seed}", "output_dir": folder, "train": train})
+    its = {"seed": seed, "seeds": None}
+    arms = {
+        name: arm.model_copy(update={"train": arm.train.model_copy(update=its)})
+        for name, arm in recipe.arm_by_name.items()
+    }
+    changed = {"name": f"seed-{seed}", "output_dir": str(Path(recipe.output_dir) / recipe.name)}
+    return recipe.model_copy(update={**changed, "train": recipe.train.model_copy(update=its)}).with_arms(arms)
 
 
 def replica_preflight(checked: Preflight, recipe: Recipe) -> Preflight:
     """The preflight of one seed's study: nothing that it looked at depends on the seed."""
-    return replace(checked, recipe=recipe, arms={name: recipe.resolve_arm(name) for name in recipe.arm_names})
+    return replace(checked, recipe=recipe, arms=recipe.arm_by_name)
 
 
 def share_start(source: StudyFolder, target: StudyFolder) -> None:

@@ -1,0 +1,66 @@
+"""What the verbs of the command line take: their common arguments and options, and how a path that is given is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qatrun.paths import expand_path
+
+
+def expanded(written: str | Path) -> str:
+    """A path as it is meant, whichever option or argument it comes by; hub ids and names stay as they are."""
+    try:
+        return expand_path(str(written))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def expanded_path(written: str | Path) -> Path:
+    """`expanded`, for what can only be a file or a folder."""
+    return Path(expanded(written))
+
+
+def argument(metavar: str, help: str) -> Any:
+    """An argument that is a path, or a name in place of one."""
+    return typer.Argument(parser=expanded, metavar=metavar, help=help)
+
+
+def place(metavar: str, help: str) -> Any:
+    """An option that is a path, or a name in place of one."""
+    return typer.Option(parser=expanded, metavar=metavar, help=help)
+
+
+def path_option(help: str) -> Any:
+    """An option that can only be a file or a folder."""
+    return typer.Option(parser=expanded_path, metavar="PATH", help=help)
+
+
+def number(help: str, least: int = 1) -> Any:
+    """An option that is a whole number."""
+    return typer.Option(min=least, metavar="N", help=help)
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
+]
+StudyArgument = Annotated[str | None, argument("STUDY", "A study's name or folder; default: the newest.")]
+OutputDirOption = Annotated[Path, path_option("Where studies lie.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _trust(context: typer.Context, trust: bool) -> bool:
+    if trust:
+        from qatrun.evaluate.trust import trusting_task_code
+
+        context.with_resource(trusting_task_code())
+    return trust
+
+
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-task-code", callback=_trust, help="Run code that comes with task files (!function, Jinja)."),
+]
