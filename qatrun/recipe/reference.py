@@ -13,7 +13,7 @@ from typing import Any
 from qatrun.formats import FORMATS
 from qatrun.recipe.schema import json_schema
 from qatrun.recipe.shipped import recipes_dir, shipped_recipes
-from qatrun.recipe.wording import number, shown
+from qatrun.text import number, shown
 
 JsonSchema = Mapping[str, Any]
 

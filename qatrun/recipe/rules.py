@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qatrun.formats import Role, get_format
 from qatrun.recipe.qat import QatConfig, ResolvedRole
 from qatrun.recipe.schema import START, Arm, Recipe, Source
-from qatrun.recipe.wording import suggestion
+from qatrun.text import suggestion
 
 KeyPath = tuple[str, ...]
 
