@@ -26,7 +26,7 @@ from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import decode, encode, inverse_scale
 from qatrun.quant import Latest, QuantizedLinear, Quantizer, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
-from qatrun.records import Quantized, Versioned
+from qatrun.records.quantized import Quantized, Versioned
 from qatrun.tokenizer import load_tokenizer
 
 FOLDER = "quantized"

@@ -57,18 +57,20 @@ from torch.nn.utils.rnn import pad_sequence
 from qatrun import artifact, demo
 from qatrun.data import IGNORE_INDEX, open_probe
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.files import read_json, write_json
 from qatrun.model import load_model, save_model
 from qatrun.quant import ScaleState
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
+from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report import TerminalDisplay
 from qatrun.study import preflight, run_study, single
 from qatrun.study.diagnose import diagnose
-from qatrun.study.layout import StudyFolder, read_json, write_json
+from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
 from qatrun.tokenizer import load_tokenizer
-from qatrun.train import read_metrics
+from qatrun.train import read_alarms
 
 FORMATS = ("hif8", "fp8_e4m3", "int8")
 PLANTED = {
@@ -216,7 +218,7 @@ def run_seed(seed: int, output: Path) -> None:
         for recipe in (main_recipe(seed, output), *bursts, outlier_recipe(seed, output)):
             with planted():
                 folder = StudyFolder(run_study(recipe, display, resume=True).folder)
-            found = diagnose(folder, display)["arms"]
+            found = diagnose(folder, display).arms
             measure = Measure(folder, recipe)
             cells += [
                 cell_of(folder, recipe.resolve_arm(name), result, measure, seed) for name, result in found.items()
@@ -267,11 +269,11 @@ class Measure:
         return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Measure, seed: int) -> dict[str, Any]:
+def cell_of(folder: StudyFolder, arm: Arm, found: ArmDiagnosis, measure: Measure, seed: int) -> dict[str, Any]:
     """One cell: what was planted, what training and quantization cost, what was found."""
     format, _, fault = arm.name.partition("-")
     start, twin = measure.bf16(None), measure.bf16(str(arm.twin))
-    text = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"])
+    text = math.log(found.perplexity["on"] / found.perplexity["twin"])
     forgetting = twin[0] - start[0], twin[1] - start[1]
     quantization = text, measure.quantized(arm.name) - twin[1]
     return {
@@ -279,10 +281,10 @@ def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Me
         "format": format,
         "fault": fault,
         "harm": {"forgetting": forgetting, "quantization": quantization},
-        "findings": found["findings"],
-        "alarms": first_alarms(folder.arm(arm.name).path),
-        "effects": {effect["name"]: effect for effect in found["effects"]},
-        "sentence": found["sentence"],
+        "findings": found.findings,
+        "alarms": first_alarms(folder.arm(arm.name)),
+        "effects": {effect.name: effect.to_dict() for effect in found.effects},
+        "sentence": found.sentence,
     }
 
 
@@ -310,7 +312,7 @@ def run_healthy(num_seeds: int, output: Path) -> None:
                 if segments.own.arm.name == "hif8" and segments.trunk is not None:
                     study._train(segments.trunk)
                     study._train(segments.own)
-            alarms = read_metrics(folder.arm("hif8").path / "alarms.jsonl")
+            alarms = read_alarms(folder.arm("hif8").alarms)
             raised += bool(alarms)
             console.print(f"seed {seed}: {len(alarms)} alarms", *(row["text"] for row in alarms), sep="\n  ")
     console.print(f"{raised} of {num_seeds} healthy runs raised an alarm")
@@ -331,7 +333,7 @@ def confusion(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def summarize(output: Path, console: Console) -> None:
     """Print the confusion matrix and a line for each cell; write faults.csv."""
-    cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file)]
+    cells = [cell for file in sorted(output.glob("seed-*/cells.json")) for cell in read_json(file, list)]
     for title, mild in (("cells", False), ("mild cells", True)):
         console.print(confusion([cell for cell in cells if (cell["fault"] in MILD) == mild], title))
     columns = ["seed", "format", "fault", "forgetting_nats_token", "forgetting_nats_answer"]

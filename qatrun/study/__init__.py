@@ -6,13 +6,11 @@ All but the preflight is loaded when first used: `qatrun check` trains and score
 from typing import TYPE_CHECKING
 
 from qatrun.lazy import lazy_names
-from qatrun.study.preflight import Preflight, detectable_drop_pp, preflight
+from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
-    from qatrun.study.display import Display
-    from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
     from qatrun.study.named import diagnose_study, report_study
-    from qatrun.study.pairs import Pair, compare_arms, compare_named
+    from qatrun.study.pairs import compare_named
     from qatrun.study.results import StudyResult, comparison_csv
     from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
@@ -20,17 +18,11 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "ArmFolder": "qatrun.study.layout",
-            "Display": "qatrun.study.display",
-            "Pair": "qatrun.study.pairs",
-            "StudyFolder": "qatrun.study.layout",
             "StudyResult": "qatrun.study.results",
-            "compare_arms": "qatrun.study.pairs",
             "compare_named": "qatrun.study.pairs",
             "comparison_csv": "qatrun.study.results",
             "diagnose_study": "qatrun.study.named",
             "eval_config": "qatrun.study.scoring",
-            "newest_study": "qatrun.study.layout",
             "report_study": "qatrun.study.named",
             "run": "qatrun.study.runner",
             "run_study": "qatrun.study.runner",
@@ -39,19 +31,11 @@ else:
     )
 
 __all__ = [
-    "ArmFolder",
-    "Display",
-    "Pair",
-    "Preflight",
-    "StudyFolder",
     "StudyResult",
-    "compare_arms",
     "compare_named",
     "comparison_csv",
-    "detectable_drop_pp",
     "diagnose_study",
     "eval_config",
-    "newest_study",
     "preflight",
     "report_study",
     "run",

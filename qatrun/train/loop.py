@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
+from qatrun.files import CHECKPOINTS, METRICS_FILE
 from qatrun.model import DTYPES, text_config
 from qatrun.numerics import bfloat16_products, recomputed_products
 from qatrun.quant import Mode, ScaleState, attach
@@ -140,8 +141,8 @@ class _Session:
             if trunk is None:
                 raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
             self._restore(trunk, from_trunk=True)
-        file, of_trunk = self.segment.folder / "metrics.jsonl", self.segment.trunk
-        inherited = None if of_trunk is None else of_trunk / "metrics.jsonl"
+        file, of_trunk = self.segment.folder / METRICS_FILE, self.segment.trunk
+        inherited = None if of_trunk is None else of_trunk / METRICS_FILE
         rows, lost = surviving_metrics(file, inherited, self.step)
         self.metrics = RowsFile(file, rows)
         if lost:
@@ -235,7 +236,7 @@ class _Session:
             progress=progress,
         )
         config = self.segment.arm.train
-        write_checkpoint(self.segment.folder / "checkpoints", checkpoint, config.keep_last, config.save_every)
+        write_checkpoint(self.segment.folder / CHECKPOINTS, checkpoint, config.keep_last, config.save_every)
 
     def close(self) -> None:
         """Let go of files and trackers."""
@@ -245,7 +246,7 @@ class _Session:
         self.accelerator.end_training()
 
     def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
-        checkpoint, warnings = latest_checkpoint(folder / "checkpoints")
+        checkpoint, warnings = latest_checkpoint(folder / CHECKPOINTS)
         for text in warnings:
             self.listener.on_warning(text)
         return checkpoint

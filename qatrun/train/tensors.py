@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from qatrun.files import reading, whole_file
+from qatrun.files import TENSORS, reading, whole_file
 from qatrun.quant import STATISTICS
 
-FOLDER, UNFINISHED = "tensors", "unfinished.parquet"
+UNFINISHED = "unfinished.parquet"
 _PART = re.compile(r"step-\d+\.parquet")
 Table = npt.NDArray[np.float32]
 Pending = tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ class TensorFile:
             names: of the quantized tensors, in the order of the tables.
             pending: as `pending` gave it at that step.
         """
-        self._folder, self._names = folder / FOLDER, list(names)
+        self._folder, self._names = folder / TENSORS, list(names)
         self._rows: list[tuple[int, Table]] = []
         if pending is not None:
             steps, tables = pending
@@ -96,9 +96,9 @@ def read_tensor_stats(folder: Path) -> pa.Table:
     Raises:
         DamagedFileError: a part is torn or something else.
     """
-    parts = _parts(folder / FOLDER)
+    parts = _parts(folder / TENSORS)
     tables = [_read(part) for part in parts]
-    unfinished = folder / FOLDER / UNFINISHED
+    unfinished = folder / TENSORS / UNFINISHED
     if unfinished.is_file():
         table, last = _read(unfinished), _last_step(parts[-1]) if parts else 0
         tables.append(table.filter(pc.greater(table["step"], last)))  # a part may have come since it was written

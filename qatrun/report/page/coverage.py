@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from qatrun.report.page.content import ArmContent, Row
+from qatrun.records.quantized import ShownPlan, ShownScaling
+from qatrun.report.page.content import ArmContent
 from qatrun.report.page.document import NamedTable, Section
 from qatrun.report.page.table import Table, printable, table
 from qatrun.report.page.tensors import block
@@ -15,10 +16,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 def coverage_section(arms: Iterable[ArmContent]) -> Section:
     """Share of the linears and FLOPs that each arm quantizes, the linears by kind, the formats by role."""
-    quantized = [arm for arm in arms if arm.plan is not None or arm.record.get("coverage")]
+    quantized = [arm for arm in arms if arm.plan is not None or arm.coverage]
     if not quantized:
         return Section("coverage", "Coverage", notes=("No arm quantizes anything.",))
-    facts = tuple((arm.name, printable(arm.record["coverage"])) for arm in quantized if arm.record.get("coverage"))
+    facts = tuple((arm.name, printable(arm.coverage)) for arm in quantized if arm.coverage)
     planned = [(arm, arm.plan) for arm in quantized if arm.plan is not None]
     tables = (NamedTable(_linears_table(planned), "coverage"), NamedTable(_roles_table(planned))) if planned else ()
     notes = () if planned else ("Which linears they are was not recorded (plan.json).",)
@@ -36,12 +37,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _linears_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
+def _linears_table(planned: Sequence[tuple[ArmContent, ShownPlan]]) -> Table:
     """A row a kind of linear and set of blocks; arms that share it stand in one row."""
     arms_of: dict[tuple[str, int, str], list[str]] = {}
     for arm, plan in planned:
         kinds: dict[str, list[str]] = {}
-        for name in plan["linears"]:
+        for name in plan.linears:
             kinds.setdefault(_NUMBER.sub("*", name, count=1), []).append(name)
         for kind, names in kinds.items():
             blocks = [number for name in names if (number := block(name)) is not None]
@@ -50,27 +51,18 @@ def _linears_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
     return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears")
 
 
-def _roles_table(planned: Sequence[tuple[ArmContent, Row]]) -> Table:
+def _roles_table(planned: Sequence[tuple[ArmContent, ShownPlan]]) -> Table:
     rows = [
-        (
-            arm.name,
-            role,
-            spec.get("format"),
-            spec.get("granularity"),
-            spec.get("target_amax"),
-            _scaling(spec),
-            plan["clip"],
-        )
+        (arm.name, role, spec.format, spec.granularity, spec.target_amax, _scaling(spec.scaling), plan.clip)
         for arm, plan in planned
-        for role, spec in plan["roles"].items()
+        for role, spec in plan.roles.items()
     ]
     return table(
         ("arm", "role", "format", "granularity", "target amax", "scaling", "clipped at"), rows, "Formats by role"
     )
 
 
-def _scaling(spec: Row) -> str:
-    scaling = spec.get("scaling", {})
-    if scaling.get("type") != "delayed":
-        return str(scaling.get("type", ""))
-    return f"delayed, {scaling.get('algorithm')} of {scaling.get('window')}, every {scaling.get('update_interval')}"
+def _scaling(scaling: ShownScaling) -> str:
+    if scaling.type != "delayed":
+        return scaling.type
+    return f"delayed, {scaling.algorithm} of {scaling.window}, every {scaling.update_interval}"
