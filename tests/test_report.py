@@ -18,7 +18,6 @@ from qatrun.report import (
     dry_run,
     score_table,
 )
-from qatrun.text import readable_size
 
 HOSTILE = "[red]x[/b] :100:"
 TASK: dict[str, Any] = {
@@ -184,21 +183,6 @@ def a_dry_run(**fields: Any) -> DryRun:
         "problems": [],
     }
     return DryRun.model_validate({"name": "x", "model": "x", "folder": "x", **plan, **fields})
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (78_000, "76.2 KiB"),
-        (3 * 2**20, "3.0 MiB"),
-        (2**41, "2.00 TiB"),
-    ],
-)
-def test_readable_size(num_bytes: int, text: str) -> None:
-    assert readable_size(num_bytes) == text
 
 
 def played(console: Console) -> str:
