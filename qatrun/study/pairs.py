@@ -30,33 +30,33 @@ def compare_arms(
         InputError: no scores there.
         MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
     """
-    scores = {"twin": Scores.load(twin.eval), "arm": Scores.load(arm.eval)}
-    records = {"twin": _record(twin), "arm": _record(arm)}
+    twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
+    of_twin, of_arm = _record(twin), _record(arm)
     of_start = read_json(start.result, Result) if start is not None and start.result.is_file() else None
     # Scores that a record speaks of are not left out because they are gone.
-    arm_off = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(records["arm"], "off") else None
+    off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
-    problems = setting_mismatches(scores["twin"], scores["arm"]) + _training_mismatches(records["twin"], records["arm"])
+    problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
-    unknown = [task for task in scores["twin"].tasks if task not in budgets]
+    unknown = [task for task in twin_scores.tasks if task not in budgets]
     if unknown:
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
         "start": _perplexity(of_start, "on"),
-        "twin": _perplexity(records["twin"], "on"),
-        "arm": _perplexity(records["arm"], "on"),
-        "arm_off": _perplexity(records["arm"], "off"),
+        "twin": _perplexity(of_twin, "on"),
+        "arm": _perplexity(of_arm, "on"),
+        "arm_off": _perplexity(of_arm, "off"),
     }
     return Pair(
         arm=arm.path.name,
         twin=twin.path.name,
-        comparison=compare(start_scores, scores["twin"], scores["arm"], arm_off, budgets),
-        loss_ape_percent=_loss_ape(twin, arm, records["arm"]),
+        comparison=compare(start_scores, twin_scores, arm_scores, off_scores, budgets),
+        loss_ape_percent=_loss_ape(twin, arm, of_arm),
         perplexity={key: value for key, value in perplexity.items() if value is not None},
-        cost={key: record.cost for key, record in records.items() if record is not None},
-        sizes=records["arm"].sizes if records["arm"] else {},
-        coverage=records["arm"].coverage if records["arm"] else None,
+        cost={key: record.cost for key, record in (("twin", of_twin), ("arm", of_arm)) if record is not None},
+        sizes=of_arm.sizes if of_arm else {},
+        coverage=of_arm.coverage if of_arm else None,
         mismatches=[str(problem) for problem in problems],
     )
 

@@ -1,4 +1,4 @@
-"""What a page is made of: a study as plain data, whoever read it."""
+"""What a page is made of: a study's records, whoever read them."""
 
 from __future__ import annotations
 
