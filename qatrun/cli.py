@@ -81,13 +81,13 @@ def train(
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
     for pair in result.pairs:
         out.print()
-        out.print(comparison_table(pair.to_dict()))
+        out.print(comparison_table(pair))
     if result.summary is not None:
         out.print()
         out.print(seeds_table(result.summary))
     if result.diagnosis is not None:
-        for arm in result.diagnosis["arms"].values():
-            out.print(f"\ndiagnosis: {arm['sentence']}", markup=False)
+        for arm in result.diagnosis.arms.values():
+            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
     out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
     if not result.pairs and result.summary is None:
         out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
@@ -118,9 +118,9 @@ def check(
 
     checked = preflight(loaded)
     if json_:
-        out.print_data(checked.to_dict())
+        out.print_data(checked.dry_run().to_dict())
     else:
-        out.print(dry_run(checked.to_dict()))
+        out.print(dry_run(checked.dry_run()))
     if checked.problems:
         with _located(recipe, set_):
             raise InputError(checked.problems)
@@ -154,7 +154,7 @@ def evaluate(
     with TerminalDisplay(err) as display:
         scored = score_path(path, config, display, output)
     if json_:
-        out.print_data(scored)
+        out.print_data(scored.to_dict())
     else:
         out.print(score_table(scored))
 
@@ -184,7 +184,7 @@ def compare(
         sys.stdout.write(comparison_csv([pair]))
     else:
         out.out(f"comparing {took}")
-        out.print(comparison_table(pair.to_dict()))
+        out.print(comparison_table(pair))
     _exit_by_verdict(pair.comparison.verdict, strict)
 
 
@@ -204,12 +204,12 @@ def diagnose(
     with TerminalDisplay(err) as display:
         found = diagnose_study(study, output_dir, display)
     if json_:
-        out.print_data(found)
+        out.print_data({folder: diagnosis.to_dict() for folder, diagnosis in found.items()})
         return
     for folder, diagnosis in found.items():
-        for name, arm in diagnosis["arms"].items():
+        for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
-            out.print(diagnosis_table(name, arm))
+            out.print(diagnosis_table(arm))
 
 
 @app.command()

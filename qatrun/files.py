@@ -12,16 +12,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from qatrun.errors import DamagedFileError, Problem, QatrunError, WriteError
 
 T = TypeVar("T")
 
+# Names of what more than one floor reads or writes of a study; `study.layout` has the rest, and where each lies.
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
+CHECKPOINTS, TENSORS = "checkpoints", "tensors"
+SCORES_FILE, ITEMS_FILE = "scores.json", "items.parquet"
+SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
+
 UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
 
 # How safetensors and tokenizers (Rust), and Arrow, name an error of the operating system in their own exceptions.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+
+
+class Record(BaseModel):
+    """What a JSON file holds: fields by the names that stand in the file, checked where it is made and where it is read.
+    Keys that are no field, of another version's, are let through and kept."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", populate_by_name=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in its file: what it was given."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
 
 @contextmanager
@@ -90,12 +108,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON whole or not at all.
+    """Write a record, or plain data, as JSON: whole or not at all.
 
     Raises:
         WriteError: it cannot be written.
     """
-    replace_file(file, (json.dumps(value, indent=2) + "\n").encode())
+    plain = value.to_dict() if isinstance(value, Record) else value
+    replace_file(file, (json.dumps(plain, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -114,15 +133,15 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def read_json(file: Path, kind: type[T]) -> T:
-    """What a JSON file holds, as it stands.
+    """What a JSON file holds.
 
     Args:
-        kind: what it must be, such as a TypedDict of `qatrun.records`; keys that are not named there are let through.
+        kind: what it must be, such as a Record; for any other type the plain data as it stands.
     Raises:
         DamagedFileError: it is missing, torn or something else.
     """
     with reading(file):
-        return conforming(json.loads(file.read_text(encoding="utf-8")), kind)
+        return _conforming(json.loads(file.read_text(encoding="utf-8")), kind)
 
 
 def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[T]:
@@ -139,23 +158,11 @@ def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[
         *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(conforming(json.loads(line), kind))
+                rows.append(_conforming(json.loads(line), kind))
             except (ValueError, RecursionError) as error:
                 if not skip_damaged:
                     raise ValueError(f"line {number}: {_reason(error)}") from error
     return rows
-
-
-def conforming(value: Any, kind: type[T]) -> T:
-    """The value itself.
-
-    Raises:
-        ValueError: it is not of that kind.
-    """
-    hashable: Any = kind
-    _adapter(hashable).validate_python(value, strict=True)
-    checked: T = value
-    return checked
 
 
 def sha256(file: Path) -> str:
@@ -178,6 +185,17 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+def _conforming(value: Any, kind: type[T]) -> T:
+    """The record that plain data stand for; where `kind` is no Record, the data themselves.
+
+    Raises:
+        ValueError: they are not of that kind.
+    """
+    hashable: Any = kind
+    checked: T = _adapter(hashable).validate_python(value, strict=True)
+    return checked if isinstance(checked, Record) else value
+
+
 def _new_file_mode() -> int:
     umask = os.umask(0)  # it can only be read by setting it
     os.umask(umask)
@@ -195,8 +213,8 @@ def _os_reason(error: Exception) -> str | None:
 def _reason(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}: {first['msg']}" if place else first["msg"]
+        place, message = ".".join(map(str, first["loc"])), first["msg"].partition(" or instance of ")[0]
+        return f"{place}: {message}" if place else message
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -115,7 +115,7 @@ def attempt(architecture: str, folder: Path) -> Result:
         checked = preflight(recipe)
     if checked.problems:
         return Result(architecture, REFUSED, checked.problems[0].message.removeprefix(f"{folder / 'model'}: "))
-    checked.to_dict()
+    checked.dry_run()
     equal = run(recipe, checked, folder)
     if not equal:
         return Result(architecture, FAILED, "the logits read back differ from those written")

@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
     """Hardware, versions, commit and date."""
     from qatrun.study.environment import describe_environment  # takes seconds
 
-    described = describe_environment()
+    described = describe_environment().to_dict()
     described["packages"]["torchao"] = importlib.metadata.version("torchao") if find_spec("torchao") else None
     return described
 

@@ -63,6 +63,7 @@ from qatrun.numerics import bfloat16_products, inverse_scale
 from qatrun.quant import Scales
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.merge import deep_merge
+from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report import TerminalDisplay
 from qatrun.study import preflight, run_study
 from qatrun.study.claim import claimed
@@ -248,7 +249,7 @@ def run_seed(seed: int, output: Path) -> None:
         for recipe in (main_recipe(seed, output), *bursts, outlier_recipe(seed, output)):
             train_planted(recipe, display)
             folder = StudyFolder(run_study(recipe, display, resume=True).folder)
-            found = diagnose(folder, display)["arms"]
+            found = diagnose(folder, display).arms
             measure = Measure(folder, recipe)
             cells += [
                 cell_of(folder, recipe.arm_by_name[name], result, measure, seed) for name, result in found.items()
@@ -299,11 +300,11 @@ class Measure:
         return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Measure, seed: int) -> dict[str, Any]:
+def cell_of(folder: StudyFolder, arm: Arm, found: ArmDiagnosis, measure: Measure, seed: int) -> dict[str, Any]:
     """One cell: what was planted, what training and quantization cost, what was found."""
     format, _, fault = arm.name.partition("-")
     start, twin = measure.bf16(None), measure.bf16(str(arm.twin))
-    text = math.log(found["perplexity"]["on"] / found["perplexity"]["twin"])
+    text = math.log(found.perplexity["on"] / found.perplexity["twin"])
     forgetting = twin[0] - start[0], twin[1] - start[1]
     quantization = text, measure.quantized(arm.name) - twin[1]
     return {
@@ -311,10 +312,10 @@ def cell_of(folder: StudyFolder, arm: Arm, found: Mapping[str, Any], measure: Me
         "format": format,
         "fault": fault,
         "harm": {"forgetting": forgetting, "quantization": quantization},
-        "findings": found["findings"],
+        "findings": found.findings,
         "alarms": first_alarms(folder.arm(arm.name)),
-        "effects": {effect["name"]: effect for effect in found["effects"]},
-        "sentence": found["sentence"],
+        "effects": {effect.name: effect.to_dict() for effect in found.effects},
+        "sentence": found.sentence,
     }
 
 

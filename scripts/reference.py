@@ -16,8 +16,9 @@ import typer
 
 from qatrun import cli
 from qatrun.formats import FORMATS
-from qatrun.recipe import json_schema, shipped_recipes
-from qatrun.recipe.wording import number, shown
+from qatrun.recipe.schema import json_schema
+from qatrun.recipe.shipped import shipped_recipes
+from qatrun.text import number, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 JsonSchema = Mapping[str, Any]

@@ -62,61 +62,20 @@ def write_study(folder: Path, shape: Shape = Shape()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(shape.seed)
     arms = [{"arm": name, "bad": shape.broken and name == "int8"} for name in shape.arms]
-    (folder / "recipe.yaml").write_text(_recipe(folder.name, shape), encoding="utf-8")
-    _json(folder / "environment.json", _environment())
-    _json(folder / "start" / "result.json", {"arm": "start", "perplexity": {"on": 4.81}})
+    (folder / "recipe.yaml").write_text(recipe_text(folder.name, shape), encoding="utf-8")
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "start" / "result.json", {"arm": "start", "perplexity": {"on": 4.81}})
     twin_loss = 1.2 + 1.1 * np.exp(-np.arange(shape.steps) / (0.22 * shape.steps)) + rng.normal(0, 0.03, shape.steps)
     for arm in arms:
         _write_arm(folder / arm["arm"], arm["arm"], arm["bad"], twin_loss, shape, rng)
     pairs = [_pair(arm["arm"], arm["bad"], shape) for arm in arms if arm["arm"] != "bf16"]
     verdict = max((pair["comparison"]["verdict"] for pair in pairs), key=VERDICTS.index)
-    _json(folder / "comparison.json", {"study": folder.name, "verdict": verdict, "pairs": pairs})
-    _json(folder / "diagnosis.json", _diagnosis([arm for arm in arms if arm["arm"] != "bf16"], shape))
+    write_json(folder / "comparison.json", {"study": folder.name, "verdict": verdict, "pairs": pairs})
+    write_json(folder / "diagnosis.json", _diagnosis([arm for arm in arms if arm["arm"] != "bf16"], shape))
     return folder
 
 
-def write_seeds(folder: Path, arms: Sequence[str] = ("bf16-high", "bf16-low", "recent", "ema", "max64")) -> Path:
-    """A study over three seeds; seed 0 has its own folder, too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = Shape()
-    (folder / "recipe.yaml").write_text(_recipe(folder.name, shape), encoding="utf-8")
-    _json(folder / "environment.json", _environment())
-    rng = np.random.default_rng(1)
-    found = {name: _seeds_arm(name, index, rng) for index, name in enumerate(arms)}
-    contrast = {
-        "name": "the max window against the latest amax",
-        "a": arms[-1],
-        "b": arms[2],
-        "difference_pp": 0.42,
-        "ci95_pp": [-0.31, 1.15],
-        "per_seed_pp": [0.61, 0.12, 0.53],
-        "loss_ape_percent": [0.2, 0.25, 0.22],
-        "answer": "No effect shown: the max window could help by up to 1.15 pp against the latest amax.",
-    }
-    second = contrast | {
-        "name": "the low learning rate against the high one",
-        "a": "bf16-low",
-        "b": "bf16-high",
-        "difference_pp": 24.1,
-        "ci95_pp": [20.2, 28.0],
-        "per_seed_pp": [23.0, 25.6, 23.7],
-        "answer": "The low learning rate helps: 24.1 pp (20.2 to 28.0), and the loss says the opposite.",
-    }
-    _json(
-        folder / "seeds.json",
-        {
-            "study": folder.name,
-            "verdict": "exceeds",
-            "seeds": [0, 1, 2],
-            "arms": found,
-            "contrasts": [contrast, second],
-        },
-    )
-    write_study(folder / "seed-0", Shape(steps=60, warmup=10, blocks=1))
-    return folder
-
-
-def _json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value), encoding="utf-8")
 
@@ -133,12 +92,12 @@ def _write_arm(folder: Path, name: str, bad: bool, twin_loss: Any, shape: Shape,
     record = {"arm": name, "twin": "bf16" if quantized else None, "coverage": None, "perplexity": {"on": 2.28}}
     if quantized:
         record["coverage"] = f"{linears} of {linears + 1} linears, 88% of linear FLOPs"
-    _json(folder / "result.json", record)
+    write_json(folder / "result.json", record)
     if not quantized:
         return
     _write_tensors(folder / "tensors", bad, shape, rng)
-    _json(folder / "histograms.json", {"tensors": [_histogram(tensor, name) for tensor in _watched(shape)]})
-    _json(folder / "quantized" / "plan.json", _quantized(name, shape))
+    write_json(folder / "histograms.json", {"tensors": [_histogram(tensor, name) for tensor in _watched(shape)]})
+    write_json(folder / "quantized" / "plan.json", _quantized(name, shape))
     _jsonl(folder / "alarms.jsonl", [_alarm(shape)] if bad else [])
 
 
@@ -359,38 +318,7 @@ def _diagnosed_arm(name: str, bad: bool, shape: Shape) -> dict[str, Any]:
     }
 
 
-def _seeds_arm(name: str, index: int, rng: Any) -> dict[str, Any]:
-    base = 0.55 if "high" in name or name in ("recent", "ema") else 0.84
-    tasks = {task: _seeds_task(base + 0.01 * place, index, rng) for place, task in enumerate(Shape().tasks)}
-    return {
-        "twin": None if "bf16" in name else "bf16-low" if name == "max64" else "bf16-high",
-        "label": None,
-        "tasks": tasks,
-        "all_tasks": _seeds_task(base, index, rng),
-        "perplexity": [2.28, 2.3, 2.27],
-        "loss_ape_percent": {
-            "after_switch": None if "bf16" in name else (0.07 * np.array([1, 1.2, 0.8]) * 3**index).tolist()
-        },
-        "findings": [[], [], []] if base > 0.8 else [["forgetting"], ["forgetting"], ["forgetting", "saturation"]],
-    }
-
-
-def _seeds_task(base: float, index: int, rng: Any) -> dict[str, Any]:
-    accuracy = (base + rng.normal(0, 0.008, 3)).tolist()
-    drops = None if index < 2 else (0.3 * index + rng.normal(0, 0.4, 3)).tolist()
-    mean = None if drops is None else float(np.mean(drops))
-    return {
-        "accuracy": accuracy,
-        "mean": float(np.mean(accuracy)),
-        "sd": float(np.std(accuracy, ddof=1)),
-        "drop_pp": drops,
-        "drop_mean_pp": mean,
-        "drop_sd_pp": None if drops is None else float(np.std(drops, ddof=1)),
-        "drop_ci95_pp": None if mean is None else [mean - 0.9, mean + 0.9],
-    }
-
-
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     return {
         "date": "2026-01-02T03:04:05+00:00",
         "command": ["qatrun", "train", "demo"],
@@ -404,7 +332,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _recipe(name: str, shape: Shape) -> str:
+def recipe_text(name: str, shape: Shape) -> str:
     arms = "\n".join(
         f"  {json.dumps(arm)}: {{qat: {'null' if arm == 'bf16' else '{format: hif8}'}}}" for arm in shape.arms
     )

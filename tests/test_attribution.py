@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from qatrun.evaluate.attribution import EFFECTS, Effect, accuracies, answer_log_probability, effects, findings
+from qatrun.evaluate.attribution import EFFECTS, accuracies, answer_log_probability, effects, findings
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
+from qatrun.records.diagnosis import Effect
 
 NUM_ITEMS = 400
 
@@ -62,7 +63,7 @@ def test_a_drop_in_log_probability_alone_is_enough() -> None:
     """What accuracy over so few items cannot show."""
     effect = study(on=(0.8, 0.05))["whole"]
     assert effect.ci95_pp[0] < 1.0
-    assert effect.ci95_nats[0] > 0.02
+    assert effect.ci95_loglikelihood[0] > 0.02
     assert findings(study(on=(0.8, 0.05)), clipped=True) == ("saturation",)
 
 
@@ -71,8 +72,8 @@ def test_text_that_all_choices_lose_alike_tells_a_clip_and_nothing_else() -> Non
     blurred = scores(0.8, text=0.05)
     models = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh"), twin)
     found = effects(models | {"on": blurred}, {})
-    assert found["whole"].drop_nats == pytest.approx(0.0, abs=1e-9)
-    assert found["whole"].drop_text_nats == pytest.approx(0.05)
+    assert found["whole"].loglikelihood == pytest.approx(0.0, abs=1e-9)
+    assert found["whole"].text_loglikelihood == pytest.approx(0.05)
     assert findings(found, clipped=True) == ("saturation",)
     assert findings(found, clipped=False) == ()
     assert findings(effects(models | {"on": blurred, "ptq": blurred}, {}), clipped=True) == ()  # the price of the grid
@@ -84,20 +85,20 @@ def test_a_longer_answer_may_lose_more() -> None:
     twin, after = scores(0.8), scores(0.8, text=0.05)
     long = {"twin": Scores({"task": replace(twin.tasks["task"], num_answer_tokens=20 * NUM_ITEMS)}, {}), "on": after}
     effect = effects(long, {})["whole"]
-    assert effect.drop_text_nats == pytest.approx(0.05 / 20)
-    assert effect.ci95_text_nats == pytest.approx((0.05 / 20, 0.05 / 20))
+    assert effect.text_loglikelihood == pytest.approx(0.05 / 20)
+    assert effect.ci95_text_loglikelihood == pytest.approx([0.05 / 20, 0.05 / 20])
 
 
 def test_effects_pair_items_by_name_whatever_their_order() -> None:
     models = {"start": scores(0.8), "twin": scores(0.7, nats=0.1, order=5)}
     effect = effects(models, {"start": 1.0, "twin": 1.5})["training"]
     assert effect.drop_pp == pytest.approx(10.0)
-    assert effect.drop_nats == pytest.approx(
-        effects({**models, "twin": scores(0.7, nats=0.1)}, {})["training"].drop_nats
+    assert effect.loglikelihood == pytest.approx(
+        effects({**models, "twin": scores(0.7, nats=0.1)}, {})["training"].loglikelihood
     )
     assert effect.log_perplexity == pytest.approx(0.5)
-    low, high = effect.ci95_nats
-    assert low < effect.drop_nats < high
+    low, high = effect.ci95_loglikelihood
+    assert low < effect.loglikelihood < high
     assert high - low < 0.02  # paired: the same items
 
 
@@ -116,7 +117,7 @@ def test_an_effect_is_over_the_items_that_both_models_answered() -> None:
     sampled = {**whole, "twin": Scores({"task": fewer}, {})}
     effect = effects(sampled, {})["training"]
     lost = whole["start"].tasks["task"].items.loglikelihood[some] - items.loglikelihood
-    assert effect.drop_text_nats == pytest.approx(lost.mean() / 2)
+    assert effect.text_loglikelihood == pytest.approx(lost.mean() / 2)
     before = whole["start"].tasks["task"].items.correct[some].mean()
     assert effect.drop_pp == pytest.approx(100 * (before - items.correct.mean()))
     assert accuracies(sampled, "task") == pytest.approx({"start": before, "twin": items.correct.mean()})

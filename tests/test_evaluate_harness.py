@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from qatrun import demo
 from qatrun.data import IGNORE_INDEX
 from qatrun.errors import InputError, NonFiniteError
-from qatrun.evaluate.harness import RESULTS_FILE, SAMPLES_FOLDER, score
+from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.registry import find_task
 from qatrun.evaluate.scores import ItemScores, Scores
-from qatrun.evaluate.tasks import write_task_files
+from qatrun.evaluate.sources import local_folder
+from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL
 from qatrun.recipe import EvalConfig
 
 DEMO = EvalConfig(tasks=dict.fromkeys(demo.TASKS, 0), limit=8, batch_size=4)
@@ -157,11 +159,11 @@ def test_prompts_cut_at_the_context_are_counted(model: LlamaForCausalLM, tokeniz
 
 def test_what_is_written(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     scores = score(model, tokenizer, DEMO, output_dir=tmp_path)
-    results = json.loads((tmp_path / RESULTS_FILE).read_text())
+    results = json.loads((tmp_path / SCORES_OF_LM_EVAL).read_text())
     assert results["config"]["sources"] == dict.fromkeys(demo.TASKS, "builtin")
     for name, task in scores.tasks.items():
         assert results["results"][name]["acc,none"] == task.accuracy
-        samples = [json.loads(line) for line in (tmp_path / SAMPLES_FOLDER / f"{name}.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (tmp_path / SAMPLES / f"{name}.jsonl").read_text().splitlines()]
         assert [sample["acc"] for sample in samples] == task.items.correct.tolist()
     loaded = Scores.load(tmp_path)
     assert loaded.settings == scores.settings
@@ -218,6 +220,18 @@ def lm_eval_command_line(model: Path, task: str, limit: int, include_path: Path,
         *("--tasks", task, "--include_path", str(include_path), "--limit", str(limit), "--batch_size", "16"),
         *("--device", "cpu", "--output_path", str(output_path), "--log_samples"),
     ]
+
+
+def write_task_files(folder: Path, tasks: dict[str, int], data_dir: Path) -> list[str]:
+    """A file for each task with which lm-eval's command line reads it from `data_dir`; the names by which it knows them."""
+    folder.mkdir(parents=True)
+    for name, num_fewshot in tasks.items():
+        registered = find_task(name)
+        [path] = {local_folder(leaf.config["dataset_path"], data_dir) for leaf in registered.leaves}
+        overrides = {"dataset_path": str(path), "num_fewshot": num_fewshot}
+        group = {"group": f"{name}_local", "task": [{**member, **overrides} for member in registered.members]}
+        (folder / f"{name}_local.yaml").write_text(json.dumps(group), encoding="utf-8")  # JSON is YAML
+    return [f"{name}_local" for name in tasks]
 
 
 def test_scores_equal_those_of_the_lm_eval_command_line(shared: Path, tmp_path: Path) -> None:

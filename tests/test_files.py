@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from qatrun.errors import DamagedFileError, WriteError
 from qatrun.files import filled_folder, read_json, read_rows, replace_file, whole_file, writing
-from qatrun.records import AlarmRow, ArmResult, MetricsRow, Quantized, StudyComparison
+from qatrun.records.comparison import StudyComparison
+from qatrun.records.quantized import Quantized
+from qatrun.records.training import AlarmRow, ArmResult, MetricsRow
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 
 LARGE = torch.zeros(100_000)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 
 from qatrun.evaluate.paired import (
     Flips,
@@ -18,7 +18,10 @@ from qatrun.evaluate.paired import (
     judge,
     mcnemar_p,
     paired_bootstrap,
+    standard_deviation,
+    t_interval,
     tango_interval,
+    worst_verdict,
 )
 
 Z = 1.959963984540054
@@ -169,3 +172,22 @@ def test_items_to_settle_do_settle_it(to_wrong: int, to_right: int, settled: str
 
 def test_no_number_of_items_settles_a_drop_equal_to_the_budget() -> None:
     assert items_to_settle(1000, 0.01, (-0.01, 0.03), budget=0.01) is None
+
+
+def test_t_interval() -> None:
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert interval == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
+    values = [0.3, -1.2, 0.9, 2.2, 0.1]
+    assert t_interval(values, confidence=0.9) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.9)))
+
+
+def test_one_value_has_no_spread() -> None:
+    assert t_interval([1.0]) is None
+    assert standard_deviation([1.0]) is None
+    assert standard_deviation([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+
+
+def test_worst_verdict() -> None:
+    assert worst_verdict(["within", None, "exceeds", "inconclusive"]) == "exceeds"
+    assert worst_verdict(["within", "inconclusive"]) == "inconclusive"
+    assert worst_verdict([None]) is None

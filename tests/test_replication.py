@@ -9,19 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.stats import ttest_1samp
 
 from qatrun.errors import MismatchError
 from qatrun.evaluate import paired
-from qatrun.evaluate.replication import (
-    Correct,
-    correct_of_seeds,
-    difference,
-    loss_gap,
-    standard_deviation,
-    t_interval,
-    worst_verdict,
-)
+from qatrun.evaluate.replication import Correct, correct_of_seeds, difference, loss_gap
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
 
 COVERAGE_TRIALS = 200
@@ -39,19 +30,6 @@ def scores(item_ids: list[str], correct: list[bool], task: str = "facts") -> Sco
 
 
 # By hand.
-
-
-def test_t_interval() -> None:
-    interval = t_interval([1.0, 2.0, 3.0])
-    assert interval == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
-    values = [0.3, -1.2, 0.9, 2.2, 0.1]
-    assert t_interval(values, confidence=0.9) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.9)))
-
-
-def test_one_seed_has_no_spread() -> None:
-    assert t_interval([1.0]) is None
-    assert standard_deviation([1.0]) is None
-    assert standard_deviation([1.0, 3.0]) == pytest.approx(math.sqrt(2))
 
 
 def test_of_one_seed_the_interval_is_that_of_the_comparison() -> None:
@@ -107,12 +85,6 @@ def test_loss_gap_has_a_size_and_a_sign() -> None:
     assert lower is not None
     assert lower.difference_percent == pytest.approx(-25.0)
     assert loss_gap({1: 1.0}, {2: 1.0}) is None
-
-
-def test_worst_verdict() -> None:
-    assert worst_verdict(["within", None, "exceeds", "inconclusive"]) == "exceeds"
-    assert worst_verdict(["within", "inconclusive"]) == "inconclusive"
-    assert worst_verdict([None]) is None
 
 
 # Pairing.

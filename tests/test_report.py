@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from qatrun.records.comparison import Pair
+from qatrun.records.dryrun import DryRun
+from qatrun.records.scores import ScoredModel
 from qatrun.report import (
     TerminalDisplay,
     comparison_table,
     comparison_text,
     dry_run,
-    readable_size,
     score_table,
 )
 
@@ -29,7 +31,7 @@ TASK: dict[str, Any] = {
     "arm_off": 0.7525,
     "drop_pp": 1.37,
     "drop_relative_percent": -11.8,
-    "ci95_pp": (-10.21, 10.55),
+    "ci95_pp": [-10.21, 10.55],
     "mcnemar_p": 1.2e-10,
     "flips_to_wrong": 123,
     "flips_to_right": 104,
@@ -42,11 +44,13 @@ TASK: dict[str, Any] = {
 ROW = {"step": 1, "phase": "qat", "loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 123456.7, "num_saturated": 3}
 
 
-def a_pair(*tasks: dict[str, Any], arm: str = "hif8", twin: str = "bf16", **fields: Any) -> dict[str, Any]:
+def a_pair(*tasks: dict[str, Any], arm: str = "hif8", twin: str = "bf16", **fields: Any) -> Pair:
     verdict = "inconclusive"
     empty: dict[str, Any] = {"loss_ape_percent": {}, "perplexity": {}, "cost": {}, "sizes": {}, "coverage": None}
-    comparison = {"tasks": tasks or (TASK,), "verdict": verdict, "conditional_on": "these checkpoints"}
-    return {"arm": arm, "twin": twin, "comparison": comparison, "mismatches": [], **empty, **fields}
+    comparison = {"tasks": list(tasks) or [TASK], "verdict": verdict, "conditional_on": "these checkpoints"}
+    return Pair.model_validate(
+        {"arm": arm, "twin": twin, "comparison": comparison, "mismatches": [], **empty, **fields}
+    )
 
 
 def drawn(renderable: RenderableType, width: int = 80) -> list[str]:
@@ -129,7 +133,7 @@ def test_names_are_printed_as_they_are() -> None:
         "comparison": comparison_table(
             a_pair({**TASK, "task": HOSTILE}, arm=HOSTILE, twin=HOSTILE, mismatches=[HOSTILE])
         ),
-        "scores": score_table({"model": HOSTILE, "tasks": [{**scored, "num_truncated": 2}]}),
+        "scores": score_table(a_model({**scored, "num_truncated": 2})),
         "dry run": dry_run(a_dry_run(name=HOSTILE, model=HOSTILE, folder=HOSTILE)),
     }
     assert {name: "\n".join(drawn(screen, 200)).count(HOSTILE) for name, screen in screens.items()} == {
@@ -139,7 +143,11 @@ def test_names_are_printed_as_they_are() -> None:
     }
 
 
-def a_dry_run(**fields: Any) -> dict[str, Any]:
+def a_model(task: dict[str, Any], name: str = HOSTILE) -> ScoredModel:
+    return ScoredModel.model_validate({"model": name, "settings": {}, "tasks": [task], "output": None})
+
+
+def a_dry_run(**fields: Any) -> DryRun:
     text = fields["name"] if fields else "x"
     arm = {
         "name": text,
@@ -172,23 +180,9 @@ def a_dry_run(**fields: Any) -> dict[str, Any]:
         "disk_bytes": None,
         "tasks": [task],
         "assumed_discordance": 0.05,
+        "problems": [],
     }
-    return {"name": "x", "model": "x", "folder": "x", **plan, **fields}
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (78_000, "76.2 KiB"),
-        (3 * 2**20, "3.0 MiB"),
-        (2**41, "2.00 TiB"),
-    ],
-)
-def test_readable_size(num_bytes: int, text: str) -> None:
-    assert readable_size(num_bytes) == text
+    return DryRun.model_validate({"name": "x", "model": "x", "folder": "x", **plan, **fields})
 
 
 def played(console: Console) -> str:

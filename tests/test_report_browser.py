@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_study import Shape, write_seeds, write_study
+from page_seeds import write_seeds
+from page_study import Shape, write_study
 
 from qatrun.study.layout import StudyFolder
 from qatrun.study.page import write_page

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from page_study import write_study
 from rich.console import Console, RenderableType
-from test_report import HOSTILE, ROW, a_dry_run, a_pair, drawn
+from test_report import HOSTILE, ROW, a_dry_run, a_model, a_pair, drawn
 
+from qatrun.files import read_json
+from qatrun.records.comparison import StudyComparison
+from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.report import TerminalDisplay, comparison_table, dry_run, score_table
 from qatrun.report.diagnosis import diagnosis_table
 from qatrun.report.grid import Grid
@@ -25,15 +25,12 @@ def screens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RenderableTyp
     folder = tmp_path_factory.mktemp("studies")
     study = write_study(folder / "one")
 
-    def read(file: Path) -> Any:
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    name, diagnosis = next(iter(read(study / "diagnosis.json")["arms"].items()))
+    diagnosis = read_json(study / "diagnosis.json", StudyDiagnosis)
     return {
-        "comparison": comparison_table(read(study / "comparison.json")["pairs"][0]),
-        "scores": score_table({"model": "m", "tasks": [{**SCORED, "num_truncated": 1234}]}),
+        "comparison": comparison_table(read_json(study / "comparison.json", StudyComparison).pairs[0]),
+        "scores": score_table(a_model({**SCORED, "num_truncated": 1234}, "m")),
         "dry run": dry_run(a_dry_run(name="x", num_parameters=2_437_632, disk_bytes={"at the end": 2**21})),
-        "diagnosis": diagnosis_table(name, diagnosis),
+        "diagnosis": diagnosis_table(next(iter(diagnosis.arms.values()))),
     }
 
 

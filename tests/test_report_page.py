@@ -14,7 +14,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from page_study import Shape, write_seeds, write_study
+from page_seeds import write_seeds
+from page_study import Shape, write_study
 
 from qatrun.errors import InputError
 from qatrun.report.page.coverage import ranges
@@ -180,7 +181,8 @@ def test_no_study_and_a_damaged_one_are_errors(tmp_path: Path, study: Path) -> N
 def test_contrasts_of_a_study_with_one_seed(study: Path, tmp_path: Path) -> None:
     summary = json.loads((write_seeds(tmp_path / "seeds") / "seeds.json").read_text(encoding="utf-8"))
     contrast = summary["contrasts"][0] | {"per_seed_pp": [0.61], "loss_ape_percent": None}
-    (study / "seeds.json").write_text(json.dumps({"seeds": [0], "arms": {}, "contrasts": [contrast]}), encoding="utf-8")
+    of_one = summary | {"seeds": [0], "arms": {}, "contrasts": [contrast]}
+    (study / "seeds.json").write_text(json.dumps(of_one), encoding="utf-8")
     page = page_of(study)
     assert "figure-contrasts" in page
     assert contrast["answer"] in "".join(Elements(page).words)
@@ -236,8 +238,8 @@ def test_the_scores_histograms_and_probes(finished: Path) -> None:
     figure = scores_figure(content)
     assert figure is not None
     assert figure.csv == (finished / "report" / "scores.csv").read_text(encoding="utf-8")
-    tasks = [task for pair in content.pairs for task in pair["comparison"]["tasks"]]
-    assert [float(row["drop pp"]) for row in rows_of(finished, "scores")] == [task["drop_pp"] for task in tasks]
+    tasks = [task for pair in content.pairs for task in pair.comparison.tasks]
+    assert [float(row["drop pp"]) for row in rows_of(finished, "scores")] == [task.drop_pp for task in tasks]
     entries = json.loads((finished / "int8" / "histograms.json").read_text(encoding="utf-8"))["tensors"]
     counts = [int(row["values"]) for row in rows_of(finished, "histograms-int8")]
     assert counts == [count for entry in entries for count in entry["counts"]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from test_study import SHORT, checksums, interrupt_at, outcome, read
+from studies import SHORT, checksums, interrupt_at, outcome, read
 from tiny_world import run_qatrun
 
 from qatrun.errors import DamagedFileError

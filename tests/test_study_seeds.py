@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_study import checksums, interrupt_at, read
+from studies import checksums, interrupt_at, read
 from tiny_world import Ran, run_qatrun, write_world
 
-from qatrun.evaluate.comparison import Comparison
-from qatrun.evaluate.replication import t_interval
+from qatrun.evaluate.paired import t_interval
+from qatrun.files import read_json
 from qatrun.recipe import load_recipe
+from qatrun.records.comparison import StudyComparison
+from qatrun.records.seeds import Seeds
 from qatrun.report.seeds_table import seeds_table
 from qatrun.study.layout import StudyFolder, newest_study
 from qatrun.study.preflight import preflight
@@ -54,12 +56,6 @@ def numbers(study: Path) -> dict[str, str]:
         for name, digest in checksums(study).items()
         if name.endswith(kept) and ("checkpoints" not in name or "step-000006" in name)
     }
-
-
-def trained(study: Path) -> dict[str, str]:
-    """Checksums of what training and scoring left."""
-    kept = ("items.parquet", ".safetensors", "metrics.jsonl", "result.json")
-    return {name: digest for name, digest in checksums(study).items() if name.endswith(kept)}
 
 
 # What a study over seeds holds.
@@ -127,12 +123,12 @@ def test_the_summary_is_of_the_scores_of_the_seeds(finished: Path) -> None:
     study = finished / "runs/many"
     summary = read(study / "seeds.json")
     assert (summary["study"], summary["seeds"]) == ("many", [0, 1])
-    pairs = [read(study / f"seed-{seed}/comparison.json")["pairs"][0] for seed in (0, 1)]
-    comparisons = [Comparison.from_json(json.dumps(pair["comparison"])) for pair in pairs]
+    files = [study / f"seed-{seed}/comparison.json" for seed in (0, 1)]
+    pairs = [read_json(file, StudyComparison).pairs[0] for file in files]
     arm, twin = summary["arms"]["hif8"], summary["arms"]["bf16"]
     assert (arm["twin"], twin["twin"], twin["verdict"], twin["loss_ape_percent"]) == ("bf16", None, None, None)
     for number, task in enumerate(("likes.yaml", "demo_facts")):
-        of_seeds = [comparison.tasks[number] for comparison in comparisons]
+        of_seeds = [pair.comparison.tasks[number] for pair in pairs]
         found = arm["tasks"][task]
         assert found["accuracy"] == [each.arm for each in of_seeds]
         assert twin["tasks"][task]["accuracy"] == [each.twin for each in of_seeds]
@@ -141,9 +137,9 @@ def test_the_summary_is_of_the_scores_of_the_seeds(finished: Path) -> None:
         assert found["drop_ci95_pp"][0] <= min(found["drop_ci95_seeds_pp"][0], found["drop_ci95_items_pp"][0])
         assert summary["start"]["tasks"][task]["accuracy"] == of_seeds[0].start
     assert arm["loss_ape_percent"]["after_switch"] == pytest.approx(
-        [p["loss_ape_percent"]["after_switch"] for p in pairs]
+        [pair.loss_ape_percent["after_switch"] for pair in pairs]
     )
-    assert arm["perplexity"] == [pair["perplexity"]["arm"] for pair in pairs]
+    assert arm["perplexity"] == [pair.perplexity["arm"] for pair in pairs]
     assert arm["all_tasks"]["num_items"] == 120
     assert arm["all_tasks"]["mean"] == pytest.approx(sum(task["mean"] for task in arm["tasks"].values()) / 2)
 
@@ -186,14 +182,14 @@ def test_csv_says_the_same(finished: Path) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 110])
 def test_table_says_which_interval_it_judges_by_and_cuts_no_number(finished: Path, width: int) -> None:
-    summary = read(finished / "runs/many/seeds.json")
+    summary = read_json(finished / "runs/many/seeds.json", Seeds)
     console = Console(width=width, record=True, file=(finished / "table").open("w"))
     console.print(seeds_table(summary))
     text = console.export_text()
-    pooled = summary["arms"]["hif8"]["all_tasks"]
-    for key in ("drop_ci95_pp", "drop_ci95_items_pp", "drop_ci95_seeds_pp"):
-        low, high = pooled[key]
-        assert f"{low:+.2f} .. {high:+.2f}" in text
+    pooled = summary.arms["hif8"].all_tasks
+    for edges in (pooled.drop_ci95_pp, pooled.drop_ci95_items_pp, pooled.drop_ci95_seeds_pp):
+        assert edges is not None
+        assert f"{edges[0]:+.2f} .. {edges[1]:+.2f}" in text
     assert "…" not in text
     words = " ".join(text.split())
     assert "the interval over items and seeds together" in words
@@ -279,36 +275,6 @@ def test_seeds_may_be_added_and_none_removed(seeded: Path) -> None:
     assert "train.seeds ([0, 1, 2] -> None)" in train(seeded, "--set", "name=many", *SHORT, *CONTRASTS, "--resume").err
 
 
-# A resume with changed settings as a new arm.
-
-
-def test_an_added_arm_is_trained_and_nothing_else(world: Path) -> None:
-    before = trained(world / "runs/tiny")
-    wider = ("--set", "arms.wide.qat.scaling={window: 8}")
-    ran = train(world, *wider, "--set", "budget.demo_facts=2", "--set", "contrasts.x=[wide, hif8]", "--resume")
-    assert ran.code == 0, ran.err
-    # The first trunk saw no more than a window of 4.
-    segments = ("training trunk", "training bf16", "training hif8", "training wide")
-    assert [line for line in ran.out.splitlines() if line in segments] == ["training trunk", "training wide"]
-    assert before.items() <= trained(world / "runs/tiny").items()
-    comparison = read(world / "runs/tiny/comparison.json")
-    assert [pair["arm"] for pair in comparison["pairs"]] == ["hif8", "wide"]
-    assert comparison["pairs"][0]["comparison"]["tasks"][1]["budget_pp"] == 2
-    kept = load_recipe(world / "runs/tiny/recipe.yaml")
-    assert (kept.arm_names, kept.budget["demo_facts"]) == (("bf16", "hif8", "wide"), 2)
-    assert read(world / "runs/tiny/seeds.json")["contrasts"][0]["name"] == "x"
-    refused = train(world, "--resume")
-    assert refused.code == 2
-    assert "runs/tiny was made with other settings: arms.wide (removed)" in refused.err
-
-
-def test_an_added_arm_that_sees_no_more_shares_the_trunk(world: Path) -> None:
-    ran = train(world, "--set", "arms.narrow.qat={clip: target, scaling: {window: 2}}", "--resume")
-    assert ran.code == 0, ran.err
-    assert "training trunk" not in ran.out
-    assert len(list((world / "runs/tiny").glob("trunk-*"))) == 1
-
-
 def test_an_added_arm_changes_no_number_of_the_others(seeded: Path) -> None:
     before = {
         name: digest for name, digest in numbers(seeded / "runs/many").items() if "hif8" in name or "bf16" in name
@@ -318,30 +284,6 @@ def test_an_added_arm_changes_no_number_of_the_others(seeded: Path) -> None:
     after = numbers(seeded / "runs/many")
     assert {name: after[name] for name in before} == before
     assert list(read(seeded / "runs/many/seeds.json")["arms"]) == ["bf16", "hif8", "int8"]
-
-
-def test_a_twin_that_only_had_to_be_named_is_no_change(world: Path) -> None:
-    options = ("--set", "arms.hif8.twin=bf16", "--set", "arms.low={qat: null, train: {learning_rate: 0.01}}")
-    ran = train(world, *options, "--resume")
-    assert ran.code == 0, ran.err
-    assert "hif8: done already" in ran.out
-
-
-@pytest.mark.parametrize(
-    ("setting", "shown"),
-    [
-        ("eval.limit=30", "eval.limit (60 -> 30)"),
-        ("arms.bf16={}", "arms.bf16.qat (None -> not given)"),
-        ("train.seeds=[0]", "train.seeds (None -> [0])"),
-        ("arms={hif8: {}}", "arms.bf16 (removed)"),
-    ],
-)
-def test_what_numbers_depend_on_is_not_changed(world: Path, setting: str, shown: str) -> None:
-    before = checksums(world)
-    ran = train(world, "--resume", "--set", setting)
-    assert ran.code == 2
-    assert f"runs/tiny was made with other settings: {shown}" in ran.err
-    assert checksums(world) == before
 
 
 # Recipes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
 
 from qatrun import demo
@@ -11,6 +10,7 @@ from qatrun.data.turns import Turn, conversation
 from qatrun.demo.world import NUM_DOCUMENTS, Split
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import Source
+from qatrun.text import suggestion
 
 
 class Document(NamedTuple):
@@ -40,10 +40,9 @@ def as_document(values: Any, where: str, source: Source, key: str) -> Document |
     column = source.column
     key = column_key(source, key)
     if column not in values:
-        close = get_close_matches(column, values, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"columns: {', '.join(values)}"
+        hint = suggestion(column, values, otherwise=f"columns: {', '.join(values)}")
         # Where the first row lacks it, the file does.
-        raise InputError(Problem(f"no column '{column}' in {where.removesuffix(', row 1')} ({hint})", key=key))
+        raise InputError(Problem(f"no column '{column}' in {where.removesuffix(', row 1')}{hint}", key=key))
     content = values[column]
     if content is None or content in ("", []):
         return None

@@ -8,9 +8,10 @@ templates.py   their templates in Jinja's sandbox
 trust.py       whether code that comes with a task file may run
 tasks.py       names in a recipe -> lm-eval tasks
 sources.py     where their questions come from: built in, a local folder, the hub
-harness.py     lm-eval around a model in memory -> Scores
+harness.py     lm-eval around a model in memory -> Scores; context.py is what the process looks like meanwhile
 scores.py      per-item results, saved and loaded
 perplexity.py  held-out perplexity
-paired.py      statistics of paired right-or-wrong answers: pure functions
+paired.py      statistics of paired right-or-wrong answers: pure functions; replication.py the same over seeds
 comparison.py  arm against twin, task by task, and the verdict
+attribution.py what a drop is made of, and the rule that names the cause
 """

@@ -27,17 +27,15 @@ More than one may be found; none is a healthy run. Pure: arrays in, numbers out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t
 
 from qatrun.evaluate import paired
-from qatrun.evaluate.paired import Interval
 from qatrun.evaluate.scores import Scores, TaskScore
+from qatrun.records.diagnosis import Effect
 
 
 class Thresholds(NamedTuple):
@@ -52,6 +50,8 @@ FORGETTING_MATTERS = Thresholds(3.0, 0.10)
 QUANTIZATION_MATTERS = Thresholds(1.0, 0.02)
 SATURATION_MATTERS = Thresholds(1.0, 0.02, text_nats=0.004)
 
+UNKNOWN = (-np.inf, np.inf)  # the interval of a single item
+
 # name -> (from, to); a positive drop is a loss on the way.
 EFFECTS: Mapping[str, tuple[str, str]] = {
     "training": ("start", "twin"),
@@ -62,50 +62,6 @@ EFFECTS: Mapping[str, tuple[str, str]] = {
     "quantization": ("off", "on"),
     "stale scale": ("fresh", "on"),
 }
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What is lost from one model to another.
-
-    Attributes:
-        drop_pp: accuracy, percentage points; `ci95_pp` as `paired.drop_interval` has it.
-        drop_nats: log-probability of the right answer among the item's choices, mean over items; `ci95_nats` is
-            Student's t over items.
-        drop_text_nats: log-likelihood of the right answer's own text, a token; its interval likewise.
-        log_perplexity: rise of the held-out text's log-perplexity, nats per token; None where it is not known.
-    """
-
-    name: str
-    source: str
-    target: str
-    drop_pp: float
-    ci95_pp: Interval
-    drop_nats: float
-    ci95_nats: Interval
-    drop_text_nats: float
-    ci95_text_nats: Interval
-    log_perplexity: float | None
-
-    def matters(self, thresholds: Thresholds) -> bool:
-        """Whether it is surely above any of them."""
-        surely = self.ci95_pp[0], self.ci95_nats[0], self.ci95_text_nats[0]
-        return any(low > threshold for low, threshold in zip(surely, thresholds, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in diagnosis.json."""
-        return {
-            "name": self.name,
-            "from": self.source,
-            "to": self.target,
-            "drop_pp": self.drop_pp,
-            "ci95_pp": list(self.ci95_pp),
-            "loglikelihood": self.drop_nats,
-            "ci95_loglikelihood": list(self.ci95_nats),
-            "text_loglikelihood": self.drop_text_nats,
-            "ci95_text_loglikelihood": list(self.ci95_text_nats),
-            "log_perplexity": self.log_perplexity,
-        }
 
 
 def effects(
@@ -135,7 +91,7 @@ def findings(found: Mapping[str, Effect], *, clipped: bool) -> tuple[str, ...]:
     """
 
     def matters(thresholds: Thresholds, *names: str) -> bool:
-        return all(name in found and found[name].matters(thresholds) for name in names)
+        return all(name in found and _matters(found[name], thresholds) for name in names)
 
     causes = ["forgetting"] if matters(FORGETTING_MATTERS, "training") else []
     if clipped and matters(SATURATION_MATTERS, "whole", "beyond ptq"):
@@ -145,6 +101,12 @@ def findings(found: Mapping[str, Effect], *, clipped: bool) -> tuple[str, ...]:
     if matters(QUANTIZATION_MATTERS, "whole") and not {"saturation", "resolution"} & set(causes):
         causes.append("divergence")
     return tuple(causes)
+
+
+def _matters(effect: Effect, thresholds: Thresholds) -> bool:
+    """Whether it is surely above any of them."""
+    surely = effect.ci95_pp[0], effect.ci95_loglikelihood[0], effect.ci95_text_loglikelihood[0]
+    return any(low > threshold for low, threshold in zip(surely, thresholds, strict=True))
 
 
 def _effect(
@@ -164,22 +126,23 @@ def _effect(
     low, high = paired.drop_interval(flips)
     known = source in log_perplexity and target in log_perplexity
     return Effect(
-        name,
-        source,
-        target,
+        name=name,
+        source=source,
+        target=target,
         drop_pp=100 * flips.drop,
-        ci95_pp=(100 * low, 100 * high),
-        drop_nats=float(nats.mean()),
-        ci95_nats=_mean_interval(nats),
-        drop_text_nats=float(text_nats.mean()),
-        ci95_text_nats=_mean_interval(text_nats),
+        ci95_pp=[100 * low, 100 * high],
+        loglikelihood=float(nats.mean()),
+        ci95_loglikelihood=list(paired.t_interval(nats) or UNKNOWN),
+        text_loglikelihood=float(text_nats.mean()),
+        ci95_text_loglikelihood=list(paired.t_interval(text_nats) or UNKNOWN),
         log_perplexity=log_perplexity[target] - log_perplexity[source] if known else None,
     )
 
 
 def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any], ...]:
     """(correct before, correct after, nats lost among the choices, of the answer's text), each [num_items], by name."""
-    _, one, other = np.intersect1d(before.items.item_id, after.items.item_id, assume_unique=True, return_indices=True)
+    both = np.intersect1d(before.items.item_id, after.items.item_id, assume_unique=True)
+    one, other = before.items.places(both), after.items.places(both)
     return (
         before.items.correct[one],
         after.items.correct[other],
@@ -198,7 +161,7 @@ def accuracies(models: Mapping[str, Scores], task: str) -> dict[str, float]:
     """Model -> accuracy on the items of a task that all of them answered."""
     items = {name: scores.tasks[task].items for name, scores in models.items()}
     common = reduce(np.intersect1d, (of_model.item_id for of_model in items.values()))
-    return {name: float(of_model.correct[np.isin(of_model.item_id, common)].mean()) for name, of_model in items.items()}
+    return {name: float(of_model.correct[of_model.places(common)].mean()) for name, of_model in items.items()}
 
 
 def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:
@@ -208,11 +171,3 @@ def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:
         return score.items.loglikelihood
     total: npt.NDArray[np.float64] = np.logaddexp.reduce(np.where(np.isnan(choices), -np.inf, choices), axis=1)
     return score.items.loglikelihood - total
-
-
-def _mean_interval(values: npt.NDArray[np.float64]) -> Interval:
-    """Two-sided 95 % interval of the mean."""
-    if len(values) < 2:
-        return (-np.inf, np.inf)
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half

@@ -1,100 +1,25 @@
 """Arm against twin, task by task: the drop, how sure it is, and the verdict against the budget.
 
-Pure: scores in, numbers out; printing is elsewhere. Accuracies are fractions; fields ending in `_pp` are percentage
-points.
+Pure: scores in, numbers out; printing is elsewhere.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
 from qatrun.errors import MismatchError, Problem
 from qatrun.evaluate import paired
-from qatrun.evaluate.paired import Verdict
 from qatrun.evaluate.scores import Scores, TaskScore
+from qatrun.records.comparison import ArmComparison, TaskComparison
 
 CONDITIONAL_ON = "these checkpoints, one training seed, these items: another seed may differ by more than the interval"
-_SEVERITY: tuple[Verdict, ...] = ("within", "inconclusive", "exceeds")
-
-
-@dataclass(frozen=True)
-class TaskComparison:
-    """One task.
-
-    Attributes:
-        start: accuracy of the model before training, in [0, 1]; None where it was not scored.
-        twin: accuracy of the BF16 twin.
-        arm: accuracy of the arm, quantizers on.
-        arm_off: accuracy of the arm with its quantizers off; None where it was not scored.
-        drop_pp: twin minus arm.
-        drop_relative_percent: the drop in percent of the twin's accuracy; None where the twin gets nothing right.
-        ci95_pp: two-sided 95% interval of `drop_pp` over items (`paired.drop_interval`).
-        mcnemar_p: exact, two-sided.
-        flips_to_wrong: items right in the twin and wrong in the arm; `flips_to_right` the other way round.
-        mean_abs_delta_loglikelihood: nats, of the right answer, arm against twin.
-        detectable_drop_pp: smallest drop that this many items would show at 80% power, at the observed rate of flips.
-        items_to_settle: about how many items would settle it; None where it is settled, or the drop equals the budget.
-    """
-
-    task: str
-    metric: str
-    num_fewshot: int
-    num_items: int
-    start: float | None
-    twin: float
-    arm: float
-    arm_off: float | None
-    drop_pp: float
-    drop_relative_percent: float | None
-    ci95_pp: tuple[float, float]
-    mcnemar_p: float
-    flips_to_wrong: int
-    flips_to_right: int
-    mean_abs_delta_loglikelihood: float
-    detectable_drop_pp: float
-    budget_pp: float
-    verdict: Verdict
-    items_to_settle: int | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An arm against its twin on every task; `verdict` is the worst of the tasks'."""
-
-    tasks: tuple[TaskComparison, ...]
-    verdict: Verdict
-    conditional_on: str = CONDITIONAL_ON
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        saved = json.loads(text)
-        tasks = tuple(TaskComparison(**{**task, "ci95_pp": tuple(task["ci95_pp"])}) for task in saved["tasks"])
-        return cls(tasks, saved["verdict"], saved["conditional_on"])
-
-    def to_csv(self) -> str:
-        """One row per task under a header; the interval is two columns, None an empty cell."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, _csv_columns(), lineterminator="\n")
-        writer.writeheader()
-        for task in self.tasks:
-            row = asdict(task)
-            row["ci95_low_pp"], row["ci95_high_pp"] = row.pop("ci95_pp")
-            writer.writerow(row)
-        return text.getvalue()
 
 
 def compare(
     start: Scores | None, twin: Scores, arm: Scores, arm_off: Scores | None, budgets: Mapping[str, float]
-) -> Comparison:
+) -> ArmComparison:
     """Compare an arm with its twin on the items that both answered.
 
     Args:
@@ -110,7 +35,7 @@ def compare(
     ]
     if problems:
         raise MismatchError(problems)
-    tasks = tuple(
+    tasks = [
         _compare_task(
             score,
             arm.tasks[name],
@@ -119,8 +44,10 @@ def compare(
             budget_pp=budgets[name],
         )
         for name, score in twin.tasks.items()
-    )
-    return Comparison(tasks, max((task.verdict for task in tasks), key=_SEVERITY.index))
+    ]
+    verdict = paired.worst_verdict(task.verdict for task in tasks)
+    assert verdict is not None  # a recipe has a task
+    return ArmComparison(tasks=tasks, verdict=verdict, conditional_on=CONDITIONAL_ON)
 
 
 def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:
@@ -139,11 +66,11 @@ def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:
 def _compare_task(
     twin: TaskScore, arm: TaskScore, *, start: float | None, arm_off: float | None, budget_pp: float
 ) -> TaskComparison:
-    arm_order = np.argsort(arm.items.item_id)[np.argsort(np.argsort(twin.items.item_id))]
-    flips = paired.count_flips(twin.items.correct, arm.items.correct[arm_order])
+    same = arm.items.places(twin.items.item_id)
+    flips = paired.count_flips(twin.items.correct, arm.items.correct[same])
     interval, budget = paired.drop_interval(flips), budget_pp / 100.0
     verdict = paired.judge(interval, budget)
-    shift = np.abs(arm.items.loglikelihood[arm_order] - twin.items.loglikelihood)
+    shift = np.abs(arm.items.loglikelihood[same] - twin.items.loglikelihood)
     return TaskComparison(
         task=twin.task,
         metric=twin.metric,
@@ -155,7 +82,7 @@ def _compare_task(
         arm_off=arm_off,
         drop_pp=100.0 * flips.drop,
         drop_relative_percent=100.0 * flips.drop / twin.accuracy if twin.accuracy else None,
-        ci95_pp=(100.0 * interval[0], 100.0 * interval[1]),
+        ci95_pp=[100.0 * edge for edge in interval],
         mcnemar_p=paired.mcnemar_p(flips),
         flips_to_wrong=flips.to_wrong,
         flips_to_right=flips.to_right,
@@ -192,10 +119,3 @@ def _task_difference(twin: TaskScore, other: TaskScore, name: str) -> str | None
         f"not the same items: {len(in_twin)} for the twin, {len(in_other)} for the {name}, "
         f"{len(in_twin & in_other)} in both (one that is not: {only[0]})"
     )
-
-
-def _csv_columns() -> list[str]:
-    columns: list[str] = []
-    for field in fields(TaskComparison):
-        columns += ["ci95_low_pp", "ci95_high_pp"] if field.name == "ci95_pp" else [field.name]
-    return columns

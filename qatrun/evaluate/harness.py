@@ -30,12 +30,10 @@ from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
 from qatrun.evaluate.templates import sandboxed_templates
-from qatrun.files import replace_file
+from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL, replace_file
 from qatrun.recipe import EvalConfig
 
 SOFTMAX_DTYPE = "float32"
-RESULTS_FILE = "lm_eval_results.json"
-SAMPLES_FOLDER = "samples"
 
 # Task, requests done, requests in all; a request is one choice of one item.
 Progress = Callable[[str, int, int], None]
@@ -75,12 +73,12 @@ def score(
             samples = outcome.pop("samples")
             scores[task.name] = _task_score(task, samples, lm)
             if output_dir is not None:
-                _write_samples(output_dir / SAMPLES_FOLDER, samples)
+                _write_samples(output_dir / SAMPLES, samples)
                 _merge(results, outcome)
     settings = _settings(config, model) | ({} if at_most is None else {"at_most": at_most})
     if output_dir is not None:
         results["config"] = {**settings, "sources": {task.name: task.source for task in tasks}}
-        replace_file(output_dir / RESULTS_FILE, _to_json(results, indent=2))
+        replace_file(output_dir / SCORES_OF_LM_EVAL, _to_json(results, indent=2))
         Scores(scores, settings).save(output_dir)
     return Scores(scores, settings)
 

@@ -16,16 +16,18 @@ All quantities here are fractions of the items, not percentage points.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
+
+from qatrun.records.values import Verdict
 
 Interval = tuple[float, float]
-Verdict = Literal["within", "inconclusive", "exceeds"]
 
 TYPICAL_DISCORDANCE = 0.05
 _EDGE = 1.0 - 1e-12
@@ -120,6 +122,26 @@ def drop_interval(flips: Flips, *, confidence: float = 0.95, resamples: int = 10
     return min(bootstrap[0], score[0]), max(bootstrap[1], score[1])
 
 
+def standard_deviation(values: npt.ArrayLike) -> float | None:
+    """With n - 1 in the denominator; None for a single value."""
+    numbers = np.asarray(values, dtype=np.float64)
+    return float(numbers.std(ddof=1)) if len(numbers) > 1 else None
+
+
+def t_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Interval | None:
+    """Two-sided interval of the mean of independent values, for a normal distribution of unknown variance; None for a
+    single value.
+
+    Source: Student, The probable error of a mean, Biometrika 6 (1908) 1-25.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    sd = standard_deviation(numbers)
+    if sd is None:
+        return None
+    half = float(t.ppf((1.0 + confidence) / 2.0, len(numbers) - 1)) * sd / math.sqrt(len(numbers))
+    return float(numbers.mean()) - half, float(numbers.mean()) + half
+
+
 def mcnemar_p(flips: Flips) -> float:
     """Exact two-sided p-value that flips either way are equally likely; 1 where nothing flips.
 
@@ -161,6 +183,11 @@ def judge(interval: Interval, budget: float) -> Verdict:
     if high < budget:
         return "within"
     return "exceeds" if low > budget else "inconclusive"
+
+
+def worst_verdict(verdicts: Iterable[Verdict | None]) -> Verdict | None:
+    """The most severe of those that are known; None where none is."""
+    return max((verdict for verdict in verdicts if verdict is not None), key=get_args(Verdict).index, default=None)
 
 
 def items_to_settle(num_items: int, drop: float, interval: Interval, budget: float) -> int | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from qatrun.evaluate.leaves import LeafTask, demo_leaf, metric_of
 from qatrun.evaluate.sources import TaskError
 from qatrun.evaluate.task_file import STOCK_FOLDER, check_leaf, is_plain_name, read_task_file
 from qatrun.evaluate.trust import task_code_is_trusted
+from qatrun.text import suggestion
 
 _GROUP_KEYS = frozenset({"group", "group_alias", "task", "tag", "aggregate_metric_list", "metadata"})
 _WRAPPER = "qatrun"
@@ -81,8 +81,7 @@ def _find_task(name: str, file: Path | None, _folder: Path | None, _trusted: boo
     if file is not None:
         raise TaskError(f"{file}: no task {missing} in it or among lm-eval's")
     known = [*demo.TASKS, *_stock_index().task_index]
-    close = get_close_matches(name, known, n=1)
-    raise TaskError(f"unknown task '{name}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+    raise TaskError(f"unknown task '{name}'{suggestion(name, known, otherwise='')}")
 
 
 def _places(name: str, file: Path | None) -> Iterator[tuple[TaskManager, str]]:

@@ -29,21 +29,19 @@ All quantities are fractions of the items, not percentage points, unless a name 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t
 
 from qatrun.errors import MismatchError, Problem
 from qatrun.evaluate import paired
-from qatrun.evaluate.paired import Interval, Verdict
+from qatrun.evaluate.paired import Interval, standard_deviation, t_interval
 from qatrun.evaluate.scores import Scores
+from qatrun.records.seeds import Answer
 
 Correct = npt.NDArray[np.bool_]
-Answer = Literal["helps", "hurts", "no effect shown"]
 
 
 @dataclass(frozen=True)
@@ -99,26 +97,6 @@ def difference(first: Correct, second: Correct) -> Difference:
     )
 
 
-def standard_deviation(values: npt.ArrayLike) -> float | None:
-    """Over seeds, with n - 1 in the denominator; None for a single one."""
-    numbers = np.asarray(values, dtype=np.float64)
-    return float(numbers.std(ddof=1)) if len(numbers) > 1 else None
-
-
-def t_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Interval | None:
-    """Two-sided interval of the mean of independent values, for a normal distribution of unknown variance; None for a
-    single value.
-
-    Source: Student, The probable error of a mean, Biometrika 6 (1908) 1-25.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    sd = standard_deviation(numbers)
-    if sd is None:
-        return None
-    half = float(t.ppf((1.0 + confidence) / 2.0, len(numbers) - 1)) * sd / math.sqrt(len(numbers))
-    return float(numbers.mean()) - half, float(numbers.mean()) + half
-
-
 def correct_of_seeds(scores: Sequence[Scores], tasks: Sequence[str]) -> Correct:
     """[num_seeds, num_items]: which items of these tasks were answered right, task by task and by item id.
 
@@ -149,18 +127,11 @@ def loss_gap(of_first: Mapping[int, float], of_second: Mapping[int, float]) -> L
     return LossGap(float(np.abs(gaps).mean()), float(gaps.mean())) if len(gaps) else None
 
 
-def worst_verdict(verdicts: Iterable[Verdict | None]) -> Verdict | None:
-    """The most severe of those that are known; None where none is."""
-    order: tuple[Verdict, ...] = ("within", "inconclusive", "exceeds")
-    return max((verdict for verdict in verdicts if verdict is not None), key=order.index, default=None)
-
-
 def _in_order(scores: Scores, reference: Scores, task: str) -> Correct:
     items, expected = scores.tasks[task].items, np.sort(reference.tasks[task].items.item_id)
-    order = np.argsort(items.item_id)
-    if not np.array_equal(items.item_id[order], expected):
+    if not np.array_equal(np.sort(items.item_id), expected):
         raise MismatchError(Problem("the seeds were not scored on the same items", task))
-    return items.correct[order]
+    return items.correct[items.places(expected)]
 
 
 def _item_interval(first: Correct, second: Correct) -> Interval:

@@ -16,11 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qatrun.errors import DamagedFileError, Problem
-from qatrun.files import read_json, reading, replace_file, sha256
-from qatrun.records import ScoresSummary
-
-SUMMARY_FILE = "scores.json"
-ITEMS_FILE = "items.parquet"
+from qatrun.files import ITEMS_FILE, SCORES_FILE, read_json, reading, replace_file, sha256
+from qatrun.records.scores import ScoresSummary, TaskSummary
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +36,11 @@ class ItemScores:
     correct: npt.NDArray[np.bool_]
     loglikelihood: npt.NDArray[np.float64]
     choice_loglikelihoods: npt.NDArray[np.float64]
+
+    def places(self, item_id: npt.NDArray[np.str_]) -> npt.NDArray[np.intp]:
+        """Row of each of these items, all of which it must have: what pairs two models' answers."""
+        order = np.argsort(self.item_id)
+        return order[np.searchsorted(self.item_id, item_id, sorter=order)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +95,12 @@ class Scores:
         pq.write_table(_items_table(self.tasks), sink)
         items = sink.getvalue().to_pybytes()
         replace_file(folder / ITEMS_FILE, items)
-        summary = {
-            "settings": dict(self.settings),
-            "tasks": {name: _summary(score) for name, score in self.tasks.items()},
-            "items_sha256": hashlib.sha256(items).hexdigest(),
-        }
-        replace_file(folder / SUMMARY_FILE, json.dumps(summary, indent=2, allow_nan=False).encode())
+        summary = ScoresSummary(
+            settings=dict(self.settings),
+            tasks={name: _summary(score) for name, score in self.tasks.items()},
+            items_sha256=hashlib.sha256(items).hexdigest(),
+        )
+        replace_file(folder / SCORES_FILE, json.dumps(summary.to_dict(), indent=2, allow_nan=False).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
@@ -107,36 +109,22 @@ class Scores:
         Raises:
             DamagedFileError: no scores in the folder, or its two files are torn or do not belong together.
         """
-        summary_path, items_path = folder / SUMMARY_FILE, folder / ITEMS_FILE
+        summary_path, items_path = folder / SCORES_FILE, folder / ITEMS_FILE
         if not (summary_path.is_file() and items_path.is_file()):
             raise DamagedFileError(
-                Problem(f"no scores here ({SUMMARY_FILE} and {ITEMS_FILE} belong together)", where=str(folder))
+                Problem(f"no scores here ({SCORES_FILE} and {ITEMS_FILE} belong together)", where=str(folder))
             )
         summary = read_json(summary_path, ScoresSummary)
         with reading(items_path):
             checksum = sha256(items_path)
-        if checksum != summary["items_sha256"]:
+        if checksum != summary.items_sha256:
             raise DamagedFileError(
-                Problem(f"{ITEMS_FILE} is not the file that {SUMMARY_FILE} was written with", where=str(folder))
-            )
-        if any("num_answer_tokens" not in about for about in summary["tasks"].values()):
-            raise DamagedFileError(
-                Problem("scored by an earlier version: delete this folder to score again", where=str(folder))
+                Problem(f"{ITEMS_FILE} is not the file that {SCORES_FILE} was written with", where=str(folder))
             )
         with reading(items_path):
             table = pq.read_table(items_path)
-            tasks = {
-                name: TaskScore(
-                    name,
-                    about["metric"],
-                    about["num_fewshot"],
-                    about["num_truncated"],
-                    about["num_answer_tokens"],
-                    _task_items(table, name),
-                )
-                for name, about in summary["tasks"].items()
-            }
-        return cls(tasks, summary["settings"])
+            tasks = {name: _task_score(name, about, table, folder) for name, about in summary.tasks.items()}
+        return cls(tasks, summary.settings)
 
 
 def pad_choices(rows: list[list[float]]) -> npt.NDArray[np.float64]:
@@ -147,17 +135,25 @@ def pad_choices(rows: list[list[float]]) -> npt.NDArray[np.float64]:
     return padded
 
 
-def _summary(score: TaskScore) -> dict[str, Any]:
-    return {
-        "metric": score.metric,
-        "num_fewshot": score.num_fewshot,
-        "num_items": score.num_items,
-        "num_truncated": score.num_truncated,
-        "num_answer_tokens": score.num_answer_tokens,
-        "accuracy": score.accuracy,
-        "stderr": None if math.isnan(score.stderr) else score.stderr,
-        "mean_loglikelihood": float(score.items.loglikelihood.mean()),
-    }
+def _summary(score: TaskScore) -> TaskSummary:
+    return TaskSummary(
+        metric=score.metric,
+        num_fewshot=score.num_fewshot,
+        num_items=score.num_items,
+        num_truncated=score.num_truncated,
+        num_answer_tokens=score.num_answer_tokens,
+        accuracy=score.accuracy,
+        stderr=None if math.isnan(score.stderr) else score.stderr,
+        mean_loglikelihood=float(score.items.loglikelihood.mean()),
+    )
+
+
+def _task_score(name: str, about: TaskSummary, table: pa.Table, folder: Path) -> TaskScore:
+    if about.num_answer_tokens is None:
+        message = "scored by an earlier version: delete this folder to score again"
+        raise DamagedFileError(Problem(message, where=str(folder)))
+    items = _task_items(table, name)
+    return TaskScore(name, about.metric, about.num_fewshot, about.num_truncated, about.num_answer_tokens, items)
 
 
 def _items_table(tasks: Mapping[str, TaskScore]) -> pa.Table:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from qatrun.evaluate.leaves import LeafTask
 from qatrun.evaluate.sources import TaskError
 from qatrun.evaluate.templates import SANDBOX, is_template
 from qatrun.evaluate.trust import OPTION, task_code_is_trusted
+from qatrun.text import suggestion
 
 STOCK_FOLDER = Path(lm_eval.tasks.__file__).parent.resolve()
 MAX_NODES = 100_000  # of a file with its aliases written out
@@ -205,8 +205,7 @@ def _refuse_unknown(config: Mapping[str, Any], known: type, more: frozenset[str]
     names = {field.name for field in fields(known)} | more
     for key in config:
         if key not in names:
-            close = get_close_matches(str(key), names, n=1)
-            raise TaskError(f"{file}: {key}: unknown key" + (f" (did you mean '{close[0]}'?)" if close else ""))
+            raise TaskError(f"{file}: {key}: unknown key{suggestion(str(key), names, otherwise='')}")
 
 
 def _one_line(error: Exception) -> str:

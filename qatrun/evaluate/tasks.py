@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,7 @@ from lm_eval.tasks.manager import TaskDict
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.plan import Rows, check_fewshot, plan_tasks
 from qatrun.evaluate.registry import RegisteredTask, find_task
-from qatrun.evaluate.sources import (
-    BuiltinSource,
-    DatasetsSource,
-    FolderSource,
-    TaskError,
-    find_source,
-    local_folder,
-)
+from qatrun.evaluate.sources import BuiltinSource, DatasetsSource, FolderSource, TaskError, find_source
 from qatrun.evaluate.templates import sandboxed_templates, template_error
 
 
@@ -105,28 +97,6 @@ def _check_question(leaf: Task, number: int, doc: Mapping[str, Any]) -> None:
         known = right in choices if isinstance(right, str) else right in range(len(choices))
         if not known:
             raise TaskError(f"'{leaf.task_name}': the answer to item {number} ({right!r:.40}) is none of its choices")
-
-
-def write_task_files(folder: Path, tasks: Mapping[str, int], data_dir: Path) -> list[str]:
-    """Write a file `<task>_local.yaml` per task, so that `lm_eval --include_path <folder>` scores it from `data_dir`.
-
-    Returns:
-        Names for lm-eval's `--tasks`.
-    Raises:
-        InputError: a task's data is not below `data_dir`, or lies in more than one data set there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, num_fewshot in tasks.items():
-        registered = find_task(name)
-        paths = {local_folder(leaf.config["dataset_path"], data_dir) for leaf in registered.leaves}
-        path = paths.pop()
-        if paths or path is None:
-            raise InputError(Problem(f"its data is not one folder below {data_dir}", _key(name)))
-        overrides = {"dataset_path": str(path), "num_fewshot": num_fewshot}
-        group = {"group": f"{name}_local", "task": [{**member, **overrides} for member in registered.members]}
-        # JSON is YAML.
-        (folder / f"{name}_local.yaml").write_text(json.dumps(group, indent=2), encoding="utf-8")
-    return [f"{name}_local" for name in tasks]
 
 
 class _SourcedTask(ConfigurableTask):  # type: ignore[misc]

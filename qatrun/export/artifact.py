@@ -26,7 +26,7 @@ from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import GRIDS, Grid
 from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
-from qatrun.records import Quantized, Versioned
+from qatrun.records.quantized import Quantized, Versioned
 from qatrun.scheme import GRANULARITIES
 from qatrun.tokenizer import load_tokenizer
 

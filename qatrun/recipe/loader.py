@@ -29,7 +29,7 @@ from qatrun.recipe.problems import unknown_key, validate
 from qatrun.recipe.rules import Finding, arm_findings, study_findings, twin_findings
 from qatrun.recipe.schema import ARM_SECTIONS, Arm, Recipe
 from qatrun.recipe.shipped import find_recipe
-from qatrun.recipe.wording import shown
+from qatrun.text import shown
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1_000_000

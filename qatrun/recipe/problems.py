@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from qatrun.recipe.document import Document, KeyPath, Mistake
 from qatrun.recipe.qat import Section
 from qatrun.recipe.schema import Recipe
-from qatrun.recipe.wording import number, shown, suggestion
+from qatrun.text import number, shown, suggestion
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from qatrun.formats import Role, get_format
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import START, Arm, Recipe, Source
-from qatrun.recipe.wording import suggestion
 from qatrun.scheme import GRANULARITIES, Scheme
+from qatrun.text import suggestion
 
 KeyPath = tuple[str, ...]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatrun.errors import Problem, RecipeError
-from qatrun.recipe.wording import suggestion
+from qatrun.text import suggestion
 
 TEMPLATE = "local-model"
 

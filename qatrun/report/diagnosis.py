@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qatrun.records.diagnosis import ArmDiagnosis, Effect, TensorRecord
 from qatrun.report.grid import Grid, Listing
+from qatrun.text import interval
 
 
-def diagnosis_table(name: str, arm: Mapping[str, Any]) -> RenderableType:
+def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
     """One arm of diagnosis.json."""
-    style = "bold red" if arm["findings"] else "bold green"
-    parts: list[RenderableType] = [Text(arm["sentence"], style=style), Text()]
+    style = "bold red" if arm.findings else "bold green"
+    parts: list[RenderableType] = [Text(arm.sentence, style=style), Text()]
     effects = Grid("", "lost", "from", "to", "pp", "95% interval", "nats", "95% interval")
-    for effect in arm["effects"]:
+    for effect in arm.effects:
         effects.add_row(
-            effect["name"],
-            effect["from"],
-            effect["to"],
-            f"{effect['drop_pp']:+.2f}",
-            _interval(effect["ci95_pp"], 2),
-            f"{effect['loglikelihood']:+.3f}",
-            _interval(effect["ci95_loglikelihood"], 3),
+            *(effect.name, effect.source, effect.target, f"{effect.drop_pp:+.2f}", interval(effect.ci95_pp)),
+            *(f"{effect.loglikelihood:+.3f}", interval(effect.ci95_loglikelihood, 3)),
         )
     parts += [effects, Text()]
-    costs = list(_text_costs(arm["effects"]))
+    costs = list(_text_costs(arm.effects))
     parts.append(Listing("nats a token of the right answer's text:", *(f"{cost}," for cost in costs[:-1]), *costs[-1:]))
-    parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm["perplexity"].items())))
-    parts += [Text(line) for line in _tensor_lines(arm["worst_tensors"])]
+    parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm.perplexity.items())))
+    parts += [Text(line) for line in _tensor_lines(arm.worst_tensors)]
     return Group(*parts)
 
 
-def _text_costs(effects: list[Mapping[str, Any]]) -> Iterator[str]:
+def _text_costs(effects: list[Effect]) -> Iterator[str]:
     """Of the effects that the rule for saturation looks at."""
     for effect in effects:
-        if effect["name"] in ("whole", "ptq", "beyond ptq"):
-            interval = _interval(effect["ci95_text_loglikelihood"], 3)
-            yield f"{effect['name']} {effect['text_loglikelihood']:+.3f} ({interval})"
+        if effect.name in ("whole", "ptq", "beyond ptq"):
+            yield f"{effect.name} {effect.text_loglikelihood:+.3f} ({interval(effect.ci95_text_loglikelihood, 3)})"
 
 
-def _interval(edges: list[float], digits: int) -> str:
-    return f"{edges[0]:+.{digits}f} .. {edges[1]:+.{digits}f}"
-
-
-def _tensor_lines(tensors: list[Mapping[str, Any]]) -> Iterator[str]:
+def _tensor_lines(tensors: list[TensorRecord]) -> Iterator[str]:
     for tensor in tensors[:3]:
-        sqnr = "" if tensor["sqnr_db"] is None else f", SQNR {tensor['sqnr_db']:.1f} dB"
-        since = "" if tensor["since_step"] is None else f" since step {tensor['since_step']}"
+        sqnr = "" if tensor.sqnr_db is None else f", SQNR {tensor.sqnr_db:.1f} dB"
+        since = "" if tensor.since_step is None else f" since step {tensor.since_step}"
         yield (
-            f"{tensor['tensor']}: clips {100 * tensor['clip_fraction']:.2g} %{since}, "
-            f"overshoot up to {tensor['overshoot']:.1f}x{sqnr}"
+            f"{tensor.tensor}: clips {100 * tensor.clip_fraction:.2g} %{since}, "
+            f"overshoot up to {tensor.overshoot:.1f}x{sqnr}"
         )

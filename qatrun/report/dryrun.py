@@ -2,64 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qatrun.records.dryrun import DryRun, DryRunArm
 from qatrun.report.grid import Grid
-from qatrun.report.sizes import readable_size
+from qatrun.text import readable_size
 
 
-def dry_run(plan: Mapping[str, Any]) -> RenderableType:
-    """The dry run of a recipe, as `Preflight.to_dict` gives it."""
-    parameters = f", {plan['num_parameters']:,} parameters" if plan["num_parameters"] else ""
-    parts: list[RenderableType] = [
-        Text(f"{plan['name']}: {plan['model']}{parameters} -> {plan['folder']}", style="bold")
-    ]
-    if plan["seeds"]:
-        seeds = ", ".join(map(str, plan["seeds"]))
+def dry_run(plan: DryRun) -> RenderableType:
+    """The dry run of a recipe."""
+    parameters = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
+    parts: list[RenderableType] = [Text(f"{plan.name}: {plan.model}{parameters} -> {plan.folder}", style="bold")]
+    if plan.seeds:
+        seeds = ", ".join(map(str, plan.seeds))
         parts.append(Text(f"seeds {seeds}, each a study of its own: what follows is for one of them"))
-    parts.append(Text(f"runs on {plan['runs_on']}"))
-    parts += [_arm(arm) for arm in plan["arms"]]
-    if plan["disk_bytes"] is not None:
-        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in plan["disk_bytes"].items())
+    parts.append(Text(f"runs on {plan.runs_on}"))
+    parts += [_arm(arm) for arm in plan.arms]
+    if plan.disk_bytes is not None:
+        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in plan.disk_bytes.items())
         parts.append(Text(f"disk, about: {sizes} (estimate)"))
     parts += [
         Text(),
         _tasks(plan),
-        Text(f"detects: smallest drop seen at 80% power if {plan['assumed_discordance']:.0%} of the items flip"),
+        Text(f"detects: smallest drop seen at 80% power if {plan.assumed_discordance:.0%} of the items flip"),
     ]
     return Group(*parts)
 
 
-def _arm(arm: Mapping[str, Any]) -> RenderableType:
-    text = Text.assemble("\n", (arm["name"], "bold cyan"), f" (twin: {arm['twin']})" if arm["twin"] else "")
-    lines = [f"lr {arm['learning_rate']:g}; {arm['tokens_per_step']:,} tokens a step, {arm['tokens']:,} in all"]
-    if arm["switch_step"] is None:
-        lines.insert(0, f"steps 1-{arm['steps']} BF16, the first {arm['warmup_steps']} in the shared trunk")
+def _arm(arm: DryRunArm) -> RenderableType:
+    text = Text.assemble("\n", (arm.name, "bold cyan"), f" (twin: {arm.twin})" if arm.twin else "")
+    lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
+    if arm.switch_step is None:
+        lines.insert(0, f"steps 1-{arm.steps} BF16, the first {arm.warmup_steps} in the shared trunk")
     else:
-        lines.insert(0, f"steps 1-{arm['switch_step']} BF16, switch, steps {arm['switch_step'] + 1}-{arm['steps']} QAT")
-        lines += arm["roles"]
-        lines.append(arm["coverage"] or "coverage unknown")
-    if arm["memory_bytes"]:
-        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in arm["memory_bytes"].items())
+        lines.insert(0, f"steps 1-{arm.switch_step} BF16, switch, steps {arm.switch_step + 1}-{arm.steps} QAT")
+        lines += arm.roles
+        lines.append(arm.coverage or "coverage unknown")
+    if arm.memory_bytes:
+        sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in arm.memory_bytes.items())
         lines.append(f"memory, about: {sizes} (estimate)")
     return text.append("\n  " + "\n  ".join(lines))
 
 
-def _tasks(plan: Mapping[str, Any]) -> Grid:
+def _tasks(plan: DryRun) -> Grid:
     table = Grid("", "task", "shots", "metric", "items", "budget pp", "detects pp", "source")
-    for task in plan["tasks"]:
-        unknown = task["missing"] is not None
+    for task in plan.tasks:
+        unknown = task.missing is not None
         table.add_row(
-            Text(task["name"]),
-            str(task["num_fewshot"]),
-            Text("?" if unknown else task["metric"]),
-            f"{task['num_items']:,}" if task["num_items"] else "?",
-            f"{task['budget_pp']:g}",
-            f"{task['detectable_drop_pp']:.2f}" if task["detectable_drop_pp"] else "?",
-            Text("missing" if unknown else task["source"]),
+            Text(task.name),
+            str(task.num_fewshot),
+            Text("?" if unknown else task.metric),
+            f"{task.num_items:,}" if task.num_items else "?",
+            f"{task.budget_pp:g}",
+            f"{task.detectable_drop_pp:.2f}" if task.detectable_drop_pp else "?",
+            Text("missing" if unknown else task.source),
         )
     return table

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from qatrun.records.comparison import Cost, Pair, TaskComparison
+from qatrun.records.scores import ScoredModel
 from qatrun.report.grid import Grid
-from qatrun.report.sizes import readable_size
+from qatrun.text import interval, readable_size
 
 VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
 
 
-def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
-    """One arm against its twin, as `Pair.to_dict` gives it: scores and verdict, the evidence, and what else is known."""
-    tasks, arm, twin = pair["comparison"]["tasks"], pair["arm"], pair["twin"]
-    quantized = any(task["arm_off"] is not None for task in tasks)
+def comparison_table(pair: Pair) -> RenderableType:
+    """One arm against its twin: scores and verdict, the evidence, and what else is known."""
+    tasks, arm, twin = pair.comparison.tasks, pair.arm, pair.twin
+    quantized = any(task.arm_off is not None for task in tasks)
     off = ("off",) if quantized else ()
     scores = Grid(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
     evidence = Grid("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
@@ -28,105 +29,104 @@ def comparison_table(pair: Mapping[str, Any]) -> RenderableType:
     return Group(scores, Text(), evidence, Text(), *_footer(pair))
 
 
-def comparison_text(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """The same as plain text of 110 columns, for a file."""
-    console = Console(file=io.StringIO(), width=110, no_color=True)
-    for pair in pairs:
-        console.print(comparison_table(pair))
-        console.print()
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def comparison_text(pairs: Sequence[Pair]) -> str:
+    """The same as plain text, for a file."""
+    return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")))
 
 
-def score_table(scored: Mapping[str, Any]) -> RenderableType:
+def plain_text(*parts: RenderableType) -> str:
+    """As it is printed on 110 columns without colours."""
+    text = io.StringIO()
+    console = Console(file=text, width=110, no_color=True)
+    for part in parts:
+        console.print(part)
+    return text.getvalue()
+
+
+def score_table(scored: ScoredModel) -> RenderableType:
     """One model's scores: accuracy and its standard error."""
-    table = Grid(scored["model"], "task", "shots", "metric", "items", "accuracy")
-    for task in scored["tasks"]:
-        stderr = "" if task["stderr"] is None else f" ± {100 * task['stderr']:.2f}"
+    table = Grid(scored.model, "task", "shots", "metric", "items", "accuracy")
+    for task in scored.tasks:
+        stderr = "" if task.stderr is None else f" ± {100 * task.stderr:.2f}"
         table.add_row(
-            Text(task["name"]),
-            str(task["num_fewshot"]),
-            Text(task["metric"]),
-            f"{task['num_items']:,}",
-            f"{100 * task['accuracy']:.2f}{stderr}",
+            Text(task.name),
+            str(task.num_fewshot),
+            Text(task.metric),
+            f"{task.num_items:,}",
+            f"{100 * task.accuracy:.2f}{stderr}",
         )
     notes: list[RenderableType] = [
         Text(
-            f"{task['name']}: {task['num_truncated']:,} prompts did not fit the context and lost their beginning",
+            f"{task.name}: {task.num_truncated:,} prompts did not fit the context and lost their beginning",
             style="yellow",
         )
-        for task in scored["tasks"]
-        if task["num_truncated"]
+        for task in scored.tasks
+        if task.num_truncated
     ]
     return Group(table, *notes)
 
 
-def _score_cells(task: Mapping[str, Any], quantized: bool) -> list[str | Text]:
-    low, high = task["ci95_pp"]
+def _score_cells(task: TaskComparison, quantized: bool) -> list[str | Text]:
     return [
-        Text(task["task"]),
-        _percent(task["start"]),
-        _percent(task["twin"]),
-        _percent(task["arm"]),
-        *([_percent(task["arm_off"])] if quantized else []),
-        f"{task['drop_pp']:+.2f}",
-        f"{low:+.2f} .. {high:+.2f}",
-        Text(task["verdict"], style=VERDICT_STYLES[task["verdict"]]),
+        Text(task.task),
+        percent(task.start),
+        percent(task.twin),
+        percent(task.arm),
+        *([percent(task.arm_off)] if quantized else []),
+        f"{task.drop_pp:+.2f}",
+        interval(task.ci95_pp),
+        Text(task.verdict, style=VERDICT_STYLES[task.verdict]),
     ]
 
 
-def _evidence_cells(task: Mapping[str, Any]) -> list[str | Text]:
-    relative, settle = task["drop_relative_percent"], task["items_to_settle"]
+def _evidence_cells(task: TaskComparison) -> list[str | Text]:
+    relative, settle = task.drop_relative_percent, task.items_to_settle
     return [
-        Text(task["task"]),
-        f"{task['num_items']:,}",
+        Text(task.task),
+        f"{task.num_items:,}",
         "-" if relative is None else f"{relative:+.2f}%",
-        f"{task['mcnemar_p']:.2g}",
-        f"{task['flips_to_wrong']}↓ {task['flips_to_right']}↑",
-        f"{task['mean_abs_delta_loglikelihood']:.3f}",
-        f"{task['detectable_drop_pp']:.2f}",
-        f"{task['budget_pp']:g}",
+        f"{task.mcnemar_p:.2g}",
+        f"{task.flips_to_wrong}↓ {task.flips_to_right}↑",
+        f"{task.mean_abs_delta_loglikelihood:.3f}",
+        f"{task.detectable_drop_pp:.2f}",
+        f"{task.budget_pp:g}",
         "-" if settle is None else f"~{settle:,}",
     ]
 
 
-def _footer(pair: Mapping[str, Any]) -> list[RenderableType]:
-    comparison = pair["comparison"]
-    verdict = comparison["verdict"]
+def _footer(pair: Pair) -> list[RenderableType]:
+    comparison = pair.comparison
+    verdict = comparison.verdict
     lines: list[RenderableType] = [
         Text.assemble(
-            "verdict: ",
-            (verdict, f"bold {VERDICT_STYLES[verdict]}"),
-            f" -- conditional on {comparison['conditional_on']}",
+            "verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- conditional on {comparison.conditional_on}"
         )
     ]
-    scored = ", ".join(f"{task['task']} {task['num_fewshot']}-shot {task['metric']}" for task in comparison["tasks"])
+    scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
-    if pair["perplexity"]:
-        names = {"start": "start", "twin": pair["twin"], "arm": pair["arm"], "arm_off": f"{pair['arm']} quantizers off"}
-        values = ", ".join(f"{names[key]} {value:.3f}" for key, value in pair["perplexity"].items())
+    if pair.perplexity:
+        names = {"start": "start", "twin": pair.twin, "arm": pair.arm, "arm_off": f"{pair.arm} quantizers off"}
+        values = ", ".join(f"{names[key]} {value:.3f}" for key, value in pair.perplexity.items())
         lines.append(Text(f"held-out perplexity: {values}"))
-    if pair["loss_ape_percent"]:
+    if pair.loss_ape_percent:
         names = {"all_steps": "all steps", "after_switch": "after the switch"}
-        values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair["loss_ape_percent"].items())
+        values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair.loss_ape_percent.items())
         lines.append(Text(f"training loss APE: {values}"))
-    if pair["cost"]:
-        cost = pair["cost"]
-        lines.append(
-            Text("training: " + ", ".join(_cost(pair[who], cost[who]) for who in ("twin", "arm") if who in cost))
-        )
-    if pair["sizes"]:
-        sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair["sizes"].items())
-        coverage = f"{pair['coverage']}; " if pair["coverage"] else ""
+    names = {"twin": pair.twin, "arm": pair.arm}
+    if costs := [_cost(name, pair.cost[who]) for who, name in names.items() if who in pair.cost]:
+        lines.append(Text(f"training: {', '.join(costs)}"))
+    if pair.sizes:
+        sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair.sizes.items())
+        coverage = f"{pair.coverage}; " if pair.coverage else ""
         lines.append(Text(f"{coverage}weights on disk: {sizes}"))
-    if pair["mismatches"]:
-        lines.append(Text("compared anyway, although: " + "; ".join(pair["mismatches"]), style="yellow"))
+    if pair.mismatches:
+        lines.append(Text("compared anyway, although: " + "; ".join(pair.mismatches), style="yellow"))
     return lines
 
 
-def _cost(name: str, cost: Mapping[str, float]) -> str:
-    return f"{name} {cost['seconds']:.0f} s and {readable_size(cost['peak_memory_bytes'])} at most"
+def _cost(name: str, cost: Cost) -> str:
+    return f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
 
 
-def _percent(accuracy: float | None) -> str:
+def percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{100 * accuracy:.2f}"

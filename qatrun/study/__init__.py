@@ -6,13 +6,11 @@ All but the preflight is loaded when first used: `qatrun check` trains and score
 from typing import TYPE_CHECKING
 
 from qatrun.lazy import lazy_names
-from qatrun.study.preflight import Preflight, detectable_drop_pp, preflight
+from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
-    from qatrun.study.display import Display
-    from qatrun.study.layout import ArmFolder, StudyFolder, newest_study
     from qatrun.study.named import diagnose_study, report_study
-    from qatrun.study.pairs import Pair, compare_arms, compare_named
+    from qatrun.study.pairs import compare_named
     from qatrun.study.results import StudyResult, comparison_csv
     from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
@@ -20,10 +18,8 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
-            "qatrun.study.display": ("Display",),
-            "qatrun.study.layout": ("ArmFolder", "StudyFolder", "newest_study"),
             "qatrun.study.named": ("diagnose_study", "report_study"),
-            "qatrun.study.pairs": ("Pair", "compare_arms", "compare_named"),
+            "qatrun.study.pairs": ("compare_named",),
             "qatrun.study.results": ("StudyResult", "comparison_csv"),
             "qatrun.study.runner": ("run", "run_study"),
             "qatrun.study.scoring": ("eval_config", "score_path"),
@@ -31,19 +27,11 @@ else:
     )
 
 __all__ = [
-    "ArmFolder",
-    "Display",
-    "Pair",
-    "Preflight",
-    "StudyFolder",
     "StudyResult",
-    "compare_arms",
     "compare_named",
     "comparison_csv",
-    "detectable_drop_pp",
     "diagnose_study",
     "eval_config",
-    "newest_study",
     "preflight",
     "report_study",
     "run",

@@ -12,13 +12,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qatrun.errors import DamagedFileError, InputError, Problem
-from qatrun.files import conforming, read_json, replace_file, write_json, writing
+from qatrun.files import read_json, replace_file, write_json, writing
 from qatrun.recipe import Recipe, load_recipe
-from qatrun.records import StudyEnvironment
-from qatrun.study.contents import LOCK_FILE, is_free, is_study, own_files, strangers
+from qatrun.records.environment import StudyEnvironment
+from qatrun.study.contents import is_free, is_study, own_files, strangers
 from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
-from qatrun.study.layout import StudyFolder
+from qatrun.study.layout import LOCK_FILE, StudyFolder
 
 # Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.
 FREE_SECTIONS = {"budget", "contrasts", "diagnose", "monitor"}
@@ -125,13 +125,14 @@ def _take_up(folder: StudyFolder, recipe: Recipe, warn: Say) -> None:
     inputs = describe_inputs(recipe)
     try:
         environment = read_json(folder.environment, StudyEnvironment)
-        inputs |= environment.get("inputs", {})
+        inputs |= environment.inputs
     except DamagedFileError as error:
         if folder.environment.is_file():
             warn(f"{error}; written anew: it says what the study goes on with, not what it began with")
-        environment = conforming(describe_environment(), StudyEnvironment)
-    if environment.get("inputs") != inputs:
-        write_json(folder.environment, {**environment, "inputs": inputs})
+        environment = describe_environment()
+    current = environment.model_copy(update={"inputs": inputs})
+    if current.to_dict() != environment.to_dict():
+        write_json(folder.environment, current)
     saved = _saved(folder)
     if saved != recipe:
         if saved is not None:

@@ -7,37 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qatrun.errors import DamagedFileError, QatrunError
-from qatrun.files import UNFINISHED, read_json
+from qatrun.files import read_json
 from qatrun.recipe import load_recipe
-from qatrun.records import Result, StudyEnvironment
-from qatrun.study.layout import ArmFolder, StudyFolder
-
-LOCK_FILE = ".lock"
-FIRST_FILES = {"environment.json", "recipe.yaml"}  # written before anything is trained
-_TRUNK = re.compile(r"trunk-[0-9a-f]{8}")
-
-OF_A_STUDY = (
-    *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv", "diagnosis.json"),
-    *("report.html", "report/*.csv", ".*.partial", "report/.*.partial"),
-)
-_OF_A_MODEL = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
-)
-OF_AN_ARM = (
-    *("metrics.jsonl", "alarms.jsonl", "result.json", "histograms.json", "log_perplexity.json"),
-    *("checkpoints/step-*/*.safetensors", "checkpoints/step-*/progress.json", "checkpoints/step-*/manifest.json"),
-    *(
-        "checkpoints/.incomplete/*",
-        "tensors/*.parquet",
-        "**/.*.partial",
-        f"**/{UNFINISHED}",
-        "**/events.out.tfevents*",
-        "**/hparams.yml",
-    ),
-    *("eval*/items.parquet", "eval*/scores.json", "eval*/lm_eval_results.json", "eval*/log_perplexity.json"),
-    *("eval*/samples/*.jsonl", "quantized/plan.json", *_OF_A_MODEL, *(f"quantized/{name}" for name in _OF_A_MODEL)),
-)
+from qatrun.records.environment import StudyEnvironment
+from qatrun.records.training import Result
+from qatrun.study.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, START, TRUNK, ArmFolder, StudyFolder
 
 
 def is_study(folder: StudyFolder) -> bool:
@@ -75,13 +49,13 @@ def strangers(folder: StudyFolder) -> list[str]:
 
 def _is_part(folder: StudyFolder, path: Path) -> bool:
     """Whether it is the start model's folder, a trunk's or an arm's."""
-    names = {"start"}
+    names = {START}
     with suppress(QatrunError, OSError):
         names |= set(load_recipe(folder.recipe).arm_names)
-    if path.name in names or _TRUNK.fullmatch(path.name):
+    if path.name in names or re.fullmatch(f"{TRUNK}[0-9a-f]{{8}}", path.name):
         return True
     with suppress(DamagedFileError):  # an arm that an earlier recipe had; a copy under another name is somebody's
-        return read_json(ArmFolder(path).result, Result)["arm"] == path.name
+        return read_json(ArmFolder(path).result, Result).arm == path.name
     return False
 
 

@@ -11,15 +11,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from qatrun import advice
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
-from qatrun.evaluate.attribution import Effect
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import perplexity
 from qatrun.evaluate.scores import Scores
@@ -28,28 +26,20 @@ from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES
 from qatrun.quant import calibrated_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
-from qatrun.records import ArmResult, Result
+from qatrun.records.diagnosis import ArmDiagnosis, Effect, StudyDiagnosis, TensorRecord
+from qatrun.records.training import ArmResult, Result
 from qatrun.scheme import Slot
+from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import ArmFolder, StudyFolder
-from qatrun.study.records import SHOWN, TensorRecord, clipping_limit, first_alarms, last_probe, tensor_records
+from qatrun.study.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
+from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated, calibration_batches
 from qatrun.tokenizer import load_tokenizer
 
 
-class ScoringDisplay(Protocol):
-    """Who is told how scoring goes."""
-
-    def begin_scoring(self, what: str) -> None: ...
-
-    def on_warning(self, text: str) -> None: ...
-
-    def on_scored(self, task: str, done: int, total: int) -> None: ...
-
-
-def diagnose(folder: StudyFolder, display: ScoringDisplay) -> dict[str, Any]:
-    """Diagnose every quantized arm of a finished study that has a twin; plain data, also written to diagnosis.json.
+def diagnose(folder: StudyFolder, display: ScoringDisplay) -> StudyDiagnosis:
+    """Diagnose every quantized arm of a finished study that has a twin; also written to diagnosis.json.
 
     Raises:
         InputError: no finished study there, or no arm to diagnose.
@@ -61,8 +51,8 @@ def diagnose(folder: StudyFolder, display: ScoringDisplay) -> dict[str, Any]:
     found = {arm.name: _Diagnosis(folder, recipe, arm, display).run() for arm in arms if arm.twin is not None}
     if not found:
         raise InputError(Problem(f"{folder.path} has no quantized arm with a BF16 twin to diagnose", "study"))
-    worst = max(found.values(), key=lambda arm: len(arm["findings"]))
-    result = {"sentence": worst["sentence"], "arms": found}
+    worst = max(found.values(), key=lambda arm: len(arm.findings))
+    result = StudyDiagnosis(sentence=worst.sentence, arms=found)
     write_json(folder.diagnosis, result)
     return result
 
@@ -76,7 +66,7 @@ class _Diagnosis:
     arm: Arm
     display: ScoringDisplay
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> ArmDiagnosis:
         """Score what is missing, and say what it shows."""
         mine, twin = self.folder.arm(self.arm.name), self.folder.arm(str(self.arm.twin))
         records = tensor_records(mine.path, self.recipe.monitor.alarms)
@@ -95,20 +85,18 @@ class _Diagnosis:
         clipped = any(record.clip_fraction > limit for record in records) or "saturation" in self._alarms()
         causes = attribution.findings(effects, clipped=clipped)
         since = self._since(causes, records)
-        return {
-            "sentence": f"{self.arm.name}: {self._sentence(causes, effects, records, since)}",
-            "findings": list(causes),
-            "effects": [effect.to_dict() for effect in effects.values()],
-            "tasks": {
-                task: [e.to_dict() for e in attribution.effects(models, log_perplexity, (task,)).values()]
-                for task in models["twin"].tasks
-            },
-            "accuracy": {task: attribution.accuracies(models, task) for task in models["twin"].tasks},
-            "perplexity": {name: math.exp(value) for name, value in log_perplexity.items()},
-            "probe": _probe(mine, twin),
-            "worst_tensors": [asdict(record) for record in records[:SHOWN]],
-            "since_step": since,
-        }
+        tasks = tuple(models["twin"].tasks)
+        return ArmDiagnosis(
+            sentence=f"{self.arm.name}: {self._sentence(causes, effects, records, since)}",
+            findings=list(causes),
+            effects=list(effects.values()),
+            tasks={task: list(attribution.effects(models, log_perplexity, (task,)).values()) for task in tasks},
+            accuracy={task: attribution.accuracies(models, task) for task in tasks},
+            perplexity={name: math.exp(value) for name, value in log_perplexity.items()},
+            probe=_probe(mine, twin),
+            worst_tensors=records[:SHOWN],
+            since_step=since,
+        )
 
     def _known_perplexities(self, mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
         values = {
@@ -127,7 +115,7 @@ class _Diagnosis:
             ("fresh", mine, f"{self.arm.name} with fresh scales"),
         ):
             place = self._calibrated_place(mine, weights)
-            file = place / "log_perplexity.json"
+            file = place / LOG_PERPLEXITY_FILE
             try:
                 Scores.load(place)
                 values[name] = read_json(file, float)
@@ -144,7 +132,7 @@ class _Diagnosis:
         plan = calibrated_plan(artifact.read_plan(mine.quantized))
         settings = [plan.to_dict(), asked.calibration_sequences, *([] if asked.items is None else [asked.items])]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return weights.path / f"eval-calibrated-{digest[:8]}"
+        return weights.eval_calibrated(digest)
 
     def _score_calibrated(
         self, mine: ArmFolder, weights: ArmFolder, place: Path, records: Sequence[TensorRecord]
@@ -182,11 +170,7 @@ class _Diagnosis:
         return self._alarms().get(causes[0])
 
     def _sentence(
-        self,
-        causes: Sequence[str],
-        effects: Mapping[str, Effect],
-        records: Sequence[TensorRecord],
-        since: int | None,
+        self, causes: Sequence[str], effects: Mapping[str, Effect], records: Sequence[TensorRecord], since: int | None
     ) -> str:
         if not causes:
             alarms = ", ".join(f"{kind} at step {step}" for kind, step in self._alarms().items())
@@ -231,7 +215,7 @@ def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
 
 
 def _perplexity(folder: ArmFolder, quantizers: str) -> float:
-    value = read_json(folder.result, Result)["perplexity"].get(quantizers, 0.0)
+    value = read_json(folder.result, Result).perplexity.get(quantizers, 0.0)
     if not value > 0:
         raise DamagedFileError(f"{folder.result} says no perplexity with quantizers {quantizers}")
     return value
@@ -239,8 +223,8 @@ def _perplexity(folder: ArmFolder, quantizers: str) -> float:
 
 def _cost(effect: Effect, *, text: bool = False) -> str:
     low, high = effect.ci95_pp
-    of_text = f", {effect.drop_text_nats:.3f} a token of its text" if text else ""
-    return f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] ({effect.drop_nats:.3f} nats an answer{of_text})"
+    of_text = f", {effect.text_loglikelihood:.3f} a token of its text" if text else ""
+    return f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] ({effect.loglikelihood:.3f} nats an answer{of_text})"
 
 
 def _worst(records: Sequence[TensorRecord], *, by_clipping: bool) -> str:

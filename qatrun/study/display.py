@@ -7,17 +7,24 @@ from typing import Protocol
 from qatrun.train.segment import Listener
 
 
-class Display(Listener, Protocol):
-    """Who is told how a study goes."""
-
-    def begin_training(self, segment: str, first_step: int, last_step: int) -> None:
-        """A segment starts, or goes on."""
+class ScoringDisplay(Protocol):
+    """Who is told how scoring goes."""
 
     def begin_scoring(self, what: str) -> None:
         """A model is about to be scored."""
 
     def on_scored(self, task: str, done: int, total: int) -> None:
         """Requests of a task answered so far."""
+
+    def on_warning(self, text: str) -> None:
+        """Something a person should know."""
+
+
+class Display(ScoringDisplay, Listener, Protocol):
+    """Who is told how a study goes."""
+
+    def begin_training(self, segment: str, first_step: int, last_step: int) -> None:
+        """A segment starts, or goes on."""
 
     def note(self, text: str) -> None:
         """One line on what was done."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.evaluate.scores import Scores
+from qatrun.export import artifact
 from qatrun.files import read_json, sha256
-from qatrun.records import ArmResult, Result
+from qatrun.records.training import ArmResult, Result
 from qatrun.study.display import Display
 from qatrun.study.layout import ArmFolder
 
-WEIGHTS = ("model*.safetensors", "quantized/model*.safetensors", "quantized/plan.json")
+_FILES = "model*.safetensors"
+WEIGHTS = (_FILES, f"{artifact.FOLDER}/{_FILES}", f"{artifact.FOLDER}/{artifact.PLAN_FILE}")
 FROM = "from the newest checkpoint that is whole"
 
 
@@ -39,7 +41,7 @@ def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
     now = weights_of(folder)
     return [
         f"{folder.path / name} {'is not what was scored' if name in now else 'is gone'}"
-        for name, checksum in record.get("weights", {}).items()
+        for name, checksum in record.weights.items()
         if now.get(name) != checksum
     ]
 
@@ -47,7 +49,7 @@ def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
 def scores_lost(folder: ArmFolder) -> str:
     """Why the scores of the start model or of an arm must be made again; empty where they need not."""
     try:
-        perplexity = read_json(folder.result, Result)["perplexity"]
+        perplexity = read_json(folder.result, Result).perplexity
         Scores.load(folder.eval)
         if "off" in perplexity:
             Scores.load(folder.eval_off)

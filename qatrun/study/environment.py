@@ -15,19 +15,20 @@ import psutil
 import torch
 
 from qatrun.numerics import bfloat16_way, native
+from qatrun.records.environment import StudyEnvironment
 
 PACKAGES = ("qatrun", "torch", "transformers", "datasets", "accelerate", "lm_eval", "tokenizers", "numpy", "scipy")
 
 
-def describe_environment() -> dict[str, Any]:
-    """Plain data; holds no host or user names."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpu": {
+def describe_environment() -> StudyEnvironment:
+    """As it is now; holds no host or user names."""
+    return StudyEnvironment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        python=platform.python_version(),
+        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        platform=platform.platform(),
+        cpu={
             "model": _cpu_model(),
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
@@ -35,10 +36,10 @@ def describe_environment() -> dict[str, Any]:
             "bfloat16_products": bfloat16_way(),
             "kernels": native.variant(),
         },
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "git": _git_state(),
-    }
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        git=_git_state(),
+    )
 
 
 def runs_on() -> str:

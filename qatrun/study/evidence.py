@@ -7,30 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qatrun.evaluate import paired
-from qatrun.evaluate.replication import (
-    Correct,
-    Difference,
-    LossGap,
-    correct_of_seeds,
-    difference,
-    loss_gap,
-    standard_deviation,
-    worst_verdict,
-)
+from qatrun.evaluate.replication import Correct, Difference, LossGap, correct_of_seeds, difference, loss_gap
 from qatrun.evaluate.scores import Scores
 from qatrun.files import read_json
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.schema import START
-from qatrun.records import ArmResult, Result, StudyDiagnosis
+from qatrun.records.diagnosis import StudyDiagnosis
+from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds
+from qatrun.records.training import ArmResult, Result
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import losses
+from qatrun.text import interval
 
 
-def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> dict[str, Any]:
-    """What finished studies of one recipe say together; plain data, as in seeds.json.
+def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> Seeds:
+    """What finished studies of one recipe say together.
 
     Args:
         recipe: whose arms, budgets and contrasts they are.
@@ -38,14 +31,14 @@ def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> 
     """
     evidence = _Evidence.read(recipe, studies)
     arms = {arm: evidence.of_arm(arm) for arm in recipe.arm_names}
-    return {
-        "study": name,
-        "seeds": list(studies),
-        "verdict": worst_verdict(arm["verdict"] for arm in arms.values()),
-        "start": evidence.of_start(),
-        "arms": arms,
-        "contrasts": [evidence.of_contrast(question, *pair) for question, pair in recipe.contrasts.items()],
-    }
+    return Seeds(
+        study=name,
+        seeds=list(studies),
+        verdict=paired.worst_verdict(arm.verdict for arm in arms.values()),
+        start=evidence.of_start(),
+        arms=arms,
+        contrasts=[evidence.of_contrast(question, *pair) for question, pair in recipe.contrasts.items()],
+    )
 
 
 @dataclass(frozen=True)
@@ -75,51 +68,51 @@ class _Evidence:
             {name: [_Losses.read(folder.arm(name)) for folder in folders] for name in names},
         )
 
-    def of_start(self) -> dict[str, Any]:
+    def of_start(self) -> StartOfSeeds:
         """The model before training, the same for every seed."""
         tasks = self.scores[START][0].tasks
-        return {
-            "tasks": {task: {"accuracy": score.accuracy} for task, score in tasks.items()},
-            "all_tasks": {"accuracy": float(self._correct(START, self._tasks).mean())},
-            "perplexity": read_json(self.studies[0].start.result, Result)["perplexity"]["on"],
-        }
+        return StartOfSeeds(
+            tasks={task: StartTask(accuracy=score.accuracy) for task, score in tasks.items()},
+            all_tasks=StartTask(accuracy=float(self._correct(START, self._tasks).mean())),
+            perplexity=read_json(self.studies[0].start.result, Result).perplexity["on"],
+        )
 
-    def of_arm(self, name: str) -> dict[str, Any]:
+    def of_arm(self, name: str) -> ArmOfSeeds:
         """One arm: its scores, and what it lost against its twin of the same seed."""
         twin = self.arms[name].twin
         tasks = {task: self._of_tasks(name, twin, [task], self.recipe.budget[task]) for task in self._tasks}
         gaps = [] if twin is None else self._loss_gaps(name, twin)
-        return {
-            "twin": twin,
-            "label": None,
-            "verdict": worst_verdict(task["verdict"] for task in tasks.values()),
-            "tasks": tasks,
-            "all_tasks": self._of_tasks(name, twin, self._tasks, None),
-            "perplexity": [read_json(study.arm(name).result, ArmResult)["perplexity"]["on"] for study in self.studies],
-            "loss_ape_percent": {"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
-            "findings": self._findings(name),
-        }
+        return ArmOfSeeds(
+            twin=twin,
+            label=None,
+            verdict=paired.worst_verdict(task.verdict for task in tasks.values()),
+            tasks=tasks,
+            all_tasks=self._of_tasks(name, twin, self._tasks, None),
+            perplexity=[read_json(study.arm(name).result, ArmResult).perplexity["on"] for study in self.studies],
+            loss_ape_percent={"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
+            findings=self._findings(name),
+        )
 
-    def of_contrast(self, question: str, first: str, second: str) -> dict[str, Any]:
+    def of_contrast(self, question: str, first: str, second: str) -> Contrast:
         """Accuracy of one arm minus that of another over all tasks, and what their training losses said."""
         found = difference(self._correct(first, self._tasks), self._correct(second, self._tasks))
         gaps = [] if START in (first, second) else self._loss_gaps(first, second)
-        return {
-            "name": question,
-            "a": first,
-            "b": second,
-            "num_items": self._correct(first, self._tasks).shape[1],
-            "difference_pp": 100 * found.mean,
-            "sd_pp": _percent(found.sd),
-            "ci95_pp": _percents(found.interval),
-            "ci95_items_pp": _percents(found.items),
-            "ci95_seeds_pp": _percents(found.seeds),
-            "per_seed_pp": _percents(found.per_seed),
-            "effect": found.answer,
-            "answer": _answer(found, first, second),
-            "loss_ape_percent": [gap.ape_percent for gap in gaps] or None,
-            "loss_difference_percent": [gap.difference_percent for gap in gaps] or None,
-        }
+        return Contrast(
+            name=question,
+            a=first,
+            b=second,
+            num_items=self._correct(first, self._tasks).shape[1],
+            difference_pp=100 * found.mean,
+            sd_pp=_percent(found.sd),
+            ci95_pp=_percents(found.interval),
+            ci95_items_pp=_percents(found.items),
+            ci95_seeds_pp=found.seeds and _percents(found.seeds),
+            per_seed_pp=_percents(found.per_seed),
+            effect=found.answer,
+            answer=_answer(found, first, second),
+            loss_ape_percent=[gap.ape_percent for gap in gaps] or None,
+            loss_difference_percent=[gap.difference_percent for gap in gaps] or None,
+        )
 
     @property
     def _tasks(self) -> list[str]:
@@ -128,7 +121,7 @@ class _Evidence:
     def _correct(self, name: str, tasks: Sequence[str]) -> Correct:
         return correct_of_seeds(self.scores[name], tasks)
 
-    def _of_tasks(self, name: str, twin: str | None, tasks: Sequence[str], budget_pp: float | None) -> dict[str, Any]:
+    def _of_tasks(self, name: str, twin: str | None, tasks: Sequence[str], budget_pp: float | None) -> TaskOfSeeds:
         """Scores over the items of these tasks together; drops are null for an arm without a twin."""
         correct = self._correct(name, tasks)
         accuracy = correct.mean(axis=1)
@@ -136,20 +129,20 @@ class _Evidence:
         verdict = None
         if lost is not None and budget_pp is not None:
             verdict = paired.judge(lost.interval, budget_pp / 100)
-        return {
-            "num_items": correct.shape[1],
-            "accuracy": accuracy.tolist(),
-            "mean": float(accuracy.mean()),
-            "sd": standard_deviation(accuracy),
-            "drop_pp": None if lost is None else _percents(lost.per_seed),
-            "drop_mean_pp": None if lost is None else 100 * lost.mean,
-            "drop_sd_pp": None if lost is None else _percent(lost.sd),
-            "drop_ci95_pp": None if lost is None else _percents(lost.interval),
-            "drop_ci95_items_pp": None if lost is None else _percents(lost.items),
-            "drop_ci95_seeds_pp": None if lost is None else _percents(lost.seeds),
-            "budget_pp": budget_pp,
-            "verdict": verdict,
-        }
+        return TaskOfSeeds(
+            num_items=correct.shape[1],
+            accuracy=accuracy.tolist(),
+            mean=float(accuracy.mean()),
+            sd=paired.standard_deviation(accuracy),
+            drop_pp=None if lost is None else _percents(lost.per_seed),
+            drop_mean_pp=None if lost is None else 100 * lost.mean,
+            drop_sd_pp=None if lost is None else _percent(lost.sd),
+            drop_ci95_pp=None if lost is None else _percents(lost.interval),
+            drop_ci95_items_pp=None if lost is None else _percents(lost.items),
+            drop_ci95_seeds_pp=None if lost is None or lost.seeds is None else _percents(lost.seeds),
+            budget_pp=budget_pp,
+            verdict=verdict,
+        )
 
     def _loss_gaps(self, first: str, second: str) -> list[LossGap]:
         """Over the steps in which either arm quantizes; over all of them where neither does, or records are missing."""
@@ -163,8 +156,8 @@ class _Evidence:
     def _findings(self, name: str) -> list[list[str]] | None:
         """What the diagnosis of each seed found; None unless all are diagnosed."""
         files = [study.diagnosis for study in self.studies]
-        arms = [read_json(file, StudyDiagnosis)["arms"] for file in files if file.is_file()]
-        found = [list(of_seed[name]["findings"]) for of_seed in arms if name in of_seed]
+        arms = [read_json(file, StudyDiagnosis).arms for file in files if file.is_file()]
+        found = [of_seed[name].findings for of_seed in arms if name in of_seed]
         return found if len(found) == len(files) else None
 
 
@@ -177,7 +170,7 @@ class _Losses:
 
     @classmethod
     def read(cls, folder: ArmFolder) -> _Losses:
-        rows = losses(folder, read_json(folder.result, ArmResult)["match"]["steps"])
+        rows = losses(folder, read_json(folder.result, ArmResult).match["steps"])
         return cls(
             {step: row["loss"] for step, row in rows.items()},
             frozenset(step for step, row in rows.items() if row["phase"] == "qat"),
@@ -188,20 +181,19 @@ class _Losses:
 
 
 def _answer(found: Difference, first: str, second: str) -> str:
-    mean, (low, high) = 100 * found.mean, (100 * edge for edge in found.interval)
+    mean = 100 * found.mean
     if found.answer == "no effect shown":
         return (
             f"no effect shown: {first} is {mean:+.2f} pp against {second} (could be up to {100 * found.largest:.2f} pp)"
         )
     than = "better" if found.answer == "helps" else "worse"
-    return (
-        f"{found.answer}: {first} is {abs(mean):.2f} pp {than} than {second} (95% interval {low:+.2f} .. {high:+.2f})"
-    )
+    edges = interval(_percents(found.interval))
+    return f"{found.answer}: {first} is {abs(mean):.2f} pp {than} than {second} (95% interval {edges})"
 
 
 def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def _percents(fractions: Sequence[float] | None) -> list[float] | None:
-    return None if fractions is None else [100 * fraction for fraction in fractions]
+def _percents(fractions: Sequence[float]) -> list[float]:
+    return [100 * fraction for fraction in fractions]

@@ -13,20 +13,13 @@ from pathlib import Path
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import read_json, sha256
 from qatrun.recipe import Recipe
-from qatrun.records import StudyEnvironment
+from qatrun.records.environment import StudyEnvironment
 from qatrun.study.layout import StudyFolder
 
 # What a model's folder is read for. That of another study's arm holds more, which may change.
 MODEL_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.bin",
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "*.jinja",
-    "*.py",
+    *("config.json", "*.safetensors", "*.bin", "*.py"),
+    *("tokenizer*", "*.model", "vocab*", "merges.txt", "*.jinja"),
 )
 
 
@@ -39,7 +32,7 @@ def describe_inputs(recipe: Recipe) -> dict[str, str]:
 def input_problems(folder: StudyFolder, recipe: Recipe) -> list[Problem]:
     """What has changed since the study began. Where that is not known, an earlier version having begun it, nothing."""
     try:
-        began = read_json(folder.environment, StudyEnvironment).get("inputs", {})
+        began = read_json(folder.environment, StudyEnvironment).inputs
     except DamagedFileError:
         return []  # which the claim says
     keys = _keys(recipe)

@@ -22,12 +22,37 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qatrun import files
 from qatrun.errors import InputError
-from qatrun.evaluate.scores import SUMMARY_FILE
 from qatrun.export import artifact
-from qatrun.recipe.wording import suggestion
+from qatrun.text import suggestion
 
-EVAL, EVAL_OFF = "eval", "eval-quantizers-off"
+EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
+RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE = "result.json", "histograms.json", "log_perplexity.json"
+START, TRUNK = "start", "trunk-"
+PAGE_FILE, CSV_FOLDER = "report.html", "report"
+ENVIRONMENT_FILE, LOCK_FILE = "environment.json", ".lock"
+FIRST_FILES = {ENVIRONMENT_FILE, files.RECIPE_FILE}  # written before anything is trained
+
+# All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.
+OF_A_STUDY = (
+    *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv", "diagnosis.json"),
+    *(PAGE_FILE, f"{CSV_FOLDER}/*.csv", ".*.partial", f"{CSV_FOLDER}/.*.partial"),
+)
+_OF_A_MODEL = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
+)
+OF_AN_ARM = (
+    *(files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
+    *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
+    *(f"{files.CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", "progress.json", "manifest.json")),
+    *(f"{files.CHECKPOINTS}/.incomplete/*", "**/.*.partial", f"**/{files.UNFINISHED}"),
+    *("**/events.out.tfevents*", "**/hparams.yml"),
+    *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL)),
+    *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
+    *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
+)
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 
 
@@ -44,27 +69,39 @@ class ArmFolder:
     @property
     def eval(self) -> Path:
         """Its scores; the folder itself where it is one that `qatrun eval --output` wrote."""
-        return self.path if (self.path / SUMMARY_FILE).is_file() else self.path / EVAL
+        return self.path if (self.path / files.SCORES_FILE).is_file() else self.path / EVAL
 
     @property
     def eval_off(self) -> Path:
         return self.path / EVAL_OFF
 
+    def eval_calibrated(self, settings: str) -> Path:
+        """Scores of these weights with scales that were calibrated; `settings` is a hash of how."""
+        return self.path / f"{EVAL_CALIBRATED}{settings[:8]}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / files.CHECKPOINTS
+
+    @property
+    def plan(self) -> Path:
+        return self.quantized / artifact.PLAN_FILE
+
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / files.METRICS_FILE
 
     @property
     def alarms(self) -> Path:
-        return self.path / "alarms.jsonl"
+        return self.path / files.ALARMS_FILE
 
     @property
     def histograms(self) -> Path:
-        return self.path / "histograms.json"
+        return self.path / HISTOGRAMS_FILE
 
     @property
     def result(self) -> Path:
-        return self.path / "result.json"
+        return self.path / RESULT_FILE
 
 
 @dataclass(frozen=True)
@@ -79,11 +116,11 @@ class StudyFolder:
 
     @property
     def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
+        return self.path / files.RECIPE_FILE
 
     @property
     def environment(self) -> Path:
-        return self.path / "environment.json"
+        return self.path / ENVIRONMENT_FILE
 
     @property
     def comparison(self) -> Path:
@@ -99,11 +136,26 @@ class StudyFolder:
         return self.path / "diagnosis.json"
 
     @property
+    def page(self) -> Path:
+        return self.path / PAGE_FILE
+
+    @property
+    def csv(self) -> Path:
+        """The numbers of the page's figures."""
+        return self.path / CSV_FOLDER
+
+    @property
+    def begun(self) -> set[str]:
+        """Arms of which something is there, in no order."""
+        names = {file.parent.name for name in (files.METRICS_FILE, RESULT_FILE) for file in self.path.glob(f"*/{name}")}
+        return {name for name in names if name != START and not name.startswith(TRUNK)}
+
+    @property
     def replicas(self) -> tuple[StudyFolder, ...]:
         """The studies of its seeds, by seed; none where it is run with one."""
         found = {
             int(match.group(1)): file.parent
-            for file in self.path.glob("seed-*/recipe.yaml")
+            for file in self.path.glob(f"seed-*/{files.RECIPE_FILE}")
             if (match := _REPLICA.fullmatch(file.parent.name))  # not a copy that someone made beside them
         }
         return tuple(StudyFolder(found[seed]) for seed in sorted(found))
@@ -113,7 +165,7 @@ class StudyFolder:
 
     @property
     def start(self) -> ArmFolder:
-        return ArmFolder(self.path / "start")
+        return ArmFolder(self.path / START)
 
     def arm(self, name: str) -> ArmFolder:
         return ArmFolder(self.path / name)
@@ -121,13 +173,13 @@ class StudyFolder:
 
 def newest_study(output_dir: Path) -> StudyFolder | None:
     """The study whose recipe was written last."""
-    recipes = sorted(output_dir.glob("*/recipe.yaml"), key=lambda file: file.stat().st_mtime)
+    recipes = sorted(output_dir.glob(f"*/{files.RECIPE_FILE}"), key=lambda file: file.stat().st_mtime)
     return StudyFolder(recipes[-1].parent) if recipes else None
 
 
 def no_such_study(study: str | None, output_dir: Path) -> InputError:
     """The error for a study that is not there, with the nearest of those that are."""
-    names = sorted(file.parent.name for file in output_dir.glob("*/recipe.yaml"))
+    names = sorted(file.parent.name for file in output_dir.glob(f"*/{files.RECIPE_FILE}"))
     if study is None:
         return InputError(f"no study in {output_dir} yet")
     return InputError(f"no study {study!r} in {output_dir}{suggestion(study, names)}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatrun.files import conforming
 from qatrun.recipe import Arm
-from qatrun.records import Match
 from qatrun.study.segments import BOOKKEEPING
 
 
@@ -18,10 +16,3 @@ def matched_settings(arm: Arm) -> dict[str, Any]:
         **arm.train.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", *BOOKKEEPING}),
         "warmup": arm.warmup.model_dump(mode="json"),
     }
-
-
-def match_of(arm: Arm, data_hash: str) -> Match:
-    """The same with the data consumed, as result.json has it."""
-    settings = matched_settings(arm)
-    match: Any = {**settings, "data_hash": data_hash}
-    return conforming(match, Match)

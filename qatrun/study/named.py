@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.study.claim import locked
-from qatrun.study.diagnose import ScoringDisplay, diagnose
+from qatrun.study.diagnose import diagnose
+from qatrun.study.display import ScoringDisplay
 from qatrun.study.layout import StudyFolder, newest_study, no_such_study
 from qatrun.study.page import write_page
 
@@ -25,11 +26,11 @@ def named_study(study: str | None, output_dir: Path) -> StudyFolder:
     return folder
 
 
-def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay) -> dict[str, Any]:
+def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay) -> dict[str, StudyDiagnosis]:
     """Folder -> its diagnosis: of the study, or of each of its seeds. Pages are written anew."""
     folder = named_study(study, output_dir)
     studies = folder.replicas or (folder,)
-    found: dict[str, Any] = {}
+    found: dict[str, StudyDiagnosis] = {}
     with locked(folder):
         for one in studies:
             try:

@@ -15,22 +15,18 @@ from ruamel.yaml.error import YAMLError
 from qatrun.errors import InputError, Problem
 from qatrun.export import artifact
 from qatrun.files import read_json, reading, replace_file
-from qatrun.records import (
-    Environment,
-    Histograms,
-    Result,
-    Seeds,
-    StudyComparison,
-    StudyDiagnosis,
-)
+from qatrun.records.comparison import StudyComparison
+from qatrun.records.diagnosis import StudyDiagnosis
+from qatrun.records.environment import Environment
+from qatrun.records.quantized import Histograms
+from qatrun.records.seeds import Seeds
+from qatrun.records.training import Result
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
 T = TypeVar("T")
-
-PAGE_FILE, CSV_FOLDER = "report.html", "report"
 
 
 def write_page(folder: StudyFolder) -> Path:
@@ -51,55 +47,53 @@ def write_page(folder: StudyFolder) -> Path:
 def read_study(folder: StudyFolder) -> StudyContent:
     """What a study's folder holds, as the page takes it."""
     recipe_text, recipe = _read_recipe(folder)
-    model, parent = recipe.get("model"), StudyFolder(folder.path.resolve().parent)
+    parent = StudyFolder(folder.path.resolve().parent)
     return StudyContent(
         name=f"{parent.name}/{folder.name}" if parent.recipe.is_file() else folder.name,
         recipe=recipe_text,
-        environment=_optional(folder.environment, Environment) or {},
+        environment=_optional(folder.environment, Environment) or Environment(),
         comparison=_optional(folder.comparison, StudyComparison),
         diagnosis=_optional(folder.diagnosis, StudyDiagnosis),
         arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
-        model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
+        model=_model(recipe),
         summary=_optional(folder.seeds, Seeds),
     )
 
 
 def _write(folder: StudyFolder, document: Document) -> Path:
-    csv_folder = folder.path / CSV_FOLDER
     for name, text in document.csv.items():
-        replace_file(csv_folder / name, text.encode())
-    for stale in set(csv_folder.glob("*.csv")) - {csv_folder / name for name in document.csv}:
+        replace_file(folder.csv / name, text.encode())
+    for stale in set(folder.csv.glob("*.csv")) - {folder.csv / name for name in document.csv}:
         stale.unlink()
-    replace_file(folder.path / PAGE_FILE, render(document).encode())
-    return folder.path / PAGE_FILE
+    replace_file(folder.page, render(document).encode())
+    return folder.page
 
 
 def _read_seeds(folder: StudyFolder) -> SeedsContent:
     recipe_text, recipe = _read_recipe(folder)
     seeds = read_json(folder.seeds, Seeds)
-    pages = {seed: write_page(folder.replica(seed)) for seed in seeds["seeds"] if folder.replica(seed).recipe.is_file()}
-    model = recipe.get("model")
+    pages = {seed: write_page(folder.replica(seed)) for seed in seeds.seeds if folder.replica(seed).recipe.is_file()}
     return SeedsContent(
         name=folder.name,
         recipe=recipe_text,
-        environment=_optional(folder.environment, Environment) or {},
+        environment=_optional(folder.environment, Environment) or Environment(),
         seeds=seeds,
         pages={seed: page.relative_to(folder.path).as_posix() for seed, page in pages.items()},
-        model=str(model.get("path", "")) if isinstance(model, Mapping) else "",
+        model=_model(recipe),
     )
 
 
 def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
-    record: Mapping[str, Any] = _optional(folder.result, Result) or {}
+    result = _optional(folder.result, Result)
     histograms = _optional(folder.histograms, Histograms)
     return ArmContent(
         name=folder.path.name,
         index=index,
-        twin=record.get("twin"),
-        record=record,
+        twin=result.twin if result else None,
+        coverage=result.coverage if result else None,
         metrics=read_metrics(folder.metrics) if folder.metrics.is_file() else (),
         tensors=read_tensor_stats(folder.path),
-        histograms=histograms["tensors"] if histograms else (),
+        histograms=histograms.tensors if histograms else (),
         alarms=read_alarms(folder.alarms),
         plan=artifact.read_plan(folder.quantized) if (folder.quantized / artifact.PLAN_FILE).is_file() else None,
     )
@@ -107,9 +101,7 @@ def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
 
 def _arm_names(folder: StudyFolder, recipe: Mapping[str, Any]) -> list[str]:
     """Arms that have begun, in the order of the recipe; by name where the recipe cannot say it."""
-    begun = {file.parent.name for file in folder.path.glob("*/metrics.jsonl")}
-    begun |= {file.parent.name for file in folder.path.glob("*/result.json")}
-    arms = {name for name in begun if name != "start" and not name.startswith("trunk-")}
+    arms = folder.begun
     named = recipe.get("arms")
     known = [str(name) for name in (named if isinstance(named, Mapping) else ()) if str(name) in arms]
     return [*known, *sorted(arms - set(known))]
@@ -126,6 +118,11 @@ def _read_recipe(folder: StudyFolder) -> tuple[str, Mapping[str, Any]]:
     except (YAMLError, ValueError, RecursionError):
         parsed = None
     return text, parsed if isinstance(parsed, Mapping) else {}
+
+
+def _model(recipe: Mapping[str, Any]) -> str:
+    model = recipe.get("model")
+    return str(model.get("path", "")) if isinstance(model, Mapping) else ""
 
 
 def _optional(file: Path, kind: type[T]) -> T | None:

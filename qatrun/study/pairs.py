@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qatrun.errors import InputError, MismatchError, Problem
-from qatrun.evaluate.comparison import Comparison, compare, setting_mismatches
+from qatrun.evaluate.comparison import compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.files import read_json
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
-from qatrun.records import ArmResult, Cost, Result
-from qatrun.study.layout import EVAL, ArmFolder, StudyFolder, newest_study, no_such_study
+from qatrun.records.comparison import Pair
+from qatrun.records.training import ArmResult, Result
+from qatrun.study.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.study.records import losses
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An arm and its BF16 twin, compared.
-
-    Attributes:
-        loss_ape_percent: mean |loss of the arm - loss of the twin| / loss of the twin, in percent, over "all_steps" and
-            "after_switch"; empty where training records are missing.
-        perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
-        cost: "twin" and "arm": seconds of training and peak memory.
-        mismatches: in what the two differ besides quantization; only with `anyway`.
-    """
-
-    arm: str
-    twin: str
-    comparison: Comparison
-    loss_ape_percent: Mapping[str, float]
-    perplexity: Mapping[str, float]
-    cost: Mapping[str, Cost]
-    sizes: Mapping[str, int]
-    coverage: str | None
-    mismatches: Sequence[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in comparison.json."""
-        return {**vars(self), "comparison": json.loads(self.comparison.to_json())}
 
 
 def compare_arms(
@@ -59,52 +30,52 @@ def compare_arms(
         InputError: no scores there.
         MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
     """
-    scores = {"twin": Scores.load(twin.eval), "arm": Scores.load(arm.eval)}
-    records = {"twin": _record(twin), "arm": _record(arm)}
+    twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
+    of_twin, of_arm = _record(twin), _record(arm)
     of_start = read_json(start.result, Result) if start is not None and start.result.is_file() else None
     # Scores that a record speaks of are not left out because they are gone.
-    arm_off = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(records["arm"], "off") else None
+    off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
-    problems = setting_mismatches(scores["twin"], scores["arm"]) + _training_mismatches(records["twin"], records["arm"])
+    problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
-    unknown = [task for task in scores["twin"].tasks if task not in budgets]
+    unknown = [task for task in twin_scores.tasks if task not in budgets]
     if unknown:
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
         "start": _perplexity(of_start, "on"),
-        "twin": _perplexity(records["twin"], "on"),
-        "arm": _perplexity(records["arm"], "on"),
-        "arm_off": _perplexity(records["arm"], "off"),
+        "twin": _perplexity(of_twin, "on"),
+        "arm": _perplexity(of_arm, "on"),
+        "arm_off": _perplexity(of_arm, "off"),
     }
     return Pair(
         arm=arm.path.name,
         twin=twin.path.name,
-        comparison=compare(start_scores, scores["twin"], scores["arm"], arm_off, budgets),
-        loss_ape_percent=_loss_ape(twin, arm, records["arm"]),
+        comparison=compare(start_scores, twin_scores, arm_scores, off_scores, budgets),
+        loss_ape_percent=_loss_ape(twin, arm, of_arm),
         perplexity={key: value for key, value in perplexity.items() if value is not None},
-        cost={key: record["cost"] for key, record in records.items() if record is not None},
-        sizes=records["arm"]["sizes"] if records["arm"] else {},
-        coverage=records["arm"]["coverage"] if records["arm"] else None,
+        cost={key: record.cost for key, record in (("twin", of_twin), ("arm", of_arm)) if record is not None},
+        sizes=of_arm.sizes if of_arm else {},
+        coverage=of_arm.coverage if of_arm else None,
         mismatches=[str(problem) for problem in problems],
     )
 
 
 def _record(folder: ArmFolder) -> ArmResult | None:
     """What training wrote about an arm; None for a folder that only holds scores, and for the start model."""
-    if not folder.result.is_file() or "match" not in read_json(folder.result, Result):
+    if not folder.result.is_file() or "match" not in read_json(folder.result, Result).to_dict():
         return None
     return read_json(folder.result, ArmResult)
 
 
 def _perplexity(record: Result | ArmResult | None, quantizers: str) -> float | None:
-    return record["perplexity"].get(quantizers) if record is not None else None
+    return record.perplexity.get(quantizers) if record is not None else None
 
 
 def _training_mismatches(twin: ArmResult | None, arm: ArmResult | None) -> list[Problem]:
     if twin is None or arm is None:
         return [Problem("no training record of both (result.json), so nothing shows that they match")]
-    of_twin, of_arm = dict(twin["match"]), dict(arm["match"])
+    of_twin, of_arm = dict(twin.match), dict(arm.match)
     return [
         Problem(f"the twin has {of_twin.get(key)!r}, the arm {of_arm.get(key)!r}", key)
         for key in of_twin | of_arm
@@ -113,7 +84,7 @@ def _training_mismatches(twin: ArmResult | None, arm: ArmResult | None) -> list[
 
 
 def _loss_ape(twin: ArmFolder, arm: ArmFolder, record: ArmResult | None) -> dict[str, float]:
-    num_steps = 0 if record is None else record["match"]["steps"]
+    num_steps = 0 if record is None else record.match["steps"]
     of_twin, of_arm = losses(twin, num_steps), losses(arm, num_steps)
     errors = [
         (row["phase"], 100 * abs(row["loss"] - of_twin[step]["loss"]) / of_twin[step]["loss"])
@@ -148,7 +119,7 @@ def compare_named(
         choices = " or ".join(f"--study {replica.path.relative_to(output_dir)}" for replica in found.replicas)
         raise InputError(f"{found.path} holds a study for each of its seeds: compare in one of them, {choices}")
     of_twin, of_arm = found.arm(twin), found.arm(arm)
-    scored = sorted(file.parent.name for file in found.path.glob("*/result.json") if (file.parent / EVAL).is_dir())
+    scored = sorted(file.parent.name for file in found.path.glob(f"*/{RESULT_FILE}") if (file.parent / EVAL).is_dir())
     missing = [folder.path.name for folder in (of_twin, of_arm) if not folder.eval.is_dir()]
     if missing:
         raise InputError(f"{found.path} has no scores of {', '.join(missing)} (it has {', '.join(scored) or 'none'})")
@@ -164,9 +135,9 @@ def _start_beside(*folders: ArmFolder) -> ArmFolder | None:
 
 
 def _budgets(folder: ArmFolder, given: Sequence[str]) -> dict[str, float]:
-    recipe_file = folder.path.resolve().parent / "recipe.yaml"
-    if recipe_file.is_file():
-        budgets = dict(load_recipe(recipe_file).budget)
+    recipe = StudyFolder(folder.path.resolve().parent).recipe
+    if recipe.is_file():
+        budgets = dict(load_recipe(recipe).budget)
     else:
         budgets = dict.fromkeys(Scores.load(folder.eval).tasks, DEFAULT_BUDGET_PP)
     for text in given:

@@ -19,6 +19,7 @@ from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
 from qatrun.recipe import Arm, Recipe
+from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
@@ -50,59 +51,48 @@ class Preflight:
     tasks: list[TaskPlan]
     problems: list[Problem]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a screen."""
-        arms = [self._arm_dict(name, arm) for name, arm in self.arms.items()]
+    def dry_run(self) -> DryRun:
+        """What of it is shown."""
         quantized = {name: covered.quantized_weights for name, covered in self.coverages.items()}
         known = self.config is not None
-        return {
-            "name": self.recipe.name,
-            "folder": str(Path(self.recipe.output_dir) / self.recipe.name),
-            "model": self.recipe.model.path,
-            "seeds": self.recipe.train.seeds,
-            "runs_on": runs_on(),
-            "num_parameters": self.num_parameters if known else None,
-            "arms": arms,
-            "disk_bytes": disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
-            "tasks": [self._task_dict(task) for task in self.tasks],
-            "assumed_discordance": paired.TYPICAL_DISCORDANCE,
-            "problems": [str(problem) for problem in self.problems],
-        }
+        return DryRun(
+            name=self.recipe.name,
+            folder=str(Path(self.recipe.output_dir) / self.recipe.name),
+            model=self.recipe.model.path,
+            seeds=None if self.recipe.train.seeds is None else list(self.recipe.train.seeds),
+            runs_on=runs_on(),
+            num_parameters=self.num_parameters if known else None,
+            arms=[self._dry_run_of_arm(name, arm) for name, arm in self.arms.items()],
+            disk_bytes=disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
+            tasks=[self._dry_run_of_task(task) for task in self.tasks],
+            assumed_discordance=paired.TYPICAL_DISCORDANCE,
+            problems=[str(problem) for problem in self.problems],
+        )
 
-    def _arm_dict(self, name: str, arm: Arm) -> dict[str, Any]:
+    def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
         covered = self.coverages.get(name)
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
-        return {
-            "name": name,
-            "twin": arm.twin,
-            "steps": arm.train.steps,
-            "warmup_steps": arm.warmup.steps,
-            "switch_step": arm.switch_step,
-            "learning_rate": arm.train.learning_rate,
-            "tokens_per_step": tokens_per_step,
-            "tokens": tokens_per_step * arm.train.steps,
-            "coverage": str(covered) if covered is not None else None,
-            "roles": [_role_text(role, scheme) for role, scheme in arm.qat.schemes.items()]
-            if arm.qat is not None
-            else [],
-            "memory_bytes": memory,
-        }
+        return DryRunArm(
+            name=name,
+            twin=arm.twin,
+            steps=arm.train.steps,
+            warmup_steps=arm.warmup.steps,
+            switch_step=arm.switch_step,
+            learning_rate=arm.train.learning_rate,
+            tokens_per_step=tokens_per_step,
+            tokens=tokens_per_step * arm.train.steps,
+            coverage=str(covered) if covered is not None else None,
+            roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
+            memory_bytes=memory,
+        )
 
-    def _task_dict(self, task: TaskPlan) -> dict[str, Any]:
-        return {
-            "name": task.name,
-            "num_fewshot": task.num_fewshot,
-            "metric": task.metric,
-            "num_items": task.num_items,
-            "source": task.source,
-            "budget_pp": self.recipe.budget[task.name],
-            "detectable_drop_pp": detectable_drop_pp(task.num_items) if task.num_items else None,
-            "missing": task.missing,
-        }
+    def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
+        detectable = detectable_drop_pp(task.num_items) if task.num_items else None
+        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name], detectable_drop_pp=detectable)
 
 
 def preflight(recipe: Recipe) -> Preflight:

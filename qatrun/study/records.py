@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
 from qatrun.recipe import AlarmConfig
-from qatrun.records import MetricsRow
+from qatrun.records.diagnosis import TensorRecord
+from qatrun.records.training import MetricsRow
 from qatrun.study.layout import ArmFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
 SHOWN = 5
 CLIPS = 0.001  # the share of a tensor's values that counts as clipping where no alarm has a threshold
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One tensor over the QAT phase.
-
-    Attributes:
-        clip_fraction: mean over the steps.
-        overshoot: the largest of its amax over what the scale stood for.
-        sqnr_db: the last one measured; None if none was.
-        since_step: the first step in which it clipped noticeably; None if it never did.
-        scale: the last one used.
-    """
-
-    tensor: str
-    clip_fraction: float
-    overshoot: float
-    sqnr_db: float | None
-    since_step: int | None
-    scale: float | None
-
-    @property
-    def linear(self) -> str:
-        return self.tensor.rpartition(":")[0]
-
-    @property
-    def role(self) -> str:
-        return self.tensor.rpartition(":")[2]
 
 
 def clipping_limit(alarms: AlarmConfig) -> float:
@@ -74,12 +46,12 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
         clips = rows["step"][rows["clip_fraction"] > limit]
         records.append(
             TensorRecord(
-                name,
-                float(rows["clip_fraction"].mean()),
-                float(np.nanmax(rows["overshoot"])) if not np.isnan(rows["overshoot"]).all() else 0.0,
-                float(measured[-1]) if len(measured) else None,
-                int(clips[0]) if len(clips) else None,
-                float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,
+                tensor=name,
+                clip_fraction=float(rows["clip_fraction"].mean()),
+                overshoot=float(np.nanmax(rows["overshoot"])) if not np.isnan(rows["overshoot"]).all() else 0.0,
+                sqnr_db=float(measured[-1]) if len(measured) else None,
+                since_step=int(clips[0]) if len(clips) else None,
+                scale=float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,
             )
         )
     return sorted(records, key=lambda r: (-r.clip_fraction, np.inf if r.sqnr_db is None else r.sqnr_db))

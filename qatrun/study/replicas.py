@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qatrun.files import read_json, write_json, writing
 from qatrun.recipe import Recipe
-from qatrun.records import Result
+from qatrun.records.training import Result
 from qatrun.study.doneness import scores_lost
 from qatrun.study.layout import StudyFolder
 from qatrun.study.preflight import Preflight

@@ -29,7 +29,8 @@ from qatrun.study.single import run_single
 def run(
     recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
 ) -> StudyResult:
-    """What `qatrun train` does, shown on the terminal: a recipe file, a shipped name or a recipe made in Python.
+    """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`; what comes out is
+    returned and written, not printed.
 
     Raises:
         as `load_recipe` and `run_study`.

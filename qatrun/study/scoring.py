@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
@@ -11,19 +11,13 @@ from qatrun.evaluate.tasks import check_available
 from qatrun.export import artifact
 from qatrun.model import load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
+from qatrun.records.scores import ScoredModel, ScoredTask
+from qatrun.study.display import ScoringDisplay
 from qatrun.study.layout import StudyFolder
 from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
 DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}
-
-
-class ScoringDisplay(Protocol):
-    """Who is told how scoring goes."""
-
-    def begin_scoring(self, what: str) -> None: ...
-
-    def on_scored(self, task: str, done: int, total: int) -> None: ...
 
 
 def eval_config(
@@ -36,10 +30,11 @@ def eval_config(
     batch_size: int | None,
 ) -> EvalConfig:
     """What to score: a study's own settings for one of its arms, else the defaults, with what was asked for on top."""
-    recipe_file = Path(path).resolve().parent / "recipe.yaml"
+    arm = Path(path).resolve()
     if artifact.find(Path(path)) == Path(path):  # the quantized folder inside an arm's
-        recipe_file = Path(path).resolve().parent.parent / "recipe.yaml"
-    base = load_recipe(recipe_file).eval if recipe_file.is_file() else EvalConfig(tasks=DEFAULT_TASKS)
+        arm = arm.parent
+    recipe = StudyFolder(arm.parent).recipe
+    base = load_recipe(recipe).eval if recipe.is_file() else EvalConfig(tasks=DEFAULT_TASKS)
     known = {**DEFAULT_TASKS, **base.tasks}
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else list(base.tasks)
     if not names:
@@ -49,8 +44,8 @@ def eval_config(
     return base.model_copy(update={"tasks": wanted} | {key: value for key, value in given.items() if value is not None})
 
 
-def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None) -> dict[str, Any]:
-    """Score a checkpoint; plain data. One of ours runs with quantizers on, a plain model in its config's dtype.
+def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None) -> ScoredModel:
+    """Score a checkpoint. One of ours runs with quantizers on, a plain model in its config's dtype.
 
     Raises:
         InputError: no model there, or a task that cannot be scored.
@@ -63,18 +58,19 @@ def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: P
     display.begin_scoring(Path(path).name)
     scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
     tasks = [
-        {
-            "name": name,
-            "metric": task.metric,
-            "num_fewshot": task.num_fewshot,
-            "num_items": task.num_items,
-            "accuracy": task.accuracy,
-            "stderr": task.stderr if task.num_items > 1 else None,
-            "num_truncated": task.num_truncated,
-        }
+        ScoredTask(
+            name=name,
+            metric=task.metric,
+            num_fewshot=task.num_fewshot,
+            num_items=task.num_items,
+            accuracy=task.accuracy,
+            stderr=task.stderr if task.num_items > 1 else None,
+            num_truncated=task.num_truncated,
+        )
         for name, task in scores.tasks.items()
     ]
-    return {"model": what, "settings": dict(scores.settings), "tasks": tasks, "output": str(output) if output else None}
+    kept = str(output) if output else None
+    return ScoredModel(model=what, settings=dict(scores.settings), tasks=tasks, output=kept)
 
 
 def _path_problems(path: str) -> list[Problem]:

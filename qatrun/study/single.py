@@ -18,19 +18,21 @@ from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
-from qatrun.records import ArmResult, Environment, TrunkResult
-from qatrun.report import readable_size
+from qatrun.records.comparison import Cost
+from qatrun.records.environment import Environment
+from qatrun.records.training import ArmResult, Result, TrunkResult
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
-from qatrun.study.matching import match_of
+from qatrun.study.matching import matched_settings
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
 from qatrun.train.loop import train
@@ -72,7 +74,7 @@ class _Study:
         tokenizer = load_tokenizer(arm.model)
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
         value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
-        write_json(record.result, {"arm": "start", "perplexity": {"on": value}})
+        write_json(record.result, Result(arm="start", perplexity={"on": value}))
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
@@ -86,12 +88,13 @@ class _Study:
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
         valid = self._held_out(arm, load_tokenizer(arm.model))
-        write_json(folder.result, {**record, "perplexity": self._score_arm(arm, folder, valid)})
+        perplexity = self._score_arm(arm, folder, valid)
+        write_json(folder.result, record.model_copy(update={"perplexity": perplexity}))
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
         arm, own, trunk = segments.own.arm, segments.own, segments.trunk
-        if trunk is not None and not has_checkpoint(own.folder / "checkpoints"):
+        if trunk is not None and not has_checkpoint(folder.checkpoints):
             self._train_trunk(trunk)
         model, outcome = self._train(own)
         sizes = self._export(model, load_tokenizer(arm.model), own, folder)
@@ -101,10 +104,11 @@ class _Study:
 
     def _train_trunk(self, trunk: Segment) -> None:
         """Train a trunk unless that is done; once more where its checkpoints are damaged, which gives the same."""
-        result = ArmFolder(trunk.folder).result
+        folder = ArmFolder(trunk.folder)
+        result = folder.result
         try:
             read_json(result, TrunkResult)
-            if has_checkpoint(trunk.folder / "checkpoints"):
+            if has_checkpoint(folder.checkpoints):
                 return
             self.display.on_warning(f"{trunk.folder} holds no whole checkpoint to branch from: trained again")
         except DamagedFileError as error:
@@ -112,7 +116,7 @@ class _Study:
                 self.display.on_warning(f"{error}; made again")
         outcome = self._train(trunk)[1]
         gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
-        write_json(result, asdict(outcome))
+        write_json(result, TrunkResult(**asdict(outcome)))
 
     def compare(self) -> StudyResult:
         """Compare every quantized arm with its twin, and keep what comes out."""
@@ -123,9 +127,10 @@ class _Study:
         )
         result = StudyResult(self.folder.path, pairs)
         write_comparison(self.folder, result)
-        matches = {name: read_json(self.folder.arm(name).result, ArmResult)["match"] for name in self.checked.arms}
-        arms = {name: {key: match[key] for key in ("seed", "data_hash")} for name, match in matches.items()}
-        write_json(self.folder.environment, {**read_json(self.folder.environment, Environment), "arms": arms})
+        matches = {name: read_json(self.folder.arm(name).result, ArmResult).match for name in self.checked.arms}
+        arms = {name: {"seed": match["seed"], "data_hash": match["data_hash"]} for name, match in matches.items()}
+        environment = read_json(self.folder.environment, Environment)
+        write_json(self.folder.environment, environment.model_copy(update={"arms": arms}))
         return result
 
     def answer_contrasts(self, result: StudyResult) -> StudyResult:
@@ -206,13 +211,14 @@ class _Study:
     ) -> ArmResult:
         arm = segment.arm
         covered = self.checked.coverages.get(arm.name)
-        return {
-            "arm": arm.name,
-            "twin": arm.twin,
-            "match": match_of(arm, outcome.data_hash),
-            "cost": {"seconds": outcome.seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
-            "coverage": str(covered) if covered is not None else None,
-            "perplexity": {},
-            "sizes": dict(sizes),
-            "weights": dict(weights),
-        }
+        match: Any = {**matched_settings(arm), "data_hash": outcome.data_hash}
+        return ArmResult(
+            arm=arm.name,
+            twin=arm.twin,
+            match=match,
+            cost=Cost(seconds=outcome.seconds, peak_memory_bytes=outcome.peak_memory_bytes),
+            coverage=str(covered) if covered is not None else None,
+            perplexity={},
+            sizes=dict(sizes),
+            weights=dict(weights),
+        )

@@ -41,7 +41,7 @@ def calibration_batches(arm: Arm, tokenizer: Any, count: int) -> list[Tensor]:
 
 
 def _trained(arm: Arm, folder: ArmFolder) -> Any:
-    checkpoint, _ = latest_checkpoint(folder.path / "checkpoints")
+    checkpoint, _ = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         return load_model(plain, DTYPES[arm.model.param_dtype])

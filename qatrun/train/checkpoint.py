@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
 from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
-from qatrun.records import Progress
+from qatrun.records.training import Progress
 from qatrun.train.parts import State
 
 T = TypeVar("T")

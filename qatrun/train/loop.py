@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
+from qatrun.files import CHECKPOINTS, METRICS_FILE
 from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
@@ -158,7 +159,7 @@ class Session:
             self.listener.on_warning(text)
 
     def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
-        checkpoint, warnings = latest_checkpoint(folder / "checkpoints")
+        checkpoint, warnings = latest_checkpoint(folder / CHECKPOINTS)
         for text in warnings:
             self.listener.on_warning(text)
         return checkpoint
@@ -175,8 +176,8 @@ class Session:
                 (part.adopt if from_trunk else part.load_state_dict)(state)
 
     def _open_metrics(self) -> None:
-        file, of_trunk = self.segment.folder / "metrics.jsonl", self.segment.trunk
-        inherited = None if of_trunk is None else of_trunk / "metrics.jsonl"
+        file, of_trunk = self.segment.folder / METRICS_FILE, self.segment.trunk
+        inherited = None if of_trunk is None else of_trunk / METRICS_FILE
         rows, lost = surviving_metrics(file, inherited, self.step)
         self.metrics = RowsFile(file, rows)
         if lost:
@@ -255,7 +256,7 @@ class Session:
         self.monitor.write(self.step, due=self._due)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = Checkpoint(self.step, self.segment.identity, parts)
-        folder, config = self.segment.folder / "checkpoints", self.segment.arm.train
+        folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
         self.world.first(lambda: write_checkpoint(folder, checkpoint, config.keep_last, config.save_every))
 
     def _close(self) -> None:

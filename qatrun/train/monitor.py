@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qatrun.errors import AlarmStop, DamagedFileError
+from qatrun.files import ALARMS_FILE
 from qatrun.quant import Mode
 from qatrun.train.alarms import Alarm, AlarmWatch
 from qatrun.train.metrics import RowsFile, surviving_alarms
@@ -58,8 +59,8 @@ class Monitor(Stateful):
             Sentences on what cannot be watched, or is lost of what was.
         """
         folder, trunk = self.segment.folder, self.segment.trunk
-        inherited = None if trunk is None else trunk / "alarms.jsonl"
-        alarms = folder / "alarms.jsonl"
+        inherited = None if trunk is None else trunk / ALARMS_FILE
+        alarms = folder / ALARMS_FILE
         rows = surviving_alarms(alarms, inherited, step)
         self._alarms = RowsFile(alarms, rows)
         lost = len(self.watch.raised) - len(rows)

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from qatrun.files import reading, whole_file
+from qatrun.files import TENSORS, reading, whole_file
 from qatrun.quant import STATISTICS
 
-FOLDER, UNFINISHED = "tensors", "unfinished.parquet"
+UNFINISHED = "unfinished.parquet"
 _PART = re.compile(r"step-\d+\.parquet")
 Table = npt.NDArray[np.float32]
 
@@ -46,7 +46,7 @@ class TensorFile:
             folder: of the segment.
             names: of the quantized tensors, in the order of the tables.
         """
-        self._folder, self._names = folder / FOLDER, list(names)
+        self._folder, self._names = folder / TENSORS, list(names)
         self._rows: list[tuple[int, Table]] = []
 
     def begin(self, from_step: int) -> None:
@@ -98,9 +98,9 @@ def read_tensor_stats(folder: Path) -> pa.Table:
     Raises:
         DamagedFileError: a part is torn or something else.
     """
-    parts = _parts(folder / FOLDER)
+    parts = _parts(folder / TENSORS)
     tables = [_read(part) for part in parts]
-    unfinished = folder / FOLDER / UNFINISHED
+    unfinished = folder / TENSORS / UNFINISHED
     if unfinished.is_file():
         table, last = _read(unfinished), _last_step(parts[-1]) if parts else 0
         tables.append(table.filter(pc.greater(table["step"], last)))  # a part may have come since it was written

@@ -1,6 +1,6 @@
-"""The page of a study: plain data in, one HTML file and its CSV files out.
+"""The page of a study: records in, one HTML file and its CSV files out.
 
-content.py      what a study is, as plain data
+content.py      what a study is: its records
 document.py     the parts of a page; study_page.py and seeds_page.py fill them
 figure.py       a figure: two drawings, tables, CSV; svg.py themes what matplotlib drew
 scores.py  curves.py  heatmap.py  scales.py  histograms.py  seeds.py  coverage.py    what is shown

@@ -1,14 +1,18 @@
-"""What a page is made of: a study as plain data, whoever read it."""
+"""What a page is made of: a study's records, whoever read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qatrun.quant import QuantPlan
-
-Row = Mapping[str, Any]
+from qatrun.records.comparison import Pair, StudyComparison
+from qatrun.records.diagnosis import ArmDiagnosis, StudyDiagnosis
+from qatrun.records.environment import Environment
+from qatrun.records.quantized import HistogramRecord
+from qatrun.records.seeds import Seeds
+from qatrun.records.training import AlarmRow, MetricsRow
 
 
 @dataclass(frozen=True)
@@ -17,22 +21,19 @@ class ArmContent:
 
     Attributes:
         index: place in the recipe; decides the arm's colour in every figure.
-        record: what training wrote, as in result.json.
-        metrics: a row a step, trunk included, as in metrics.jsonl.
+        coverage: how much it quantizes, in words.
+        metrics: a row a step, trunk included.
         tensors: pyarrow table of quantized tensors' statistics, the trunk left out.
-        histograms: entries of histograms.json.
-        alarms: rows of alarms.jsonl.
-        plan: which linears are quantized and how.
     """
 
     name: str
     index: int
     twin: str | None
-    record: Row = field(default_factory=dict)
-    metrics: Sequence[Row] = ()
+    coverage: str | None = None
+    metrics: Sequence[MetricsRow] = ()
     tensors: Any = None
-    histograms: Sequence[Row] = ()
-    alarms: Sequence[Row] = ()
+    histograms: Sequence[HistogramRecord] = ()
+    alarms: Sequence[AlarmRow] = ()
     plan: QuantPlan | None = None
 
     @property
@@ -47,33 +48,30 @@ class StudyContent:
 
     Attributes:
         recipe: the YAML text.
-        comparison: as in comparison.json; None where the study is not finished.
-        diagnosis: as in diagnosis.json; None where the study was not diagnosed.
+        comparison: None where the study is not finished.
+        diagnosis: None where the study was not diagnosed.
         model: path or hub id of the model that the study starts from; empty where the recipe cannot be read.
-        summary: as in seeds.json, for its contrasts; None where the recipe asks none.
+        summary: for its contrasts; None where the recipe asks none.
     """
 
     name: str
     recipe: str
-    environment: Row
-    comparison: Row | None
-    diagnosis: Row | None
+    environment: Environment
+    comparison: StudyComparison | None
+    diagnosis: StudyDiagnosis | None
     arms: tuple[ArmContent, ...]
     model: str = ""
-    summary: Row | None = None
+    summary: Seeds | None = None
 
     @property
-    def pairs(self) -> Sequence[Row]:
+    def pairs(self) -> Sequence[Pair]:
         """Every quantized arm beside its twin."""
-        return self.comparison["pairs"] if self.comparison else ()
+        return self.comparison.pairs if self.comparison else ()
 
-    def arm(self, name: str) -> ArmContent:
-        """The arm of that name.
-
-        Raises:
-            KeyError: no such arm.
-        """
-        return {arm.name: arm for arm in self.arms}[name]
+    @property
+    def diagnosed(self) -> Mapping[str, ArmDiagnosis]:
+        """Arm -> what its diagnosis says."""
+        return self.diagnosis.arms if self.diagnosis else {}
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,12 @@ class SeedsContent:
     """A study with several seeds.
 
     Attributes:
-        seeds: as in seeds.json.
         pages: seed -> address of its own page, relative to this one.
     """
 
     name: str
     recipe: str
-    environment: Row
-    seeds: Row
+    environment: Environment
+    seeds: Seeds
     pages: Mapping[int, str]
     model: str = ""

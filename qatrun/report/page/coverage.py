@@ -18,10 +18,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 def coverage_section(arms: Iterable[ArmContent]) -> Section:
     """Share of the linears and FLOPs that each arm quantizes, the linears by kind, the formats by role."""
-    quantized = [arm for arm in arms if arm.plan is not None or arm.record.get("coverage")]
+    quantized = [arm for arm in arms if arm.plan is not None or arm.coverage]
     if not quantized:
         return Section("coverage", "Coverage", notes=("No arm quantizes anything.",))
-    facts = tuple((arm.name, printable(arm.record["coverage"])) for arm in quantized if arm.record.get("coverage"))
+    facts = tuple((arm.name, printable(arm.coverage)) for arm in quantized if arm.coverage)
     planned = [(arm, arm.plan) for arm in quantized if arm.plan is not None]
     tables = (NamedTable(_linears_table(planned), "coverage"), NamedTable(_roles_table(planned))) if planned else ()
     notes = () if planned else ("Which linears they are was not recorded (plan.json).",)

@@ -148,7 +148,8 @@ def mark_switch(panels: Sequence[Any], arms: Sequence[ArmContent]) -> None:
 
 
 def _curve(arm: ArmContent, key: str) -> Curve | None:
-    rows = [(row["step"], row[key]) for row in arm.metrics if row.get(key) is not None]
+    metrics: Sequence[Mapping[str, Any]] = arm.metrics
+    rows = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
     if not rows:
         return None
     steps, values = zip(*rows, strict=True)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qatrun.report.page.figure import Layout, Plot, canvas
+from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
+from qatrun.report.page.table import Table
 from qatrun.report.page.theme import INK, MUTED, RULE, arm_color, arm_marker
 
 ROW_PX, GROUP_GAP = 24, 0.55
@@ -85,6 +86,22 @@ def forest(layout: Layout, groups: Sequence[Group], xlabel: str, *, zero: str | 
     axes.grid(True, axis="x", color=RULE)
     _draw_labels(axes, ticks, NARROW_LABEL if layout.narrow else 3 * WIDE_LABEL if above else None)
     return Plot(figure, titles=titles)
+
+
+def forest_figure(
+    key: str,
+    title: str,
+    caption: str,
+    groups: Sequence[Group],
+    xlabel: str,
+    numbers: Table,
+    *,
+    legend: tuple[Key, ...] = (),
+    zero: str | None = None,
+) -> Figure:
+    """A figure of nothing but a forest."""
+    drawings = draw(key, title, lambda layout: forest(layout, groups, xlabel, zero=zero))
+    return Figure(key, title, caption, drawings, (numbers,), legend)
 
 
 def elided(name: str, length: int) -> str:

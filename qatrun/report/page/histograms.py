@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from qatrun.formats import FORMATS, get_format
 from qatrun.numerics import decode
-from qatrun.report.page.content import ArmContent, Row
+from qatrun.records.quantized import HistogramRecord
+from qatrun.report.page.content import ArmContent
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
 from qatrun.report.page.forest import elided
 from qatrun.report.page.table import Table, printable
@@ -27,10 +28,10 @@ GRID_SHARE = 0.4  # height of the grid's part, of that of the values
 
 def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | None:
     """Histograms of an arm's first `num_tensors` tensors; None where it has none of a format that is known."""
-    found = [entry for entry in arm.histograms if entry["format"] in FORMATS and sum(entry["counts"])][:num_tensors]
+    found = [entry for entry in arm.histograms if entry.format in FORMATS and any(entry.counts)][:num_tensors]
     if not found:
         return None
-    formats = ", ".join(dict.fromkeys(entry["format"] for entry in found))
+    formats = ", ".join(dict.fromkeys(entry.format for entry in found))
     share = max(_share_above(entry) for entry in found)
     title = f"{printable(arm.name)} on the grid of {formats}: " + (
         f"up to {100 * share:.2g}% of a tensor's values lie beyond the grid"
@@ -69,34 +70,34 @@ def grid_counts(name: str, log2_edges: Sequence[float]) -> npt.NDArray[np.int64]
     return np.array([np.count_nonzero(octaves == begin) for begin in begins], dtype=np.int64)
 
 
-def _share_above(entry: Row) -> float:
+def _share_above(entry: HistogramRecord) -> float:
     """Share of the values in bins that begin at or above the grid's largest value."""
-    edge = math.log2(get_format(entry["format"]).max_finite)
-    above = sum(count for low, count in zip(entry["log2_edges"], entry["counts"], strict=False) if low >= edge + 1e-9)
-    return float(above / entry["num_values"])
+    edge = math.log2(get_format(entry.format).max_finite)
+    above = sum(count for low, count in zip(entry.log2_edges, entry.counts, strict=False) if low >= edge + 1e-9)
+    return float(above / entry.num_values)
 
 
-def _table(entry: Row) -> Table:
-    edges = [float(edge) for edge in entry["log2_edges"]]
-    grid = grid_counts(entry["format"], edges)
+def _table(entry: HistogramRecord) -> Table:
+    edges = [float(edge) for edge in entry.log2_edges]
+    grid = grid_counts(entry.format, edges)
     rows = tuple(
-        (f"2^{low:g}", f"2^{high:g}", int(count), 100.0 * count / entry["num_values"], int(values))
-        for low, high, count, values in zip(edges, edges[1:], entry["counts"], grid, strict=False)
+        (f"2^{low:g}", f"2^{high:g}", int(count), 100.0 * count / entry.num_values, int(values))
+        for low, high, count, values in zip(edges, edges[1:], entry.counts, grid, strict=False)
     )
     middles = tuple((low + high) / 2 for low, high in pairwise(edges))
-    zeros = f"{100 * entry['num_zero'] / entry['num_values']:.3g}% zeros"
-    caption = f"{printable(entry['tensor'])} ({entry['format']}, {zeros})"
+    zeros = f"{100 * entry.num_zero / entry.num_values:.3g}% zeros"
+    caption = f"{printable(entry.tensor)} ({entry.format}, {zeros})"
     return Table(("|x| / scale from", "to", "values", "share %", "grid values in the octave"), rows, caption, middles)
 
 
-def _plot(layout: Layout, arm: ArmContent, found: Sequence[Row], tables: Sequence[Table]) -> Plot:
+def _plot(layout: Layout, arm: ArmContent, found: Sequence[HistogramRecord], tables: Sequence[Table]) -> Plot:
     num_columns = 1 if layout.narrow or len(found) == 1 else 2
     num_rows = -(-len(found) // num_columns)
     figure = canvas(layout, PANEL_PX * num_rows + 16)
     panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
     for place, (axes, entry, numbers) in enumerate(zip(panels, found, tables, strict=False)):
         _draw_histogram(axes, entry, numbers, arm)
-        axes.set_title(elided(printable(entry["tensor"]), 44))
+        axes.set_title(elided(printable(entry.tensor), 44))
         if place % num_columns == 0:
             axes.set_ylabel("values, %")
         if place >= len(found) - num_columns:
@@ -106,16 +107,16 @@ def _plot(layout: Layout, arm: ArmContent, found: Sequence[Row], tables: Sequenc
     return Plot(figure, [(axes, place) for place, axes in enumerate(panels[: len(found)])])
 
 
-def _draw_histogram(axes: Any, entry: Row, numbers: Table, arm: ArmContent) -> None:
+def _draw_histogram(axes: Any, entry: HistogramRecord, numbers: Table, arm: ArmContent) -> None:
     """Shares upwards and the grid downwards, from one base line."""
-    edges = np.array(entry["log2_edges"], dtype=np.float64)
+    edges = np.array(entry.log2_edges, dtype=np.float64)
     shares, grid = (np.array([row[place] for row in numbers.rows], dtype=np.float64) for place in (3, 4))
     peak, most = shares.max(), max(1.0, grid.max())
     axes.stairs(shares, edges, fill=True, color=arm_color(arm.index), linewidth=0)
     axes.stairs(-GRID_SHARE * peak * grid / most, edges, fill=True, color=MUTED, linewidth=0)
     axes.axhline(0.0, color=MUTED, linewidth=0.8)
-    axes.axvline(math.log2(entry["target_amax"]), color=INK, linewidth=1.0)
-    axes.axvline(math.log2(get_format(entry["format"]).max_finite), color=INK, linewidth=1.0, dashes=(3, 2))
+    axes.axvline(math.log2(entry.target_amax), color=INK, linewidth=1.0)
+    axes.axvline(math.log2(get_format(entry.format).max_finite), color=INK, linewidth=1.0, dashes=(3, 2))
     upwards = MaxNLocator(3).tick_values(0.0, peak)
     upwards = upwards[upwards <= 1.02 * peak]
     axes.set_yticks([-GRID_SHARE * peak, *upwards], [f"grid {most:g}", *(f"{tick:g}" for tick in upwards)])

@@ -18,52 +18,14 @@ from qatrun.report.page.theme import NUM_ARM_COLORS, arm_glyph
 
 # Columns of words, and those of numbers that are written out as text.
 LEFT_ALIGNED = {
-    *(
-        "arm",
-        "arms",
-        "twin",
-        "task",
-        "score",
-        "metric",
-        "verdict",
-        "effect",
-        "from",
-        "to",
-        "kind",
-        "alarm",
-        "tensor",
-        "worst tensor",
-        "findings",
-    ),
-    *(
-        "quantized linears",
-        "blocks",
-        "role",
-        "format",
-        "granularity",
-        "scaling",
-        "clipped at",
-        "contrast",
-        "a",
-        "b",
-        "answer",
-    ),
+    *("arm", "arms", "twin", "task", "score", "metric", "verdict", "effect", "from", "to", "kind", "alarm", "tensor"),
+    *("worst tensor", "findings", "quantized linears", "blocks", "role", "format", "granularity", "scaling"),
+    *("clipped at", "contrast", "a", "b", "answer"),
 }
 LONG_TEXT = {"answer", "findings"}
 NUMERIC_TEXT = {
-    *(
-        "start",
-        "BF16 twin",
-        "on",
-        "off",
-        "drop pp",
-        "95% interval",
-        "flips",
-        "relative drop %",
-        "McNemar p",
-        "detects pp",
-    ),
-    *("mean |Δll|", "accuracy % mean", "sd", "sd pp", "loss APE %", "perplexity", *VARIANTS.values()),
+    *("start", "BF16 twin", "on", "off", "drop pp", "95% interval", "flips", "relative drop %", "McNemar p"),
+    *("detects pp", "mean |Δll|", "accuracy % mean", "sd", "sd pp", "loss APE %", "perplexity", *VARIANTS.values()),
     *("|x| / scale from", "to"),
 }
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qatrun.report.page.content import ArmContent, Row
+from qatrun.records.diagnosis import ArmDiagnosis
+from qatrun.report.page.content import ArmContent
 from qatrun.report.page.curves import label_steps, logarithmic
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
 from qatrun.report.page.forest import elided
@@ -22,7 +23,7 @@ COLUMNS = ("step", "amax", "amax that the scale stands for", "overshoot", "clip 
 
 
 def scale_figure(
-    arm: ArmContent, stats: TensorStats, diagnosis: Row | None, key: str, num_tensors: int
+    arm: ArmContent, stats: TensorStats, diagnosis: ArmDiagnosis | None, key: str, num_tensors: int
 ) -> Figure | None:
     """Amax and the scale's amax of an arm's worst tensors; None where no tensor has both.
 
@@ -52,8 +53,8 @@ def scale_figure(
     )
 
 
-def _worst(stats: TensorStats, diagnosis: Row | None, num_tensors: int) -> tuple[Sequence[str], str]:
-    named = [row["tensor"] for row in (diagnosis or {}).get("worst_tensors", ()) if row["tensor"] in stats.names]
+def _worst(stats: TensorStats, diagnosis: ArmDiagnosis | None, num_tensors: int) -> tuple[Sequence[str], str]:
+    named = [row.tensor for row in (diagnosis.worst_tensors if diagnosis else ()) if row.tensor in stats.names]
     if named:
         return named[:num_tensors], "the worst tensors of the diagnosis"
     clips = np.nanmax(stats.clip_fraction, initial=0.0) > 0

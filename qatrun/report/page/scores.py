@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qatrun.report.page.content import Row, StudyContent
-from qatrun.report.page.figure import Figure, Key, arm_keys, draw
-from qatrun.report.page.forest import Group, Mark, forest
-from qatrun.report.page.table import Table, printable, signed, table
+from qatrun.records.comparison import Pair, TaskComparison
+from qatrun.records.diagnosis import ArmDiagnosis, Effect
+from qatrun.report.page.content import StudyContent
+from qatrun.report.page.figure import Figure, Key, arm_keys
+from qatrun.report.page.forest import Group, Mark, forest_figure
+from qatrun.report.page.table import Table, printable, signed, signed_range, table
 
 VARIANTS = {
     "start": "start",
@@ -29,108 +31,92 @@ def scores_figure(content: StudyContent) -> Figure | None:
     groups = [
         Group(
             printable(name),
-            [_drop_mark(pair, task, indices[pair["arm"]]) for pair, task in tasks if task["task"] == name],
-            next(task["budget_pp"] for _, task in tasks if task["task"] == name),
+            [_drop_mark(pair, task, indices[pair.arm]) for pair, task in tasks if task.task == name],
+            next(task.budget_pp for _, task in tasks if task.task == name),
         )
-        for name in dict.fromkeys(task["task"] for _, task in tasks)
+        for name in dict.fromkeys(task.task for _, task in tasks)
     ]
-    pair, worst = max(tasks, key=lambda each: each[1]["drop_pp"])
+    pair, worst = max(tasks, key=lambda each: each[1].drop_pp)
     title = (
-        f"Largest drop: {printable(pair['arm'])} on {printable(worst['task'])}, {signed(worst['drop_pp'])} pp "
-        f"(95% interval {_range(worst['ci95_pp'])}) against a budget of {worst['budget_pp']:g} pp"
+        f"Largest drop: {printable(pair.arm)} on {printable(worst.task)}, {signed(worst.drop_pp)} pp "
+        f"(95% interval {signed_range(worst.ci95_pp)}) against a budget of {worst.budget_pp:g} pp"
     )
     rows = [
         (
-            *(pair["arm"], pair["twin"], task["task"], task["drop_pp"], *task["ci95_pp"]),
-            *(task["budget_pp"], task["verdict"], task["detectable_drop_pp"], task["mcnemar_p"]),
+            *(pair.arm, pair.twin, task.task, task.drop_pp, *task.ci95_pp),
+            *(task.budget_pp, task.verdict, task.detectable_drop_pp, task.mcnemar_p),
         )
         for pair, task in tasks
     ]
     columns = ("arm", "twin", "task", "drop pp", "low pp", "high pp", "budget pp", "verdict", "detects pp", "McNemar p")
-    return Figure(
-        key="scores",
-        title=title,
-        caption="Drop from the BF16 twin to the arm with quantizers on; bars are paired 95% intervals over the items "
-        "that both answered. Within budget: the whole bar lies left of the budget's mark.",
-        drawings=draw(
-            "scores",
-            title,
-            lambda layout: forest(
-                layout,
-                groups,
-                "drop, percentage points of accuracy",
-                zero="right of 0: the arm is worse",
-            ),
-        ),
-        tables=(table(columns, rows),),
-        legend=(
-            *arm_keys({pair["arm"]: indices[pair["arm"]] for pair in content.pairs}),
-            Key("budget", "┆", "plain"),
-        ),
+    return forest_figure(
+        "scores",
+        title,
+        "Drop from the BF16 twin to the arm with quantizers on; bars are paired 95% intervals over the items that both "
+        "answered. Within budget: the whole bar lies left of the budget's mark.",
+        groups,
+        "drop, percentage points of accuracy",
+        table(columns, rows),
+        legend=(*arm_keys({pair.arm: indices[pair.arm] for pair in content.pairs}), Key("budget", "┆", "plain")),
+        zero="right of 0: the arm is worse",
     )
 
 
 def attribution_figure(content: StudyContent) -> Figure | None:
     """The parts of every arm's drop; None where the study was not diagnosed."""
     arms = _diagnosed(content)
-    found = [(name, effect) for name, arm in arms.items() for effect in arm.get("effects", ())]
+    found = [(name, effect) for name, arm in arms.items() for effect in arm.effects]
     if not found:
         return None
     indices = {arm.name: arm.index for arm in content.arms}
     groups = [
         Group(
             printable(effect),
-            [_effect_mark(arm, each, indices[arm]) for arm, each in found if each["name"] == effect],
-            detail=next(printable(f"{each['from']} → {each['to']}") for _, each in found if each["name"] == effect),
+            [_effect_mark(arm, each, indices[arm]) for arm, each in found if each.name == effect],
+            detail=next(printable(f"{each.source} → {each.target}") for _, each in found if each.name == effect),
         )
-        for effect in dict.fromkeys(each["name"] for _, each in found)
+        for effect in dict.fromkeys(each.name for _, each in found)
     ]
-    title = _attribution_title({name: arm["effects"] for name, arm in arms.items() if arm.get("effects")})
+    title = _attribution_title({name: arm.effects for name, arm in arms.items() if arm.effects})
     columns = (
         *("arm", "effect", "task", "from", "to", "drop pp", "low pp", "high pp"),
         *("log-likelihood shift", "log-likelihood low", "log-likelihood high"),
         *("answer text shift a token", "answer text low", "answer text high", "log-perplexity shift"),
     )
     per_task = [
-        (name, task, effect)
-        for name, arm in arms.items()
-        for task, effects in arm.get("tasks", {}).items()
-        for effect in effects
+        (name, task, effect) for name, arm in arms.items() for task, effects in arm.tasks.items() for effect in effects
     ]
     rows = [_effect_row(arm, "all", effect) for arm, effect in found]
     rows += [_effect_row(arm, task, effect) for arm, task, effect in per_task]
-    return Figure(
-        key="attribution",
-        title=title,
-        caption="Every model answered the same items; bars are paired 95% intervals over all tasks. Off and on: the arm's "
+    return forest_figure(
+        "attribution",
+        title,
+        "Every model answered the same items; bars are paired 95% intervals over all tasks. Off and on: the arm's "
         "quantizers; fresh: on, with scales taken anew from the text at hand; ptq: the twin, quantized without training.",
-        drawings=draw(
-            "attribution",
-            title,
-            lambda layout: forest(layout, groups, "drop, percentage points", zero="right of 0: it costs accuracy"),
-        ),
-        tables=(table(columns, rows),),
+        groups,
+        "drop, percentage points",
+        table(columns, rows),
         legend=arm_keys({name: indices[name] for name in arms}),
+        zero="right of 0: it costs accuracy",
     )
 
 
-def _compared(content: StudyContent) -> list[tuple[Row, Row]]:
-    return [(pair, task) for pair in content.pairs for task in pair["comparison"]["tasks"]]
+def _compared(content: StudyContent) -> list[tuple[Pair, TaskComparison]]:
+    return [(pair, task) for pair in content.pairs for task in pair.comparison.tasks]
 
 
-def _diagnosed(content: StudyContent) -> Mapping[str, Row]:
+def _diagnosed(content: StudyContent) -> Mapping[str, ArmDiagnosis]:
     known = {arm.name for arm in content.arms}
-    found = content.diagnosis["arms"] if content.diagnosis else {}
-    return {name: arm for name, arm in found.items() if name in known}
+    return {name: arm for name, arm in content.diagnosed.items() if name in known}
 
 
-def _attribution_title(arms: Mapping[str, Sequence[Row]]) -> str:
-    name, effects = max(arms.items(), key=lambda each: max(effect["drop_pp"] or 0.0 for effect in each[1]))
-    drops = {effect["name"]: effect["drop_pp"] for effect in effects}
+def _attribution_title(arms: Mapping[str, Sequence[Effect]]) -> str:
+    name, effects = max(arms.items(), key=lambda each: max(effect.drop_pp for effect in each[1]))
+    drops = {effect.name: effect.drop_pp for effect in effects}
     parts = [
         f"{word} {signed(drops[key])} pp"
         for key, word in (("forgetting", "forgetting"), ("quantization", "quantizers"))
-        if drops.get(key) is not None
+        if key in drops
     ]
     stale = drops.get("stale scale")
     return f"What {printable(name)} lost: {', '.join(parts)}" + (
@@ -138,28 +124,24 @@ def _attribution_title(arms: Mapping[str, Sequence[Row]]) -> str:
     )
 
 
-def _drop_mark(pair: Row, task: Row, index: int) -> Mark:
-    numbers = f"{signed(task['drop_pp'])} [{_range(task['ci95_pp'])}]"
-    title = f"{pair['arm']} on {task['task']}: drop {numbers} pp, budget {task['budget_pp']:g}, {task['verdict']}"
-    return Mark(task["drop_pp"], index, task["ci95_pp"], text=f"{numbers} {task['verdict']}", title=printable(title))
+def _drop_mark(pair: Pair, task: TaskComparison, index: int) -> Mark:
+    numbers = f"{signed(task.drop_pp)} [{signed_range(task.ci95_pp)}]"
+    title = f"{pair.arm} on {task.task}: drop {numbers} pp, budget {task.budget_pp:g}, {task.verdict}"
+    return Mark(task.drop_pp, index, task.ci95_pp, text=f"{numbers} {task.verdict}", title=printable(title))
 
 
-def _effect_mark(arm: str, effect: Row, index: int) -> Mark:
-    numbers = f"{signed(effect['drop_pp'])} [{_range(effect['ci95_pp'])}]"
-    title = printable(f"{arm}, {effect['name']} ({effect['from']} → {effect['to']}): {numbers} pp")
-    return Mark(effect["drop_pp"], index, effect["ci95_pp"], text=numbers, title=title)
+def _effect_mark(arm: str, effect: Effect, index: int) -> Mark:
+    numbers = f"{signed(effect.drop_pp)} [{signed_range(effect.ci95_pp)}]"
+    title = printable(f"{arm}, {effect.name} ({effect.source} → {effect.target}): {numbers} pp")
+    return Mark(effect.drop_pp, index, effect.ci95_pp, text=numbers, title=title)
 
 
-def _effect_row(arm: str, task: str, effect: Row) -> tuple[Any, ...]:
+def _effect_row(arm: str, task: str, effect: Effect) -> tuple[Any, ...]:
     return (
-        *(arm, effect["name"], task, effect["from"], effect["to"], effect["drop_pp"], *effect["ci95_pp"]),
-        *(effect["loglikelihood"], *effect["ci95_loglikelihood"]),
-        *(effect["text_loglikelihood"], *effect["ci95_text_loglikelihood"], effect["log_perplexity"]),
+        *(arm, effect.name, task, effect.source, effect.target, effect.drop_pp, *effect.ci95_pp),
+        *(effect.loglikelihood, *effect.ci95_loglikelihood),
+        *(effect.text_loglikelihood, *effect.ci95_text_loglikelihood, effect.log_perplexity),
     )
-
-
-def _range(interval: Sequence[float]) -> str:
-    return f"{signed(interval[0])} to {signed(interval[1])}"
 
 
 def score_table(content: StudyContent) -> Table:
@@ -167,9 +149,9 @@ def score_table(content: StudyContent) -> Table:
     columns = ("arm", "task", "start", "BF16 twin", "on", "off", "drop pp", "95% interval", "budget pp", "verdict")
     rows = [
         (
-            *(pair["arm"], task["task"]),
-            *(_percent(task[key]) for key in ("start", "twin", "arm", "arm_off")),
-            *(signed(task["drop_pp"]), _range(task["ci95_pp"]), task["budget_pp"], task["verdict"]),
+            *(pair.arm, task.task),
+            *(_percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
+            *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp, task.verdict),
         )
         for pair, task in _compared(content)
     ]
@@ -184,11 +166,11 @@ def evidence_table(content: StudyContent) -> Table:
     )
     rows = [
         (
-            *(pair["arm"], task["task"], task["metric"], task["num_fewshot"], task["num_items"]),
-            f"{task['flips_to_wrong']}↓ {task['flips_to_right']}↑",
-            None if task["drop_relative_percent"] is None else signed(task["drop_relative_percent"]),
-            *(f"{task['mcnemar_p']:.2g}", f"{task['mean_abs_delta_loglikelihood']:.3f}"),
-            *(f"{task['detectable_drop_pp']:.2f}", task["items_to_settle"]),
+            *(pair.arm, task.task, task.metric, task.num_fewshot, task.num_items),
+            f"{task.flips_to_wrong}↓ {task.flips_to_right}↑",
+            None if task.drop_relative_percent is None else signed(task.drop_relative_percent),
+            *(f"{task.mcnemar_p:.2g}", f"{task.mean_abs_delta_loglikelihood:.3f}"),
+            *(f"{task.detectable_drop_pp:.2f}", task.items_to_settle),
         )
         for pair, task in _compared(content)
     ]
@@ -208,18 +190,15 @@ def cost_table(content: StudyContent) -> Table:
     )
     rows = []
     for pair in content.pairs:
-        cost, sizes = pair["cost"], pair["sizes"]
-        seconds = [cost.get(who, {}).get("seconds") for who in ("arm", "twin")]
-        num_bytes = [
-            cost.get("arm", {}).get("peak_memory_bytes"),
-            sizes.get("plain_bytes"),
-            sizes.get("quantized_bytes"),
-        ]
+        costs, sizes = [pair.cost.get(who) for who in ("arm", "twin")], pair.sizes
+        seconds = [cost.seconds if cost else None for cost in costs]
+        peak = costs[0].peak_memory_bytes if costs[0] else None
+        num_bytes = [peak, sizes.get("plain_bytes"), sizes.get("quantized_bytes")]
         rows.append(
             (
-                pair["arm"],
-                *(pair["perplexity"].get(key) for key in ("start", "twin", "arm", "arm_off")),
-                pair["loss_ape_percent"].get("after_switch"),
+                pair.arm,
+                *(pair.perplexity.get(key) for key in ("start", "twin", "arm", "arm_off")),
+                pair.loss_ape_percent.get("after_switch"),
                 *(None if value is None else round(value, 1) for value in seconds),
                 *(None if value is None else round(value / 2**20, 1) for value in num_bytes),
             )
@@ -227,18 +206,17 @@ def cost_table(content: StudyContent) -> Table:
     return table(columns, rows, "Perplexity of held-out text, and what training took")
 
 
-def variants_table(diagnosed: Mapping[str, Row]) -> Table | None:
+def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
     """The models that the diagnosis scored on the same items, a row an arm and task; None where it kept no scores."""
     rows: list[tuple[Any, ...]] = []
     for name, arm in diagnosed.items():
         rows += [
-            (name, f"{task} %", *(_percent(found.get(key)) for key in VARIANTS))
-            for task, found in arm.get("accuracy", {}).items()
+            (name, f"{task} %", *(_percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
         ]
         rows += [
-            (name, label, *(arm[key].get(variant) for variant in VARIANTS))
-            for key, label in (("perplexity", "held-out perplexity"), ("probe", "forgetting probe, nats"))
-            if any(value is not None for value in arm.get(key, {}).values())
+            (name, label, *(found.get(variant) for variant in VARIANTS))
+            for found, label in ((arm.perplexity, "held-out perplexity"), (arm.probe, "forgetting probe, nats"))
+            if found
         ]
     if not rows:
         return None

@@ -7,53 +7,50 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qatrun.report.page.content import Row
+from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, TaskOfSeeds
 from qatrun.report.page.curves import logarithmic
 from qatrun.report.page.figure import Figure, Layout, Plot, arm_keys, canvas, draw
-from qatrun.report.page.forest import Group, Mark, forest
-from qatrun.report.page.table import Table, printable, signed, table
+from qatrun.report.page.forest import Group, Mark, forest_figure
+from qatrun.report.page.table import Table, printable, signed, signed_range, table
 from qatrun.report.page.theme import MUTED, arm_color, arm_marker
 
 ALL = "all_tasks"
 
 
-def accuracy_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure:
+def accuracy_figure(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Figure:
     """Accuracy of every arm on every task: mean and standard deviation over the seeds, every seed as a dot."""
     indices = {name: index for index, name in enumerate(arms)}
-    tasks = list(dict.fromkeys(task for arm in arms.values() for task in arm["tasks"]))
+    tasks = list(dict.fromkeys(task for arm in arms.values() for task in arm.tasks))
     groups = [
         Group(
             printable(task),
-            [
-                _accuracy_mark(name, arm["tasks"][task], indices[name])
-                for name, arm in arms.items()
-                if task in arm["tasks"]
-            ],
+            [_accuracy_mark(name, arm.tasks[task], indices[name]) for name, arm in arms.items() if task in arm.tasks],
         )
         for task in tasks
     ]
     title = f"Accuracy of {len(arms)} arms on {len(tasks)} tasks, seed by seed"
     rows = [
-        (name, task, arm["tasks"][task]["mean"], arm["tasks"][task]["sd"], *arm["tasks"][task]["accuracy"])
+        (name, task, arm.tasks[task].mean, arm.tasks[task].sd, *arm.tasks[task].accuracy)
         for task in tasks
         for name, arm in arms.items()
-        if task in arm["tasks"]
+        if task in arm.tasks
     ]
-    return Figure(
-        key="accuracy",
-        title=title,
-        caption="Large marks are means over the seeds, small dots the seeds; bars are one standard deviation of a seed "
-        "either side of the mean.",
-        drawings=draw("accuracy", title, lambda layout: forest(layout, groups, "accuracy, %")),
-        tables=(table(("arm", "task", "mean", "sd", *(f"seed {seed}" for seed in seeds)), rows),),
+    return forest_figure(
+        "accuracy",
+        title,
+        "Large marks are means over the seeds, small dots the seeds; bars are one standard deviation of a seed either side "
+        "of the mean.",
+        groups,
+        "accuracy, %",
+        table(("arm", "task", "mean", "sd", *(f"seed {seed}" for seed in seeds)), rows),
         legend=arm_keys(indices),
     )
 
 
-def drop_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | None:
+def drop_figure(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Figure | None:
     """Drop from each arm's twin, with its interval over seeds and items; None where no arm has a twin."""
     indices = {name: index for index, name in enumerate(arms)}
-    dropped = {name: _tasks_and_all(arm) for name, arm in arms.items() if arm["all_tasks"].get("drop_pp")}
+    dropped = {name: _tasks_and_all(arm) for name, arm in arms.items() if arm.all_tasks.drop_pp}
     if not dropped:
         return None
     keys = list(dict.fromkeys(task for tasks in dropped.values() for task in tasks))
@@ -64,19 +61,16 @@ def drop_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | None:
         )
         for task in keys
     ]
-    worst = max(dropped, key=lambda name: dropped[name][ALL]["drop_mean_pp"])
+    means = {name: mean for name, tasks in dropped.items() if (mean := tasks[ALL].drop_mean_pp) is not None}
+    worst = max(means, key=means.__getitem__)
     title = (
-        f"Largest drop against the BF16 twin: {printable(worst)}, {signed(dropped[worst][ALL]['drop_mean_pp'])} pp over all "
+        f"Largest drop against the BF16 twin: {printable(worst)}, {signed(means[worst])} pp over all "
         f"tasks, {'mean of ' if len(seeds) > 1 else ''}{count_seeds(seeds)}"
     )
     rows = [
         (
-            name,
-            task,
-            found["drop_mean_pp"],
-            found["drop_sd_pp"],
-            *(found["drop_ci95_pp"] or (None, None)),
-            *found["drop_pp"],
+            *(name, task, found.drop_mean_pp, found.drop_sd_pp),
+            *(*(found.drop_ci95_pp or (None, None)), *(found.drop_pp or ())),
         )
         for task in keys
         for name, tasks in dropped.items()
@@ -84,33 +78,26 @@ def drop_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | None:
         for found in [tasks[task]]
     ]
     columns = ("arm", "task", "mean pp", "sd pp", "low pp", "high pp", *(f"seed {seed} pp" for seed in seeds))
-    return Figure(
-        key="drop",
-        title=title,
-        caption="Drop from the BF16 twin of the same seed to the arm with quantizers on. Large marks are means with 95% "
-        "intervals, small dots the seeds.",
-        drawings=draw(
-            "drop", title, lambda layout: forest(layout, groups, "drop, percentage points", zero="right of 0: worse")
-        ),
-        tables=(table(columns, rows),),
+    return forest_figure(
+        "drop",
+        title,
+        "Drop from the BF16 twin of the same seed to the arm with quantizers on. Large marks are means with 95% intervals, "
+        "small dots the seeds.",
+        groups,
+        "drop, percentage points",
+        table(columns, rows),
         legend=arm_keys({name: indices[name] for name in dropped}),
+        zero="right of 0: worse",
     )
 
 
-def damage_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | None:
+def damage_figure(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Figure | None:
     """What the loss showed beside what was lost: loss APE against the drop, a dot a seed."""
     indices = {name: index for index, name in enumerate(arms)}
     points = [
         (name, seed, ape, drop)
         for name, arm in arms.items()
-        if arm["all_tasks"].get("drop_pp")
-        for seed, ape, drop in zip(
-            seeds,
-            (arm.get("loss_ape_percent") or {}).get("after_switch", ()),
-            arm["all_tasks"]["drop_pp"],
-            strict=False,
-        )
-        if ape is not None and drop is not None
+        for seed, ape, drop in zip(seeds, arm.loss_apes, arm.all_tasks.drop_pp or (), strict=False)
     ]
     if not points:
         return None
@@ -142,15 +129,15 @@ def damage_figure(arms: Mapping[str, Row], seeds: Sequence[int]) -> Figure | Non
     )
 
 
-def contrasts_figure(summary: Row) -> Figure | None:
-    """Differences between pairs of arms, as in seeds.json; None where the study asks for none."""
-    contrasts, seeds = summary.get("contrasts") or (), summary["seeds"]
+def contrasts_figure(summary: Seeds) -> Figure | None:
+    """Differences between pairs of arms; None where the study asks for none."""
+    contrasts, seeds = summary.contrasts, summary.seeds
     if not contrasts:
         return None
-    groups = [Group(printable(each["name"]), [_contrast_mark(each)]) for each in contrasts]
-    most = max(contrasts, key=lambda each: abs(each["difference_pp"]))
+    groups = [Group(printable(each.name), [_contrast_mark(each)]) for each in contrasts]
+    most = max(contrasts, key=lambda each: abs(each.difference_pp))
     title = (
-        f"Largest contrast: {printable(most['a'])} is {signed(most['difference_pp'])} pp against {printable(most['b'])}, "
+        f"Largest contrast: {printable(most.a)} is {signed(most.difference_pp)} pp against {printable(most.b)}, "
         f"of {len(contrasts)} asked"
     )
     columns = (
@@ -159,32 +146,25 @@ def contrasts_figure(summary: Row) -> Figure | None:
     )
     rows = [
         (
-            each["name"],
-            each["a"],
-            each["b"],
-            each["difference_pp"],
-            *each["ci95_pp"],
-            *each["per_seed_pp"],
-            float(np.mean(each["loss_ape_percent"])) if each.get("loss_ape_percent") else None,
-            each["answer"],
+            *(each.name, each.a, each.b, each.difference_pp, *each.ci95_pp, *each.per_seed_pp),
+            float(np.mean(each.loss_ape_percent)) if each.loss_ape_percent else None,
+            each.answer,
         )
         for each in contrasts
     ]
-    return Figure(
-        key="contrasts",
-        title=title,
-        caption="Accuracy of the first arm (a) minus that of the second (b), paired by item and seed: right of 0 the "
-        "first is better. Bars are 95% intervals, small dots the seeds.",
-        drawings=draw(
-            "contrasts",
-            title,
-            lambda layout: forest(layout, groups, "difference a − b, percentage points", zero="0: equal"),
-        ),
-        tables=(table(columns, rows),),
+    return forest_figure(
+        "contrasts",
+        title,
+        "Accuracy of the first arm (a) minus that of the second (b), paired by item and seed: right of 0 the first is "
+        "better. Bars are 95% intervals, small dots the seeds.",
+        groups,
+        "difference a − b, percentage points",
+        table(columns, rows),
+        zero="0: equal",
     )
 
 
-def arms_table(arms: Mapping[str, Row], seeds: Sequence[int]) -> Table:
+def arms_table(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Table:
     """A row an arm, pooled over tasks."""
     columns = (
         *("arm", "twin", "accuracy % mean", "sd", "drop pp", "95% interval", "loss APE %", "perplexity"),
@@ -192,15 +172,15 @@ def arms_table(arms: Mapping[str, Row], seeds: Sequence[int]) -> Table:
     )
     rows = []
     for name, arm in arms.items():
-        pooled, apes = arm["all_tasks"], (arm.get("loss_ape_percent") or {}).get("after_switch")
-        interval, drop = pooled.get("drop_ci95_pp"), pooled.get("drop_mean_pp")
+        pooled, apes = arm.all_tasks, arm.loss_apes
+        interval, drop = pooled.drop_ci95_pp, pooled.drop_mean_pp
         rows.append(
             (
-                *(name, arm.get("twin"), f"{100 * pooled['mean']:.2f}", _points(pooled["sd"])),
+                *(name, arm.twin, f"{100 * pooled.mean:.2f}", _points(pooled.sd)),
                 None if drop is None else signed(drop),
-                f"{signed(interval[0])} to {signed(interval[1])}" if interval else None,
+                signed_range(interval) if interval else None,
                 f"{np.mean(apes):.3g}" if apes else None,
-                f"{np.mean(arm['perplexity']):.4g}" if arm.get("perplexity") else None,
+                f"{np.mean(arm.perplexity):.4g}" if arm.perplexity else None,
                 _findings_text(arm, len(seeds)),
             )
         )
@@ -212,42 +192,43 @@ def count_seeds(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}"
 
 
-def finding_counts(arm: Row) -> Mapping[str, int]:
+def finding_counts(arm: ArmOfSeeds) -> Mapping[str, int]:
     """Finding -> number of seeds that have it."""
-    return Counter(name for names in arm.get("findings") or () for name in names)
+    return Counter(name for names in arm.findings or () for name in names)
 
 
-def _findings_text(arm: Row, num_seeds: int) -> str | None:
+def _findings_text(arm: ArmOfSeeds, num_seeds: int) -> str | None:
     """How many seeds found what, `forgetting 2 of 3`; None where no seed was diagnosed."""
     counts = finding_counts(arm)
     if not counts:
-        return "none" if arm.get("findings") else None
+        return "none" if arm.findings else None
     return ", ".join(f"{name} {count} of {num_seeds}" for name, count in counts.items())
 
 
-def _tasks_and_all(arm: Row) -> Mapping[str, Row]:
-    return {**arm["tasks"], ALL: arm["all_tasks"]} if len(arm["tasks"]) > 1 else {ALL: arm["all_tasks"]}
+def _tasks_and_all(arm: ArmOfSeeds) -> Mapping[str, TaskOfSeeds]:
+    return {**arm.tasks, ALL: arm.all_tasks} if len(arm.tasks) > 1 else {ALL: arm.all_tasks}
 
 
-def _accuracy_mark(name: str, found: Row, index: int) -> Mark:
-    mean, sd = 100 * found["mean"], 100 * (found["sd"] or 0.0)
+def _accuracy_mark(name: str, found: TaskOfSeeds, index: int) -> Mark:
+    mean, sd = 100 * found.mean, 100 * (found.sd or 0.0)
     text = f"{mean:.2f} ± {sd:.2f} {printable(name)}"
-    dots = [100 * value for value in found["accuracy"]]
+    dots = [100 * value for value in found.accuracy]
     return Mark(mean, index, (mean - sd, mean + sd), dots, text=text, title=text)
 
 
-def _drop_mark(name: str, found: Row, index: int) -> Mark:
-    interval = found["drop_ci95_pp"]
-    bounds = f" [{signed(interval[0])} to {signed(interval[1])}]" if interval else ""
-    text = f"{signed(found['drop_mean_pp'])}{bounds} {printable(name)}"
-    return Mark(found["drop_mean_pp"], index, interval, found["drop_pp"], text=text, title=text)
+def _drop_mark(name: str, found: TaskOfSeeds, index: int) -> Mark:
+    assert found.drop_mean_pp is not None  # it has a twin
+    assert found.drop_pp is not None
+    interval = found.drop_ci95_pp
+    bounds = f" [{signed_range(interval)}]" if interval else ""
+    text = f"{signed(found.drop_mean_pp)}{bounds} {printable(name)}"
+    return Mark(found.drop_mean_pp, index, interval, found.drop_pp, text=text, title=text)
 
 
-def _contrast_mark(each: Row) -> Mark:
-    low, high = each["ci95_pp"]
-    text = f"{signed(each['difference_pp'])} [{signed(low)} to {signed(high)}]"
-    title = printable(f"{each['a']} − {each['b']}: {text} pp")
-    return Mark(each["difference_pp"], None, (low, high), each["per_seed_pp"], text=text, title=title)
+def _contrast_mark(each: Contrast) -> Mark:
+    text = f"{signed(each.difference_pp)} [{signed_range(each.ci95_pp)}]"
+    title = printable(f"{each.a} − {each.b}: {text} pp")
+    return Mark(each.difference_pp, None, each.ci95_pp, each.per_seed_pp, text=text, title=title)
 
 
 def _points(fraction: float | None) -> str | None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from qatrun.records.seeds import ArmOfSeeds, Seeds
 from qatrun.report.page import seeds
-from qatrun.report.page.content import Row, SeedsContent
+from qatrun.report.page.content import SeedsContent
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
-from qatrun.report.page.study_page import environment_section, page_meta, recipe_section
+from qatrun.report.page.study_page import environment_section, figures_section, page_meta, recipe_section
 from qatrun.report.page.table import printable, sentence_case
 
 
 def seeds_document(content: SeedsContent) -> Document:
     """Everything on the page of a study with seeds."""
     found = content.seeds
-    arms, numbers = found["arms"], found["seeds"]
+    arms, numbers = found.arms, found.seeds
     figures = [seeds.drop_figure(arms, numbers), seeds.accuracy_figure(arms, numbers)]
     contrast, damage = seeds.contrasts_figure(found), seeds.damage_figure(arms, numbers)
     sections = (
-        Section(
-            "contrasts",
-            "Contrasts",
-            figures=(contrast,) if contrast else (),
-            notes=() if contrast else ("The study names no contrasts between arms.",),
-        ),
+        figures_section("contrasts", "Contrasts", [contrast], "The study names no contrasts between arms."),
         Section(
             "arms",
             "Arms",
@@ -29,12 +25,7 @@ def seeds_document(content: SeedsContent) -> Document:
             tables=(NamedTable(seeds.arms_table(arms, numbers), "arms"),),
             notes=() if figures[0] else ("No arm has a BF16 twin, so there is no drop to show.",),
         ),
-        Section(
-            "damage",
-            "Loss and damage",
-            figures=(damage,) if damage else (),
-            notes=() if damage else ("No arm has both a loss error and a drop.",),
-        ),
+        figures_section("damage", "Loss and damage", [damage], "No arm has both a loss error and a drop."),
         Section(
             "seeds",
             "Seeds",
@@ -51,10 +42,10 @@ def seeds_document(content: SeedsContent) -> Document:
     return Document(content.name, "study over seeds", meta, _verdict(found), sections, indices)
 
 
-def _verdict(found: Row) -> Verdict:
-    arms, num_seeds, counted = found["arms"], len(found["seeds"]), seeds.count_seeds(found["seeds"])
-    broken = {name: _finding_chips(arm, num_seeds) for name, arm in arms.items() if any(arm.get("findings") or ())}
-    diagnosed = any(arm.get("findings") for arm in arms.values())
+def _verdict(found: Seeds) -> Verdict:
+    arms, num_seeds, counted = found.arms, len(found.seeds), seeds.count_seeds(found.seeds)
+    broken = {name: _finding_chips(arm, num_seeds) for name, arm in arms.items() if any(arm.findings or ())}
+    diagnosed = any(arm.findings for arm in arms.values())
     if broken:
         sentence = f"{len(broken)} of {len(arms)} arms broke in at least one of {counted}."
         chips = (Chip(f"{len(broken)} of {len(arms)} arms broke", "bad"),)
@@ -62,11 +53,11 @@ def _verdict(found: Row) -> Verdict:
         sentence, chips = f"Nothing broke: {len(arms)} arms, {counted}.", (Chip("Nothing broke", "good"),)
     else:
         sentence, chips = f"{len(arms)} arms, {counted}, not diagnosed.", (Chip("Not diagnosed", "none"),)
-    answers = tuple(Point(sentence_case(each["answer"])) for each in found.get("contrasts") or ())
-    overall = (VERDICT_CHIPS[found["verdict"]],) if "verdict" in found else ()
+    answers = tuple(Point(sentence_case(each.answer)) for each in found.contrasts)
+    overall = (VERDICT_CHIPS[found.verdict],) if "verdict" in found.model_fields_set else ()
     return Verdict(overall + chips, sentence, answers + tuple(Point("", name, words) for name, words in broken.items()))
 
 
-def _finding_chips(arm: Row, num_seeds: int) -> tuple[Chip, ...]:
+def _finding_chips(arm: ArmOfSeeds, num_seeds: int) -> tuple[Chip, ...]:
     counts = seeds.finding_counts(arm).items()
     return tuple(Chip(printable(f"{name} {count} of {num_seeds}").capitalize(), "bad") for name, count in counts)

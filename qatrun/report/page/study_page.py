@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qatrun.records.diagnosis import ArmDiagnosis
+from qatrun.records.environment import Environment
 from qatrun.report.page import scores
-from qatrun.report.page.content import ArmContent, Row, StudyContent
+from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
 from qatrun.report.page.curves import forgetting_figure, loss_figure
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
@@ -21,7 +23,6 @@ from qatrun.report.page.tensors import TensorStats
 
 MAX_ALARMS = 50
 MAX_TENSORS = 18  # drawn one by one, over all arms
-VERDICTS = ("within", "inconclusive", "exceeds")
 
 
 def study_document(content: StudyContent) -> Document:
@@ -31,10 +32,12 @@ def study_document(content: StudyContent) -> Document:
         _diagnosis_section(content),
         _scores_section(content),
         *_contrasts_section(content),
-        _figures("loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."),
+        figures_section(
+            "loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."
+        ),
         _saturation_section(content, stats),
         _scale_section(content, stats),
-        _figures(
+        figures_section(
             "forgetting",
             "Forgetting",
             [forgetting_figure(content.arms)],
@@ -52,10 +55,10 @@ def study_document(content: StudyContent) -> Document:
     )
 
 
-def page_meta(environment: Row, model: str) -> tuple[str, ...]:
+def page_meta(environment: Environment, model: str) -> tuple[str, ...]:
     """Date, model and version, as far as they are known."""
-    version = environment.get("packages", {}).get("qatrun")
-    facts = (str(environment.get("date", ""))[:10], model, f"qatrun {version}" if version else "")
+    version = environment.packages.get("qatrun")
+    facts = (environment.date[:10], model, f"qatrun {version}" if version else "")
     return tuple(printable(fact) for fact in facts if fact)
 
 
@@ -71,14 +74,20 @@ def tensors_each(num_arms: int) -> int:
     return max(2, min(6, MAX_TENSORS // num_arms if num_arms else 6))
 
 
+def figures_section(key: str, title: str, figures: Iterable[Figure | None], missing: str) -> Section:
+    """A section of the figures that could be drawn, or the line that says why there are none."""
+    drawn = tuple(figure for figure in figures if figure is not None)
+    return Section(key, title, figures=drawn, notes=() if drawn else (missing,))
+
+
 def recipe_section(recipe: str) -> Section:
     """The recipe as it ran."""
     return Section("recipe", "Recipe", text=recipe, notes=() if recipe else ("The recipe is missing (recipe.yaml).",))
 
 
-def environment_section(environment: Row) -> Section:
+def environment_section(environment: Environment) -> Section:
     """What it ran on."""
-    facts = tuple((name, printable(value)) for name, value in _flat(environment))
+    facts = tuple((name, printable(value)) for name, value in _flat(environment.to_dict()))
     missing = () if facts else ("What it ran on was not recorded (environment.json).",)
     return Section("environment", "Environment", facts=facts, notes=missing)
 
@@ -105,11 +114,11 @@ def _stats(arm: ArmContent) -> TensorStats | None:
 
 
 def _verdict(content: StudyContent) -> Verdict:
-    diagnosed: Mapping[str, Row] = content.diagnosis["arms"] if content.diagnosis else {}
-    verdicts = {pair["arm"]: pair["comparison"]["verdict"] for pair in content.pairs}
-    findings = list(dict.fromkeys(name for arm in diagnosed.values() for name in arm["findings"]))
-    overall = content.comparison["verdict"] if content.comparison else None
-    sentence = content.diagnosis["sentence"] if content.diagnosis else _plain_sentence(verdicts)
+    diagnosed = content.diagnosed
+    verdicts = {pair.arm: pair.comparison.verdict for pair in content.pairs}
+    findings = list(dict.fromkeys(name for arm in diagnosed.values() for name in arm.findings))
+    overall = content.comparison.verdict if content.comparison else None
+    sentence = content.diagnosis.sentence if content.diagnosis else _plain_sentence(verdicts, overall)
     names = [arm.name for arm in content.arms if arm.name in diagnosed or arm.name in verdicts]
     points = tuple(
         Point(
@@ -117,12 +126,12 @@ def _verdict(content: StudyContent) -> Verdict:
             name,
             (
                 VERDICT_CHIPS[verdicts.get(name)],
-                *(_finding_chips(diagnosed[name]["findings"]) if name in diagnosed else ()),
+                *(_finding_chips(diagnosed[name].findings) if name in diagnosed else ()),
             ),
         )
         for name in names
     )
-    condition = next((pair["comparison"]["conditional_on"] for pair in content.pairs), "")
+    condition = next((pair.comparison.conditional_on for pair in content.pairs), "")
     return Verdict(
         (
             VERDICT_CHIPS[overall],
@@ -134,9 +143,9 @@ def _verdict(content: StudyContent) -> Verdict:
     )
 
 
-def _of_arm(diagnosed: Mapping[str, Row], name: str, said: str) -> str:
+def _of_arm(diagnosed: Mapping[str, ArmDiagnosis], name: str, said: str) -> str:
     """The sentence on an arm, unless it was `said` already."""
-    sentence = str(diagnosed[name]["sentence"]) if name in diagnosed else ""
+    sentence = diagnosed[name].sentence if name in diagnosed else ""
     return "" if sentence == said else printable(sentence)
 
 
@@ -145,11 +154,10 @@ def _finding_chips(findings: Iterable[str]) -> tuple[Chip, ...]:
     return found or (Chip("Nothing broke", "good"),)
 
 
-def _plain_sentence(verdicts: Mapping[str, str]) -> str:
+def _plain_sentence(verdicts: Mapping[str, str], worst: str | None) -> str:
     """What the comparison alone says."""
-    if not verdicts:
+    if worst is None:
         return "Nothing was compared yet: the study is not finished, or no arm has a BF16 twin."
-    worst = max(verdicts.values(), key=VERDICTS.index)
     arms = ", ".join(name for name, verdict in verdicts.items() if verdict == worst)
     return {
         "within": f"{arms}: every drop lies within its budget.",
@@ -162,11 +170,11 @@ def _diagnosis_section(content: StudyContent) -> Section:
     if content.diagnosis is None:
         return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
     figure = scores.attribution_figure(content)
-    variants = scores.variants_table(content.diagnosis["arms"])
+    variants = scores.variants_table(content.diagnosed)
     worst = [
-        (name, *(row.get(key) for key in ("tensor", "clip_fraction", "overshoot", "sqnr_db", "since_step")))
-        for name, arm in content.diagnosis["arms"].items()
-        for row in arm.get("worst_tensors", ())
+        (name, row.tensor, row.clip_fraction, row.overshoot, row.sqnr_db, row.since_step)
+        for name, arm in content.diagnosed.items()
+        for row in arm.worst_tensors
     ]
     columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
     worst_tables = (NamedTable(table(columns, worst, "Worst tensors"), "worst-tensors"),) if worst else ()
@@ -191,9 +199,9 @@ def _scores_section(content: StudyContent) -> Section:
         NamedTable(scores.cost_table(content), "arms"),
     )
     notes = tuple(
-        f"{printable(pair['arm'])} was compared anyway, although: {printable(text)}"
+        f"{printable(pair.arm)} was compared anyway, although: {printable(text)}"
         for pair in content.pairs
-        for text in pair["mismatches"]
+        for text in pair.mismatches
     )
     return Section("scores", "Scores", (figure,), tables, notes)
 
@@ -203,7 +211,7 @@ def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
     figure = contrasts_figure(content.summary) if content.summary else None
     if content.summary is None or figure is None:
         return ()
-    answers = tuple(Point(sentence_case(each["answer"])) for each in content.summary["contrasts"])
+    answers = tuple(Point(sentence_case(each.answer)) for each in content.summary.contrasts)
     return (Section("contrasts", "Contrasts", figures=(figure,), points=answers),)
 
 
@@ -213,23 +221,22 @@ def _saturation_section(content: StudyContent, stats: Mapping[str, TensorStats])
         for arm in content.arms
         if arm.name in stats
     ]
-    return _figures("saturation", "Saturation", figures, _NO_STATISTICS)
+    return figures_section("saturation", "Saturation", figures, _NO_STATISTICS)
 
 
 def _scale_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
-    diagnosed: Mapping[str, Any] = content.diagnosis["arms"] if content.diagnosis else {}
     figures = [
         scale_figure(
             arm,
             stats[arm.name],
-            diagnosed.get(arm.name),
+            content.diagnosed.get(arm.name),
             figure_key("scale", arm, content.arms),
             tensors_each(len(stats)),
         )
         for arm in content.arms
         if arm.name in stats
     ]
-    return _figures("scale", "Scale against amax", figures, _NO_STATISTICS)
+    return figures_section("scale", "Scale against amax", figures, _NO_STATISTICS)
 
 
 def _histogram_section(content: StudyContent) -> Section:
@@ -237,16 +244,12 @@ def _histogram_section(content: StudyContent) -> Section:
     figures = [
         histogram_figure(arm, figure_key("histograms", arm, content.arms), tensors_each(len(shown))) for arm in shown
     ]
-    return _figures("histograms", "Values on the grid", figures, "No histograms of values were recorded in this study.")
+    return figures_section(
+        "histograms", "Values on the grid", figures, "No histograms of values were recorded in this study."
+    )
 
 
 _NO_STATISTICS = "No statistics of quantized tensors were recorded in this study."
-
-
-def _figures(key: str, title: str, figures: Iterable[Figure | None], missing: str) -> Section:
-    """A section of the figures that could be drawn, or the line that says why there are none."""
-    drawn = tuple(figure for figure in figures if figure is not None)
-    return Section(key, title, figures=drawn, notes=() if drawn else (missing,))
 
 
 def _flat(tree: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -60,6 +60,11 @@ def signed(value: float, decimals: int = 2) -> str:
     return f"{value:+.{decimals}f}".replace("-", "−")
 
 
+def signed_range(interval: Sequence[float]) -> str:
+    """An interval of differences."""
+    return f"{signed(interval[0])} to {signed(interval[1])}"
+
+
 def printable(text: object) -> str:
     """A name from a model, a data set or a recipe, with control and direction characters made visible."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))

@@ -1,0 +1,93 @@
+"""comparison.json: every quantized arm of a study beside its BF16 twin.
+
+Accuracies are shares of the items, in [0, 1]; fields ending in `_pp` are percentage points.
+"""
+
+from __future__ import annotations
+
+from qatrun.files import Record
+from qatrun.records.values import Interval, Verdict
+
+
+class TaskComparison(Record):
+    """One task.
+
+    Attributes:
+        start: accuracy of the model before training; None where it was not scored.
+        twin: accuracy of the BF16 twin.
+        arm: accuracy of the arm, quantizers on.
+        arm_off: accuracy of the arm with its quantizers off; None where it was not scored.
+        drop_pp: twin minus arm; `ci95_pp` is its two-sided interval over items.
+        drop_relative_percent: the drop in percent of the twin's accuracy; None where the twin gets nothing right.
+        mcnemar_p: exact, two-sided.
+        flips_to_wrong: items right in the twin and wrong in the arm; `flips_to_right` the other way round.
+        mean_abs_delta_loglikelihood: nats, of the right answer, arm against twin.
+        detectable_drop_pp: smallest drop that this many items would show at 80% power, at the observed rate of flips.
+        items_to_settle: about how many items would settle it; None where it is settled, or the drop equals the budget.
+    """
+
+    task: str
+    metric: str
+    num_fewshot: int
+    num_items: int
+    start: float | None
+    twin: float
+    arm: float
+    arm_off: float | None
+    drop_pp: float
+    drop_relative_percent: float | None
+    ci95_pp: Interval
+    mcnemar_p: float
+    flips_to_wrong: int
+    flips_to_right: int
+    mean_abs_delta_loglikelihood: float
+    detectable_drop_pp: float
+    budget_pp: float
+    verdict: Verdict
+    items_to_settle: int | None
+
+
+class ArmComparison(Record):
+    """An arm against its twin on every task; `verdict` is the worst of the tasks'."""
+
+    tasks: list[TaskComparison]
+    verdict: Verdict
+    conditional_on: str
+
+
+class Cost(Record):
+    """Of training an arm, the trunk included."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Pair(Record):
+    """An arm and its BF16 twin, compared.
+
+    Attributes:
+        loss_ape_percent: mean |loss of the arm - loss of the twin| / loss of the twin, in percent, over "all_steps" and
+            "after_switch"; empty where training records are missing.
+        perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
+        cost: "twin" and "arm".
+        sizes: bytes of the arm's weights on disk: "plain_bytes" and "quantized_bytes".
+        mismatches: in what the two differ besides quantization; only where they were compared anyway.
+    """
+
+    arm: str
+    twin: str
+    comparison: ArmComparison
+    loss_ape_percent: dict[str, float]
+    perplexity: dict[str, float]
+    cost: dict[str, Cost]
+    sizes: dict[str, int]
+    coverage: str | None
+    mismatches: list[str]
+
+
+class StudyComparison(Record):
+    """comparison.json; `verdict` is the worst of the arms', None where no arm has a twin."""
+
+    study: str = ""
+    verdict: Verdict | None
+    pairs: list[Pair]

@@ -1,0 +1,67 @@
+"""What `qatrun check` shows of a recipe before it runs."""
+
+from __future__ import annotations
+
+from qatrun.files import Record
+
+
+class DryRunArm(Record):
+    """One arm.
+
+    Attributes:
+        switch_step: steps before fake quantization; None for a BF16 arm.
+        coverage: how much is quantized, in words; None where nothing is, or it is not known.
+        roles: how each role is quantized, in words.
+        memory_bytes: phase -> estimated peak; None where the architecture says too little.
+    """
+
+    name: str
+    twin: str | None
+    steps: int
+    warmup_steps: int
+    switch_step: int | None
+    learning_rate: float
+    tokens_per_step: int
+    tokens: int
+    coverage: str | None
+    roles: list[str]
+    memory_bytes: dict[str, int] | None
+
+
+class DryRunTask(Record):
+    """One task.
+
+    Attributes:
+        num_items: None where only a download would tell, as `detectable_drop_pp` then is.
+        missing: why it cannot be scored here and now.
+    """
+
+    name: str
+    num_fewshot: int
+    metric: str
+    num_items: int | None
+    source: str
+    budget_pp: float
+    detectable_drop_pp: float | None
+    missing: str | None
+
+
+class DryRun(Record):
+    """A whole recipe.
+
+    Attributes:
+        num_parameters: None where the model cannot be looked at, as is `disk_bytes`, phase -> estimate.
+        assumed_discordance: share of the items on which two models are taken to differ.
+    """
+
+    name: str
+    folder: str
+    model: str
+    seeds: list[int] | None
+    runs_on: str
+    num_parameters: int | None
+    arms: list[DryRunArm]
+    disk_bytes: dict[str, int] | None
+    tasks: list[DryRunTask]
+    assumed_discordance: float
+    problems: list[str]

@@ -1,0 +1,91 @@
+"""What training writes: metrics.jsonl, alarms.jsonl, result.json, and progress.json of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
+
+from qatrun.files import Record
+from qatrun.records.comparison import Cost
+from qatrun.records.values import Number, Step
+
+
+class MetricsRow(TypedDict):
+    """A line of metrics.jsonl: one optimizer step."""
+
+    step: Annotated[int, Field(ge=1, lt=2**31)]
+    phase: Literal["bf16", "qat"]
+    loss: Number
+    learning_rate: NotRequired[float]
+    grad_norm: NotRequired[float]
+    num_saturated: NotRequired[int]
+    tokens: NotRequired[int]
+    kl_off: NotRequired[float]
+    kl_on: NotRequired[float]
+
+
+class AlarmRow(TypedDict):
+    """A line of alarms.jsonl."""
+
+    step: Step
+    kind: str
+    text: str
+    tensor: NotRequired[str | None]
+
+
+class Progress(TypedDict):
+    """progress.json of a checkpoint, as far as it has a form of its own."""
+
+    step: Step
+
+
+class TrunkResult(Record):
+    """result.json of a trunk."""
+
+    steps: int
+    data_hash: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Result(Record):
+    """result.json of the start model or of an arm, as far as both have it: `perplexity` is of held-out text, with quantizers
+    "on" (or of a model without any) and "off"."""
+
+    arm: str
+    perplexity: dict[str, float]
+    twin: str | None = None
+    coverage: str | None = None
+
+
+class Match(TypedDict):
+    """In what an arm must agree with its twin; model, warmup and all of `train` that decides a number are in it, too."""
+
+    steps: Annotated[int, Field(ge=1)]
+    seed: int
+    data_hash: str
+
+
+def _as_it_stands(match: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """With the settings that Match does not name, and in the order in which a mismatch names them."""
+    check(match)
+    return match
+
+
+class ArmResult(Record):
+    """result.json of a trained arm; `perplexity` as of Result.
+
+    Attributes:
+        weights: weights file or plan, relative to the arm's folder -> SHA-256 of what was scored.
+    """
+
+    arm: str
+    twin: str | None
+    match: Annotated[Match, WrapValidator(_as_it_stands)]
+    cost: Cost
+    coverage: str | None
+    perplexity: dict[str, float]
+    sizes: dict[str, int]
+    weights: dict[str, str] = Field(default_factory=dict)
