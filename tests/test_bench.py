@@ -41,3 +41,15 @@ def test_kernel_benchmark_records_and_checks(tmp_path: Path) -> None:
         low, high = json.loads((output / f"{kind}-bands.json").read_text())[f"kernel/{case}/hif8"]
         assert low < row["value"] < high
     assert "not measured" in (output / f"{kind}.md").read_text()
+
+
+def test_what_torch_compiles_is_kept_apart_by_instruction_set(tmp_path: Path) -> None:
+    where = "import bench; from torch._inductor.runtime import cache_dir_utils; print(cache_dir_utils.cache_dir())"
+    folders = set()
+    for held_to in ("default", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": held_to, "TMPDIR": str(tmp_path)}
+        del environment["TORCHINDUCTOR_CACHE_DIR"]  # the tests' own
+        command = [sys.executable, "-c", where]
+        ran = subprocess.run(command, cwd=SCRIPT.parent, env=environment, capture_output=True, text=True, check=True)
+        folders.add(ran.stdout.strip())
+    assert folders == {str(tmp_path / f"qatrun-inductor-{held_to}-{os.getuid()}") for held_to in ("default", "avx2")}
