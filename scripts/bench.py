@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -151,8 +149,6 @@ def main() -> int:
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
     measured: list[Row] = []
     kind = kind_of(arguments.device)
-    # Inductor's cache does not tell instruction sets apart, once torch is held to one.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qatrun-inductor-{kind}"))
     for name in names:
         with Bars(console) as bars:
             rows = BENCHMARKS[name](settings, bars)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As the benchmarks do, and why: scripts/benchmarks/__init__.py.
+_COMPILED = f"qatrun-inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}-{os.getuid()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _COMPILED))
 
 
 @pytest.fixture(scope="session")

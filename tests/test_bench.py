@@ -69,3 +69,15 @@ def test_what_is_timed_is_the_step_of_the_training_loop(monkeypatch: pytest.Monk
     assert saved["hif8_codes"] < saved["hif8"]
     rows = watching.benchmark(timing.Settings("cpu", "tiny", quick=True), NoProgress())
     assert [row.case for row in rows] == ["fp32", "bf16"]
+
+
+def test_what_torch_compiles_is_kept_apart_by_instruction_set(tmp_path: Path) -> None:
+    where = "import bench; from torch._inductor.runtime import cache_dir_utils; print(cache_dir_utils.cache_dir())"
+    folders = set()
+    for held_to in ("default", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": held_to, "TMPDIR": str(tmp_path)}
+        del environment["TORCHINDUCTOR_CACHE_DIR"]  # the tests' own
+        command = [sys.executable, "-c", where]
+        ran = subprocess.run(command, cwd=SCRIPT.parent, env=environment, capture_output=True, text=True, check=True)
+        folders.add(ran.stdout.strip())
+    assert folders == {str(tmp_path / f"qatrun-inductor-{held_to}-{os.getuid()}") for held_to in ("default", "avx2")}

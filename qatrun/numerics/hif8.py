@@ -92,9 +92,10 @@ class HiFloat8(Grid):
         tail = torch.where(code < 0x40, 0x10 + low, tail)
         tail = torch.where(code < 0x20, 0x08 + (code & 7), tail)
         tail = torch.where(code < 0x10, code & 7, tail)
-        is_negative = torch.where(code < 0x20, code & 0x08, code & 0x10) != 0
+        # `== 0`: compiled by torch 2.13 for AVX2, a choice by `!= 0` of int32 comes out the wrong way round.
+        is_positive = torch.where(code < 0x20, code & 0x08, code & 0x10) == 0
         distance = tail >> 3
-        exponent = torch.where(is_negative, -distance, distance)
+        exponent = torch.where(is_positive, distance, -distance)
         pattern = ((exponent + _BIAS) << _MANTISSA_BITS) | ((tail & 7) << 20)
         pattern = torch.where(code < 0x08, (code - 23 + _BIAS) << _MANTISSA_BITS, pattern)
         magnitude = torch.where(code == 0, 0.0, pattern.view(torch.float32))
