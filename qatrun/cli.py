@@ -176,6 +176,9 @@ def evaluate(
         ),
     ] = None,
     json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
@@ -187,7 +190,7 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output)
+        scored = score_path(path, config, display, output, trust_remote_code=trust_remote_code)
     if json_:
         out.print_data(scored)
     else:

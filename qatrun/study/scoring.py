@@ -9,13 +9,14 @@ from qatrun import artifact
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
-from qatrun.model import load_config, load_model, on_device
+from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.study.layout import StudyFolder
 from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
 DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}
+TRUST_OPTION = "--trust-remote-code"
 
 
 class ScoringDisplay(Protocol):
@@ -49,13 +50,18 @@ def eval_config(
     return base.model_copy(update={"tasks": wanted} | {key: value for key, value in given.items() if value is not None})
 
 
-def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None) -> dict[str, Any]:
+def score_path(
+    path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Score a checkpoint; plain data. One of ours runs with quantizers on, a plain model in its config's dtype.
 
+    Args:
+        trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
+            may have come with the model too.
     Raises:
         InputError: no model or tokenizer there, or a task that cannot be scored.
     """
-    source = ModelConfig(path=path)
+    source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     data_dir = Path(config.data_dir) if config.data_dir else None
     problems = _path_problems(source) + check_available(config.tasks, data_dir=data_dir)
     if problems:
@@ -105,6 +111,8 @@ def _path_problems(source: ModelConfig) -> list[Problem]:
 
 def _without_key(problem: Problem) -> Problem:
     """A problem of a recipe's model, where there is no recipe."""
+    if problem.key == TRUST_KEY:
+        return Problem(problem.message.replace(TRUSTED, TRUST_OPTION))
     return Problem(problem.message)
 
 
@@ -112,6 +120,7 @@ def _open(source: ModelConfig) -> tuple[Any, Any, str]:
     """(model, tokenizer, what they are in words)."""
     quantized = artifact.find(Path(source.path))
     if quantized is not None:
-        return *artifact.load(quantized), f"{quantized} (quantizers on, scales frozen)"
+        opened = artifact.load(quantized, trust_remote_code=source.trust_remote_code)
+        return *opened, f"{quantized} (quantizers on, scales frozen)"
     model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
     return model, tokenizer, f"{source.path} (plain model, {str(model.dtype).removeprefix('torch.')})"
