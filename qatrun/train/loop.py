@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from qatrun.data import IGNORE_INDEX, Batch, PackedStream
-from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
+from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
 from qatrun.model import DTYPES, text_config
 from qatrun.numerics import bfloat16_products, recomputed_products
 from qatrun.quant import Mode, ScaleState, attach
@@ -63,6 +63,7 @@ def train(
     Raises:
         AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
         NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
+        SourceError: the data set breaks off; the state was saved.
         Interrupted: a signal asked for it; the state was saved.
         CheckpointError: the checkpoint belongs to another run.
         WriteError: a full disk, a missing permission; the last checkpoint is good.
@@ -113,7 +114,7 @@ class _Session:
         )
         if trackers:
             self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(segment.arm))
-        self.step, self.seconds, self.earlier_peak = 0, 0.0, 0
+        self.step, self.saved_step, self.seconds, self.earlier_peak = 0, 0, 0.0, 0
         self.metrics: RowsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
@@ -156,9 +157,9 @@ class _Session:
         """One optimizer step: micro-batches, clipping, update, scales. Nothing in it waits for the device."""
         self.pending.begin_step()
         config = self.segment.arm.train
+        batch = self._next_batch()
         mode = self._enter_phase()
         self.monitor.begin_step(self.step + 1)
-        batch = self.stream.take(config.global_batch_size)
         learning_rate = learning_rate_at(self.step, config, self.segment.arm.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -236,6 +237,7 @@ class _Session:
         )
         config = self.segment.arm.train
         write_checkpoint(self.segment.folder / "checkpoints", checkpoint, config.keep_last, config.save_every)
+        self.saved_step = self.step
 
     def close(self) -> None:
         """Let go of files and trackers."""
@@ -264,7 +266,7 @@ class _Session:
         restore_optimizer(self.plain_model, self.optimizer, checkpoint.optimizer)
         restore_rng(checkpoint.state)
         self.stream.seek(checkpoint.progress["data"])
-        self.step, self.seconds = checkpoint.step, checkpoint.progress["seconds"]
+        self.step, self.saved_step, self.seconds = checkpoint.step, checkpoint.step, checkpoint.progress["seconds"]
         if self.quant is not None and "quant" in checkpoint.progress:
             take = self.quant.adopt_history if from_trunk else self.quant.restore
             take(checkpoint.quant_tensors(), checkpoint.progress["quant"])
@@ -272,6 +274,15 @@ class _Session:
         (watch.inherit if from_trunk else watch.restore)(checkpoint.progress["monitor"])
         if not from_trunk:
             self.earlier_peak = checkpoint.progress["peak_memory_bytes"]
+
+    def _next_batch(self) -> Batch:
+        """What the step trains on. Where there is no more to be had, the steps that were made are saved."""
+        try:
+            return self.stream.take(self.segment.arm.train.global_batch_size)
+        except SourceError:
+            if self.step > self.saved_step:
+                self.save()
+            raise
 
     def _enter_phase(self) -> Mode:
         if self.quant is None:
