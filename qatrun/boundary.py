@@ -27,7 +27,7 @@ from typing import Any
 
 import typer
 
-from qatrun.errors import QatrunError
+from qatrun.errors import QatrunError, SourceError
 
 INTERRUPTED = 130
 _INPUT, _RUN = 2, 3
@@ -99,6 +99,8 @@ def _verdict(error: BaseException) -> tuple[str, int]:
         return "", usage.exit_code
     if isinstance(error, typer.Abort) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, SourceError):
+        return f"{error}{_kept()}", error.exit_code
     if isinstance(error, QatrunError):
         return str(error), error.exit_code
     if isinstance(error, OSError):

@@ -141,6 +141,9 @@ def evaluate(
     batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
     output: Annotated[Path | None, path_option("Folder for scores and samples, which `compare` reads.")] = None,
     json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
@@ -152,7 +155,7 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output)
+        scored = score_path(path, config, display, output, trust_remote_code=trust_remote_code)
     if json_:
         out.print_data(scored.to_dict())
     else:

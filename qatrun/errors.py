@@ -8,6 +8,7 @@ QatrunError              exit code 3
 └── RunError             exit code 3: the run could not go on
     ├── NonFiniteError   a loss, gradient or logit that is NaN or Inf
     ├── AlarmStop        an alarm, where the recipe says that it ends the run; saved first
+    ├── SourceError      a data set that broke off while it was read
     ├── CheckpointError  a checkpoint that is damaged or belongs to another run
     ├── WriteError       a full disk, a missing permission
     └── Interrupted      SIGINT or SIGTERM; the run was saved first
@@ -30,6 +31,7 @@ __all__ = [
     "QatrunError",
     "RecipeError",
     "RunError",
+    "SourceError",
     "WriteError",
 ]
 
@@ -89,6 +91,10 @@ class RunError(QatrunError):
 
 class NonFiniteError(RunError):
     """A loss, a gradient or logits turned NaN or Inf."""
+
+
+class SourceError(RunError):
+    """A data set that could be opened broke off while it was read: the hub or the network, a damaged file in it."""
 
 
 class CheckpointError(RunError):

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qatrun.errors import InputError, Problem
-from qatrun.model import PANGU_MODEL_TYPE, config_json, load_config, location
+from qatrun.model import PANGU_MODEL_TYPE, code_not_trusted, config_json, load_config, location
 from qatrun.recipe import ModelConfig
 
 
@@ -32,6 +32,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
     except InputError:
         raise
     except Exception as error:  # `tokenizers` raises no other type for a file that it does not understand
+        if "trust_remote_code=True" in str(error):
+            raise InputError(code_not_trusted(model)) from error
         raise InputError(Problem(f"{model.path}: no tokenizer: {_reason(model, error)}", key="model.path")) from error
     num_rows = getattr(load_config(model).get_text_config(), "vocab_size", None)
     if problems := [

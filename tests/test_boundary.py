@@ -22,7 +22,7 @@ import pytest
 import typer
 
 from qatrun import boundary, terminal
-from qatrun.errors import InputError, Interrupted, RunError
+from qatrun.errors import InputError, Interrupted, RunError, SourceError
 
 
 class OutOfMemoryError(RuntimeError):
@@ -52,6 +52,7 @@ ENDS = {
     "verdict": (lambda: 1, 1, ""),
     "input": (raising(InputError("a mistake")), 2, "a mistake"),
     "run": (raising(RunError("stopped")), 3, "stopped"),
+    "data": (raising(SourceError("x broke off")), 3, "x broke off"),
     "saved": (raising(Interrupted("saved at step 3")), 3, "saved at step 3"),
     "permission": (raising(os_error("EACCES")), 2, "x/y: Permission denied"),
     "read-only": (raising(os_error("EROFS")), 2, "x/y: Read-only file system"),
@@ -99,6 +100,7 @@ def test_a_study_that_is_there_can_be_resumed(tmp_path: Path) -> None:
 
     kept = f"what is saved in {tmp_path} is"
     assert ended(at_work(KeyboardInterrupt())) == (3, f"interrupted: {kept} kept; go on with --resume")
+    assert ended(at_work(SourceError("x broke off"))) == (3, f"x broke off; {kept} safe: --resume goes on")
     assert ended(at_work(os_error("ENOSPC", None))) == (3, f"{tmp_path}: No space left on device")
     code, sentence = ended(at_work(ValueError("odd\nthing")))
     (log,) = tmp_path.glob("qatrun-error-*.log")

@@ -94,6 +94,26 @@ def test_few_shot_examples_that_are_scored_too_are_refused(trained_world: Path) 
     )
 
 
+def test_a_tokenizer_that_cannot_be_read_is_known_before_weights_are(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qatrun.artifact.load_file", None)
+    monkeypatch.setattr("qatrun.study.scoring.load_model", None)
+    for folder in ("model", "runs/tiny/hif8/quantized"):
+        (world / folder / "tokenizer.json").write_text("[]", encoding="utf-8")
+        ran = run_qatrun("eval", folder, "--tasks", "demo_fact", cwd=world)
+        assert ran.code == 2
+        first, second = ran.err.splitlines()
+        assert first.startswith(f"{folder}: no tokenizer: its files are damaged, or of a newer version (")
+        assert second == MISTAKES["eval model --tasks demo_fact"]
+
+
+def test_a_place_for_scores_that_cannot_be_is_known_before_they_are_made(world: Path) -> None:
+    (world / "runs/tiny/hif8/quantized/model.safetensors").unlink()
+    ran = run_qatrun("eval", "runs/tiny/hif8", "--tasks", LIKES, "--output", "tiny.yaml/x", cwd=world)
+    assert (ran.code, ran.err) == (2, "tiny.yaml/x: Not a directory\n")
+
+
 # help
 
 

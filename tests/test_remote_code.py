@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import logits, quantized_steps, tiny_llama, word_tokenizer
+from tiny_world import run_qatrun, write_world
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
@@ -17,6 +18,7 @@ from qatrun.export import artifact
 from qatrun.model import architecture, check_model, load_model, save_model
 from qatrun.quant import attach, freeze, make_plan
 from qatrun.recipe import ModelConfig
+from qatrun.tokenizer import load_tokenizer
 
 CONFIGURATION = """
 from transformers import LlamaConfig
@@ -42,6 +44,9 @@ class TwinForCausalLM(LlamaForCausalLM):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Llama that doubles its logits, with the code for that."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another folder
     folder = tmp_path / "twin"
     save_model(tiny_llama(), word_tokenizer(), folder, torch.float32)
     config = json.loads((folder / "config.json").read_text())
@@ -78,3 +83,42 @@ def test_trusted_code_is_trusted_when_the_arm_is_read_back(folder: Path, tmp_pat
     read = f"from qatrun.export import artifact; artifact.load({str(tmp_path / 'arm')!r}, trust_remote_code=True)"
     folder.rename(tmp_path / "gone")
     subprocess.run([sys.executable, "-c", read], check=True, capture_output=True)
+
+
+def test_what_is_scored_or_diagnosed_runs_no_code_unasked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe in a study is trusted by the verbs that go on with the study; a model alone by the option alone."""
+    write_world(tmp_path)
+    recipe = (tmp_path / "tiny.yaml").read_text().replace("path: model", "path: twin\n  trust_remote_code: true")
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    ran = run_qatrun("train", "tiny.yaml", "--set", "diagnose.at_end=false", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert run_qatrun("diagnose", cwd=tmp_path).code == 0
+    loaded: list[str] = []
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.get_class_in_module", lambda name, *_, **__: loaded.append(name)
+    )
+    for path in ("twin", "runs/tiny/bf16", "runs/tiny/hif8", "runs/tiny/hif8/quantized"):
+        ran = run_qatrun("eval", path, "--tasks", "likes.yaml", "--limit", "2", cwd=tmp_path)
+        shown = "runs/tiny/hif8/quantized" if "hif8" in path else path
+        assert (ran.code, ran.err) == (
+            2,
+            f"{shown}: its code comes with it, and is run only with --trust-remote-code\n",
+        )
+    assert loaded == []
+    monkeypatch.undo()
+    for path in ("twin", "runs/tiny/bf16", "runs/tiny/hif8"):
+        ran = run_qatrun("eval", path, "--tasks", "likes.yaml", "--limit", "2", "--trust-remote-code", cwd=tmp_path)
+        assert ran.code == 0, ran.err
+
+
+def test_a_tokenizer_that_is_code_is_not_run_either(folder: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        content["auto_map"] = {"AutoTokenizer": ["tokenization_twin.TwinTokenizer", None]}
+        content |= {"model_type": "llama"} if name == "config.json" else {"tokenizer_class": "TwinTokenizer"}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "tokenization_twin.py").write_text("raise AssertionError('remote code ran')\n")
+    with pytest.raises(InputError, match="its code comes with it, and is run only with trust_remote_code: true"):
+        load_tokenizer(ModelConfig(path=str(folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -16,7 +17,8 @@ import pytest
 import torch
 from training import Recorder, TinyStudy, ctrl_c, differences, final_state, gpt2_with_dropout
 
-from qatrun.errors import Interrupted
+from qatrun.data import documents
+from qatrun.errors import Interrupted, SourceError
 from qatrun.train import loop
 from qatrun.train.checkpoint import write_checkpoint
 from qatrun.train.metrics import read_metrics
@@ -118,6 +120,38 @@ def test_a_run_that_crashed_in_any_step_ends_bit_identical(tmp_path: Path, crash
         crashed.train_arm(make_listener=lambda: Recorder({crash_step: crash}))
     crashed.train_arm()
     expected, found = (final_state(study.arms["hif8"].own) for study in (uninterrupted, crashed))
+    assert differences(expected, found) == []
+
+
+@pytest.mark.parametrize("read", range(4, 14, 3))
+def test_a_run_whose_stream_breaks_off_keeps_every_step_and_ends_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int
+) -> None:
+    """At some read of a block: at the start, at the first step of an arm, between two steps."""
+    reads = itertools.count(1)
+
+    def broken(stream: Any, count: int) -> Any:
+        if next(reads) == read:
+            raise ConnectionError("Server Disconnected\nafter 20 retries")
+        return itertools.islice(stream, count)
+
+    uninterrupted, stopped = (study_in(tmp_path / name, streaming=True, train={"save_every": 100}) for name in "ab")
+    monkeypatch.setattr(documents, "STREAM_BLOCK", 5)
+    uninterrupted.train_arm()
+    monkeypatch.setattr(documents, "islice", broken)
+    listeners: list[Recorder] = []
+
+    def listener() -> Recorder:
+        listeners.append(Recorder())
+        return listeners[-1]
+
+    with pytest.raises(
+        SourceError, match=r"^data.train -- \S+texts.jsonl broke off while it was read: Server Disconnect"
+    ):
+        stopped.train_arm(make_listener=listener)
+    stopped.train_arm(make_listener=listener)
+    assert [row["step"] for each in listeners for row in each.rows] == list(range(1, STEPS + 1))
+    expected, found = (final_state(study.arms["hif8"].own) for study in (uninterrupted, stopped))
     assert differences(expected, found) == []
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import datasets
 from qatrun import demo
 from qatrun.data.columns import Document, as_document, demo_documents
 from qatrun.data.files import SPLITS, UnreadableError, ending, endings, files_by_split, read_rows
-from qatrun.errors import InputError, Problem
+from qatrun.errors import InputError, Problem, QatrunError, SourceError
 from qatrun.hub import ask_once, hub_is_reachable
 from qatrun.recipe import Source
 
@@ -39,13 +40,15 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
     try:
         dataset = _load(source, key)
         first = next(iter(dataset.take(1)), None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
+        if not _is_of_the_source(error, source):
+            raise
         # `datasets` wraps what reading raises in an error that does not say what is wrong.
         told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         if isinstance(told, InputError):
             raise told from None
         where = "split" if isinstance(error, ValueError) and "split" in str(error) else "path"
-        reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
+        reason = _reason(told or error)
         if isinstance(error, ConnectionError) and not hub_is_reachable():
             reason = "no such file or folder, and the hub cannot be reached"
         raise InputError(Problem(f"{source.path}: {reason}", key=f"{key}.{where}")) from error
@@ -62,13 +65,14 @@ def read_documents(source: Source, key: str) -> Iterator[Document | None]:
 
     Raises:
         InputError: as for `open_dataset`.
+        SourceError: it breaks off.
     """
     files = local_files(source, key)
     if source.path == demo.BUILTIN:
         return demo_documents(source, key)
     if files is not None and "[" not in source.split:
         return _documents_of_files(files, source, key)
-    return (document_of(row, source, key, index) for index, row in enumerate(open_dataset(source, key)))
+    return _documents_of(open_dataset(source, key), source, key)
 
 
 def local_files(source: Source, key: str) -> list[Path] | None:
@@ -77,14 +81,12 @@ def local_files(source: Source, key: str) -> list[Path] | None:
     Raises:
         InputError: no such file or split, or none that can be read.
     """
+    if source.path == demo.BUILTIN or _is_left_to_datasets(source):
+        return None
     path = Path(source.path)
     try:
         if not path.exists():
-            if source.path == demo.BUILTIN or not (ending(path) or path.is_absolute() or source.path.startswith(".")):
-                return None
             raise UnreadableError(f"no such file {'' if ending(path) else 'or folder '}'{path}'")
-        if path.is_dir() and source.subset is not None:
-            return None
         found = files_by_split(path)
         if not found:
             raise UnreadableError(f"'{path}' {'holds no file of' if path.is_dir() else 'is none of'} {endings()}")
@@ -97,6 +99,44 @@ def local_files(source: Source, key: str) -> list[Path] | None:
         splits = ", ".join(f"'{split}'" for split in found)
         raise InputError(Problem(f"no split '{name}' in {path} (there: {splits})", key=f"{key}.split"))
     return found[split]
+
+
+def _is_left_to_datasets(source: Source) -> bool:
+    """Whether `datasets` finds and reads it: on the hub, or a subset of a folder."""
+    path = Path(source.path)
+    with suppress(OSError):
+        if path.exists():
+            return path.is_dir() and source.subset is not None
+    is_name = not (ending(path) or path.is_absolute() or source.path.startswith("."))
+    return is_name and source.path != demo.BUILTIN
+
+
+@contextmanager
+def reading_on(source: Source, key: str) -> Iterator[None]:
+    """Say in a sentence why the rows of a data set that could be opened break off.
+
+    Raises:
+        SourceError: the network, the hub or the disk; whatever `datasets` and the formats that it reads raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_the_source(error, source):
+            raise
+        raise SourceError(f"{key} -- {source.path} broke off while it was read: {_reason(error)}") from error
+
+
+def _is_of_the_source(error: Exception, source: Source) -> bool:
+    """Whether it is the source's, or the network's, that reading raised this. `datasets` and the formats that it reads
+    raise anything; local files are read here, where anything odd would be a mistake of ours."""
+    if isinstance(error, QatrunError | MemoryError):
+        return False
+    of_any = isinstance(error, OSError | ValueError | datasets.exceptions.DatasetsError)
+    return of_any or _is_left_to_datasets(source)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def content_hash(files: Sequence[Path]) -> str:
@@ -151,6 +191,14 @@ def _load_by_name(source: Source) -> Any:
     else:
         ask_once()
     return datasets.load_dataset(source.path, source.subset, **options)
+
+
+def _documents_of(
+    dataset: datasets.Dataset | datasets.IterableDataset, source: Source, key: str
+) -> Iterator[Document | None]:
+    with reading_on(source, key):
+        for index, row in enumerate(dataset):
+            yield document_of(row, source, key, index)
 
 
 def _documents_of_files(files: Sequence[Path], source: Source, key: str) -> Iterator[Document | None]:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from qatrun.data.columns import Document, all_held_out
-from qatrun.data.dataset import FEATURES, Record, document_of, open_dataset, record
+from qatrun.data.dataset import FEATURES, Record, document_of, open_dataset, reading_on, record
 from qatrun.errors import InputError
 from qatrun.recipe import Source
 
@@ -33,7 +33,11 @@ class Documents(Protocol):
     epoch: int
 
     def take(self, count: int) -> list[Document | None]:
-        """The next rows, `count` of them or, at the end of an epoch, fewer; never none. None for a row without text."""
+        """The next rows, `count` of them or, at the end of an epoch, fewer; never none. None for a row without text.
+
+        Raises:
+            SourceError: the data set breaks off. The position is that of the last rows taken.
+        """
 
     def position(self) -> dict[str, Any]:
         """Where the next `take` begins, as plain data."""
@@ -56,8 +60,9 @@ class MapDocuments:
             self.epoch, self.index = self.epoch + 1, 0
             self._order = self._order_of_epoch()
         chosen = self._order[self.index : self.index + count]
+        with reading_on(self.source, self.key):
+            columns = self.dataset[chosen]
         self.index += len(chosen)
-        columns = self.dataset[chosen]
         rows = zip(*columns.values(), strict=True)
         return [
             document_of(dict(zip(columns, row, strict=True)), self.source, self.key, int(index))
@@ -107,20 +112,21 @@ class StreamDocuments:
         self.index = position["index"]
 
     def _begin_block(self, start: dict[str, Any]) -> None:
-        rows = self._read_block(start)
+        rows, epoch = self._read_block(start), self.epoch
         if not rows:
-            self.epoch, start = self.epoch + 1, self.start
+            epoch, start = epoch + 1, self.start
             rows = self._read_block(start)
         if not rows:
             raise InputError(all_held_out(None, self.key))
-        self.num_blocks += 1
+        self.epoch, self.num_blocks = epoch, self.num_blocks + 1
         order = np.random.default_rng([self.seed, self.num_blocks]).permutation(len(rows))
         self._block = [rows[i] for i in order] if self.source.shuffle else rows
         self._block_start, self.index = start, 0
 
     def _read_block(self, start: dict[str, Any]) -> list[Record]:
-        self.stream.load_state_dict(start)
-        return list(islice(self.stream, STREAM_BLOCK))
+        with reading_on(self.source, self.key):
+            self.stream.load_state_dict(start)
+            return list(islice(self.stream, STREAM_BLOCK))
 
 
 def open_documents(source: Source, key: str, *, seed: int, skip: int = 0) -> Documents:

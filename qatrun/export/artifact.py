@@ -88,9 +88,9 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         attn_implementation=description["attn_implementation"],
         trust_remote_code=trust_remote_code,
     )
+    skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
     with reading(folder / WEIGHTS_FILE):
         tensors = load_file(folder / WEIGHTS_FILE)
-    skeleton = architecture(source)
     if problems := list(_problems(tensors, plan, skeleton, dtype)):
         more = f" (and {len(problems) - 1} more such)" if len(problems) > SHOWN else ""
         shown = problems[:1] if more else problems
@@ -104,7 +104,7 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]))
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), load_tokenizer(source)
+    return model.eval(), tokenizer
 
 
 def read_plan(folder: Path) -> QuantPlan:

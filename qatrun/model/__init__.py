@@ -1,6 +1,15 @@
 """Models from folders and the hub: looked at before they are loaded, loaded, and saved as Hugging Face folders."""
 
-from qatrun.model.config import PANGU_MODEL_TYPE, config_json, load_config, location, text_config
+from qatrun.model.config import (
+    PANGU_MODEL_TYPE,
+    TRUST_KEY,
+    TRUSTED,
+    code_not_trusted,
+    config_json,
+    load_config,
+    location,
+    text_config,
+)
 from qatrun.model.export import save_description, save_model
 from qatrun.model.load import (
     DTYPES,
@@ -14,8 +23,11 @@ from qatrun.model.load import (
 __all__ = [
     "DTYPES",
     "PANGU_MODEL_TYPE",
+    "TRUSTED",
+    "TRUST_KEY",
     "architecture",
     "check_model",
+    "code_not_trusted",
     "config_json",
     "from_tensors",
     "load_config",

@@ -25,6 +25,7 @@ from qatrun.model.files import what_it_is
 from qatrun.recipe import ModelConfig
 
 PANGU_MODEL_TYPE = "PanguEmbedded"
+TRUST_KEY, TRUSTED = "model.trust_remote_code", "trust_remote_code: true"
 COUNTS = re.compile(r"(.*_)?(layers?|blocks|experts|heads?)")
 LARGEST_COUNT = 2**16  # nothing has more layers, experts or heads; to build them would take for ever
 BLAME_SECONDS = 10
@@ -52,12 +53,16 @@ def load_config(model: ModelConfig) -> Any:
         )
     except Exception as error:  # transformers raises whatever the values of a config lead to
         if "auto_map" in raw and not model.trust_remote_code:
-            message = f"{model.path}: its code comes with it, and is run only with trust_remote_code: true"
-            raise InputError(Problem(message, key="model.trust_remote_code")) from error
+            raise InputError(code_not_trusted(model)) from error
         blamed = blame(raw, lambda _: None) if not isinstance(error, OSError) else None
         raise InputError(
             _problem(f"{model.path}: {blamed or 'config.json cannot be read'} ({sentence(error)})")
         ) from error
+
+
+def code_not_trusted(model: ModelConfig) -> Problem:
+    """The problem of a model, or a tokenizer, that is Python code of its own where nobody trusted it."""
+    return Problem(f"{model.path}: its code comes with it, and is run only with {TRUSTED}", key=TRUST_KEY)
 
 
 def blame(raw: Mapping[str, Any], build: Callable[[Any], object]) -> str | None:

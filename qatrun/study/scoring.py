@@ -9,7 +9,7 @@ from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
 from qatrun.export import artifact
-from qatrun.model import load_config, load_model, on_device
+from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ScoredModel, ScoredTask
 from qatrun.study.display import ScoringDisplay
@@ -18,6 +18,7 @@ from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
 DEFAULT_TASKS = {"mmlu": 5, "hellaswag": 10, "arc_challenge": 25}
+TRUST_OPTION = "--trust-remote-code"
 
 
 def eval_config(
@@ -44,17 +45,28 @@ def eval_config(
     return base.model_copy(update={"tasks": wanted} | {key: value for key, value in given.items() if value is not None})
 
 
-def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None) -> ScoredModel:
+def score_path(
+    path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None, *, trust_remote_code: bool = False
+) -> ScoredModel:
     """Score a checkpoint. One of ours runs with quantizers on, a plain model in its config's dtype.
 
+    Args:
+        trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
+            may have come with the model too.
     Raises:
-        InputError: no model there, or a task that cannot be scored.
+        InputError: no model or tokenizer there, or a task that cannot be scored.
     """
+    source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     data_dir = Path(config.data_dir) if config.data_dir else None
-    problems = _path_problems(path) + check_available(config.tasks, data_dir=data_dir)
+    problems = _path_problems(source) + check_available(config.tasks, data_dir=data_dir)
     if problems:
         raise InputError(problems)
-    model, tokenizer, what = _open(path)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)  # a path that cannot be is known before minutes of scoring
+    try:
+        model, tokenizer, what = _open(source)
+    except InputError as error:
+        raise InputError([_without_key(problem) for problem in error.problems]) from error
     display.begin_scoring(Path(path).name)
     scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
     tasks = [
@@ -73,26 +85,38 @@ def score_path(path: str, config: EvalConfig, display: ScoringDisplay, output: P
     return ScoredModel(model=what, settings=dict(scores.settings), tasks=tasks, output=kept)
 
 
-def _path_problems(path: str) -> list[Problem]:
-    """Why there is no model at the path, found without loading weights."""
+def _path_problems(source: ModelConfig) -> list[Problem]:
+    """Why there is no model, or none with a tokenizer, found without loading weights."""
+    path = source.path
     study = StudyFolder(Path(path))
     if study.recipe.is_file():
         of_one_seed = study.replicas[0] if study.replicas else study
         arms = ", ".join(str(of_one_seed.arm(name).path) for name in load_recipe(study.recipe).arm_names)
         return [Problem(f"{path} is a study; score one of its arms: {arms}")]
+    quantized = artifact.find(Path(path))
     try:
-        if artifact.find(Path(path)) is None:
-            load_config(ModelConfig(path=path))
+        if quantized is not None:
+            source = source.model_copy(update={"path": str(quantized)})
+            artifact.read_plan(quantized)
+        load_config(source)
+        load_tokenizer(source)
     except InputError as error:
-        return [Problem(problem.message) for problem in error.problems]  # their keys are those of a recipe
+        return [_without_key(problem) for problem in error.problems]
     return []
 
 
-def _open(path: str) -> tuple[Any, Any, str]:
+def _without_key(problem: Problem) -> Problem:
+    """A problem of a recipe's model, where there is no recipe."""
+    if problem.key == TRUST_KEY:
+        return Problem(problem.message.replace(TRUSTED, TRUST_OPTION))
+    return Problem(problem.message)
+
+
+def _open(source: ModelConfig) -> tuple[Any, Any, str]:
     """(model, tokenizer, what they are in words)."""
-    quantized = artifact.find(Path(path))
+    quantized = artifact.find(Path(source.path))
     if quantized is not None:
-        return *artifact.load(quantized), f"{quantized} (quantizers on, scales frozen)"
-    source = ModelConfig(path=path)
+        opened = artifact.load(quantized, trust_remote_code=source.trust_remote_code)
+        return *opened, f"{quantized} (quantizers on, scales frozen)"
     model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
-    return model, tokenizer, f"{path} (plain model, {str(model.dtype).removeprefix('torch.')})"
+    return model, tokenizer, f"{source.path} (plain model, {str(model.dtype).removeprefix('torch.')})"

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
-from qatrun.errors import CheckpointError, Interrupted, NonFiniteError
+from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
 from qatrun.files import CHECKPOINTS, METRICS_FILE
 from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
@@ -55,6 +55,7 @@ def train(
     Raises:
         AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
         NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
+        SourceError: the data set breaks off; the state was saved.
         Interrupted: a signal asked for it; the state was saved.
         CheckpointError: the checkpoint belongs to another run.
         WriteError: a full disk, a missing permission; the last checkpoint is good.
@@ -88,7 +89,7 @@ class Session:
         self.quant = self.stepper.quant
         if trackers:
             self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(arm))
-        self.step = 0
+        self.step = self.saved_step = 0
         self.metrics: RowsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.monitor = Monitor(segment, self.stepper, watched)
@@ -169,7 +170,7 @@ class Session:
             raise CheckpointError(
                 f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model"
             )
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
         for name, state in checkpoint.parts.items():
             if name in self.parts:  # a trunk's quantizers are nothing to a BF16 arm
                 part = self.parts[name]
@@ -190,9 +191,9 @@ class Session:
         """One optimizer step, and what is known of it. Nothing in it waits for the device."""
         self.pending.begin_step()
         arm = self.segment.arm
+        batch = self._next_batch()
         mode = self._enter_phase()
         self.monitor.begin_step(self.step + 1)
-        batch = self.stream.take(arm.train.global_batch_size)
         learning_rate = learning_rate_at(self.step, arm.train, arm.warmup)
         taken = self.stepper.step(batch, learning_rate)
         self.step += 1
@@ -211,6 +212,15 @@ class Session:
         )
         if len(self.pending) >= FLUSH_EVERY.get(self.accelerator.device.type, 1):
             self._flush()
+
+    def _next_batch(self) -> Batch:
+        """What the step trains on. Where there is no more to be had, the steps that were made are saved."""
+        try:
+            return self.stream.take(self.segment.arm.train.global_batch_size)
+        except SourceError:
+            if self.step > self.saved_step:
+                self._save()
+            raise
 
     def _enter_phase(self) -> Mode:
         if self.quant is None:
@@ -258,6 +268,7 @@ class Session:
         checkpoint = Checkpoint(self.step, self.segment.identity, parts)
         folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
         self.world.first(lambda: write_checkpoint(folder, checkpoint, config.keep_last, config.save_every))
+        self.saved_step = self.step
 
     def _close(self) -> None:
         """Let go of files and trackers."""
