@@ -147,7 +147,7 @@ def make_recipe(folder: Path, attention: str) -> Recipe:
                 "attn_implementation": attention,
             },
             "data": {"train": {"path": demo.BUILTIN, "split": "finetune"}, "seq_len": 32, "valid_sequences": 2},
-            "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3},
+            "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "lr_warmup_steps": 0},
             "warmup": {"steps": 1},
             "monitor": {"sqnr_every": 2, "probe": {"every": 2, "sequences": 1}},
             "qat": {"format": "fp8_e4m3", "grad_output": {}, "scaling": {"window": 2}},
