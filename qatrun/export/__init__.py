@@ -5,7 +5,6 @@ To add one: a module beside `artifact` that is an `Export`, and a line in `EXPOR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,13 @@ from qatrun.quant import QuantPlan
 
 
 class Export(Protocol):
-    """What writes a kind of folder; reading one back is the engine's that it is for."""
+    """What writes a kind of folder; reading one back is the engine's that it is for.
+
+    Attributes:
+        FOLDER: its name in an arm's folder.
+    """
+
+    FOLDER: str
 
     def save(self, model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         """Write a frozen model (see `qatrun.quant.freeze`).
@@ -24,4 +29,5 @@ class Export(Protocol):
         """
 
 
-EXPORTS: Mapping[str, Export] = {"qatrun": artifact}
+# Written of every quantized arm.
+EXPORTS: tuple[Export, ...] = (artifact,)
