@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
 from qatrun.errors import InputError, Problem
+from qatrun.text import suggestion
 
 Role = Literal["weight", "input", "grad_output"]
 ROLES: tuple[Role, ...] = ("weight", "input", "grad_output")
@@ -67,8 +67,6 @@ def get_format(name: str) -> Format:
     Raises:
         InputError: no such format; the message names the nearest one.
     """
-    if name in FORMATS:
-        return FORMATS[name]
-    close = get_close_matches(name, FORMATS, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(FORMATS)}"
-    raise InputError(Problem(f"unknown format '{name}' ({hint})"))
+    if name not in FORMATS:
+        raise InputError(Problem(f"unknown format '{name}'{suggestion(name, FORMATS)}"))
+    return FORMATS[name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from qatrun.formats import ROLES, Role, get_format
 
@@ -102,6 +102,37 @@ class Scheme:
     def per_row(self) -> bool:
         """Whether every row of a tensor has a scale of its own."""
         return GRANULARITIES[self.granularity].rows
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which linears of a model have these schemes. Of several assignments the first that names a linear decides.
+
+    Attributes:
+        key: of the recipe, where it says so.
+        schemes: role -> scheme; None: the linears stay in BF16.
+        patterns: of names (see `qatrun.patterns`); None: all but the output head and what is tied to the embeddings.
+        edge_blocks: instead of patterns, how many transformer blocks at the input end and at the output end.
+    """
+
+    key: str
+    schemes: Mapping[Role, Scheme] | None
+    patterns: tuple[str, ...] | None = None
+    edge_blocks: tuple[int, int] | None = None
+
+
+class Wanted(Protocol):
+    """What a plan is made from; the `qat` section of a recipe is one.
+
+    Attributes:
+        saves_codes: whether linears keep 8-bit codes for the backward instead of grid values.
+    """
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]: ...
+
+    @property
+    def saves_codes(self) -> bool: ...
 
 
 class Slot(NamedTuple):

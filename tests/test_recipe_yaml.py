@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qatrun.errors import RecipeError
-from qatrun.recipe import Recipe, load_recipe, matching_names
+from qatrun.patterns import matching_names
+from qatrun.recipe import Recipe, load_recipe
 
 RECIPE = """\
 name: study
@@ -164,7 +165,7 @@ CATASTROPHES = ["re:(([a-z_.0-9]+)+)+!", "re:(a|aa|[a-z._0-9])+[?!]", r"re:^((\w
 
 @pytest.mark.parametrize("pattern", CATASTROPHES)
 def test_repeats_inside_repeats_end_soon(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatrun.recipe.patterns.MATCH_SECONDS", 0.2)
+    monkeypatch.setattr("qatrun.patterns.MATCH_SECONDS", 0.2)
     names = [f"model.layers.{i}.self_attn.q_proj{'a' * 40}" for i in range(50)]
     try:
         assert matching_names(pattern, names) == set()

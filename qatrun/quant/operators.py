@@ -120,17 +120,8 @@ def linear(
 
 
 @linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    saved: Tensor,
-    scale: Tensor,
-    blocked: Tensor | None,
-    owner: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return values.new_empty((*values.shape[:-1], weight.shape[0])), torch.empty_like(owner)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return values.new_empty((*values.shape[:-1], weight.shape[0])), torch.empty_like(others[-1])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -178,18 +169,8 @@ def linear_gradients(
 
 
 @linear_gradients.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    scale: Tensor,
-    blocked: Tensor | None,
-    owner: Tensor,
-    generation: Tensor,
-    to_x: torch.dtype | None,
-    to_weight: torch.dtype | None,
-    to_bias: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, weight: Tensor, saved: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    to_x, to_weight, to_bias = others[-3:]
     return (
         grad.new_empty(saved.shape if to_x else 0, dtype=to_x),
         grad.new_empty(weight.shape if to_weight else 0, dtype=to_weight),

@@ -7,9 +7,8 @@ A plan is data. It is made from a recipe and a model (a model on the meta device
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +18,10 @@ from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
 
 from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, ROLES, Role
+from qatrun.patterns import matching_names
 from qatrun.quant.linears import TIED, Survey, described, named_linears, survey
-from qatrun.recipe import QatConfig, matching_names
-from qatrun.scheme import GRANULARITIES, RULES, Scheme, Slot
+from qatrun.scheme import GRANULARITIES, RULES, Assignment, Scheme, Slot, Wanted
+from qatrun.text import suggestion
 
 Schemes = Mapping[Role, Scheme]
 
@@ -171,41 +171,33 @@ class Coverage:
         return text
 
 
-def make_plan(model: nn.Module, qat: QatConfig, seen: Survey | None = None) -> QuantPlan:
-    """The plan that a recipe's `qat` section means for this model.
-
-    Linears that cannot be quantized are left out. So are the output head and what else is tied to the embeddings, unless
-    `targets` names them.
+def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> QuantPlan:
+    """The plan that assignments, such as those of a `QatConfig`, mean for this model; linears that cannot be quantized are
+    left out.
 
     Args:
         seen: the model's survey, where it was made already.
     Raises:
-        InputError: a pattern of `targets` or `ignore` that matches no linear, or nothing left to quantize.
+        InputError: a pattern that matches no linear, or nothing left to quantize.
     """
     linears = named_linears(model)
     seen = survey(model) if seen is None else seen
     problems: list[Problem] = []
     if seen.complaint is not None:
         problems.append(Problem(f"the model does not run on text alone: {seen.complaint}", key="model.path"))
-    targets = {name for name in linears if name != seen.head and name not in seen.tied}
-    if qat.targets is not None:
-        targets = _matching(linears, qat.targets, "qat.targets", problems)
-    # The first that names a linear decides; None leaves it in BF16.
-    rules: list[tuple[set[str], Schemes | None]] = [
-        (_matching(linears, qat.ignore, "qat.ignore", problems), None),
-        (_edge_blocks(linears, qat.skip_blocks.first, qat.skip_blocks.last), None),
-        (targets, qat.schemes),
-    ]
-    first = {name: next((given for names, given in rules if name in names), None) for name in linears}
-    schemes = {name: given for name, given in first.items() if given is not None and name not in seen.unfit}
+    decided: dict[str, Schemes | None] = {}
+    for assignment in reversed(wanted.assignments):  # so that the first has the last word
+        decided |= dict.fromkeys(_named(assignment, linears, seen, problems), assignment.schemes)
+    chosen = {name: given for name in linears if (given := decided.get(name)) is not None}
+    schemes = {name: given for name, given in chosen.items() if name not in seen.unfit}
     if not problems and not schemes:
-        unfit = {name: seen.unfit[name] for name, given in first.items() if given is not None}
+        unfit = {name: seen.unfit[name] for name in chosen}
         cannot = f"; cannot be quantized: {described(unfit)}" if unfit else ""
         problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
     groups = {name: seen.first_reader[name] for name in schemes}
-    return QuantPlan(schemes, groups, qat.saved_activations == "codes")
+    return QuantPlan(schemes, groups, wanted.saves_codes)
 
 
 def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:
@@ -223,19 +215,22 @@ def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> C
     )
 
 
-def _matching(linears: Mapping[str, nn.Module], patterns: Sequence[str], key: str, problems: list[Problem]) -> set[str]:
-    """Names that any pattern matches: a name, a glob, or `re:` and a regular expression that matches in full."""
+def _named(assignment: Assignment, linears: Mapping[str, nn.Module], seen: Survey, problems: list[Problem]) -> set[str]:
+    """The linears that an assignment names."""
+    if assignment.edge_blocks is not None:
+        return _edge_blocks(linears, *assignment.edge_blocks)
+    if assignment.patterns is None:
+        return {name for name in linears if name != seen.head and name not in seen.tied}
     matched: set[str] = set()
-    for pattern in patterns:
+    for pattern in assignment.patterns:
         try:
             hits = matching_names(pattern, linears)
         except ValueError as error:
-            problems.append(Problem(str(error), key=key))
+            problems.append(Problem(str(error), key=assignment.key))
             continue
         if not hits:
-            close = get_close_matches(pattern, linears, n=1, cutoff=0.5)
-            nearest = f"did you mean '{close[0]}'?" if close else f"names look like '{next(iter(linears), 'none')}'"
-            problems.append(Problem(f"pattern '{pattern}' matches no linear ({nearest})", key=key))
+            nearest = suggestion(pattern, linears, f"names look like '{next(iter(linears), 'none')}'", cutoff=0.5)
+            problems.append(Problem(f"pattern '{pattern}' matches no linear{nearest}", key=assignment.key))
         matched |= hits
     return matched
 

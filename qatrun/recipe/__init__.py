@@ -3,7 +3,6 @@
 from qatrun.recipe.loader import load_recipe, parse_recipe
 from qatrun.recipe.locate import locate
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
-from qatrun.recipe.patterns import matching_names
 from qatrun.recipe.qat import (
     QatConfig,
     RoleConfig,
@@ -51,7 +50,6 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "locate",
-    "matching_names",
     "parse_recipe",
     "shipped_recipes",
     "template",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, create_model
 
 from qatrun.formats import FORMATS, ROLES, Role, get_format
-from qatrun.recipe.patterns import check_pattern
-from qatrun.scheme import GRANULARITIES, RULES, Clip, Scaling, Scheme, Ste
+from qatrun.patterns import check_pattern
+from qatrun.scheme import GRANULARITIES, RULES, Assignment, Clip, Scaling, Scheme, Ste
 
 if TYPE_CHECKING:
     FormatName = str
@@ -143,6 +143,20 @@ class QatConfig(Section):
     def schemes(self) -> dict[Role, Scheme]:
         """Of each role that is quantized, with format, target and scaling inherited."""
         return {role: self._scheme(role, config) for role in ROLES if (config := getattr(self, role)) is not None}
+
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        """Which linears are quantized; the first that names one decides."""
+        return (
+            Assignment("qat.ignore", None, self.ignore),
+            Assignment("qat.skip_blocks", None, edge_blocks=(self.skip_blocks.first, self.skip_blocks.last)),
+            Assignment("qat.targets", self.schemes, self.targets),
+        )
+
+    @property
+    def saves_codes(self) -> bool:
+        """Whether linears keep codes for the backward."""
+        return self.saved_activations == "codes"
 
     def _scheme(self, role: Role, config: RoleConfig) -> Scheme:
         format_name = config.format or self.format
