@@ -37,11 +37,9 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
         yield _finding(message, "model.compute_dtype", "model.param_dtype")
     yield from _batch_findings(arm)
     yield from _phase_findings(arm)
-    yield from _source_findings("data.train", arm.data.train)
-    if arm.data.valid is not None:
-        yield from _source_findings("data.valid", arm.data.valid)
-    if arm.data.probe is not None:
-        yield from _source_findings("data.probe", arm.data.probe)
+    for name in ("train", "valid", "probe"):
+        if (source := getattr(arm.data, name)) is not None:
+            yield from _source_findings(f"data.{name}", source)
     if arm.qat is not None:
         yield from _qat_findings(arm.qat)
 
