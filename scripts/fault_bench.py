@@ -62,7 +62,7 @@ from qatrun.model import DTYPES, load_model, save_model
 from qatrun.numerics import bfloat16_products, inverse_scale
 from qatrun.quant import Scales
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
-from qatrun.recipe.merge import deep_merge
+from qatrun.recipe.document import deep_merge
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report import TerminalDisplay
 from qatrun.study import preflight, run_study
