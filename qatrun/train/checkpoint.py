@@ -14,7 +14,6 @@ is used, so a damaged one is found out and the one before it taken.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
-from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.files import by_step, filled_folder, flush_to_disk, read_json, reading, sha256, writing
 from qatrun.records.training import Progress
 from qatrun.train.parts import State
 
@@ -36,7 +35,6 @@ INCOMPLETE = ".incomplete"
 LARGE = ("model", "optimizer")  # parts with a file of their own
 SHARED = "state"
 FILES = {*(f"{name}.safetensors" for name in (*LARGE, SHARED)), "progress.json"}
-_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         flush_to_disk(folder)
-    there = _checkpoint_folders(folder)
-    due = [path for path in there[: there.index(target)] if _step(path) % save_every == 0]
-    for old in set(there) - set([*due, target][-keep_last:]):
-        shutil.rmtree(old)
+    there = by_step(folder)
+    due = [step for step in there if step < checkpoint.step and step % save_every == 0]
+    for old in there.keys() - [*due, checkpoint.step][-keep_last:]:
+        shutil.rmtree(there[old])
     return target
 
 
@@ -119,25 +117,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         progress: Mapping[str, Any] = read_json(folder / "progress.json", Progress)
         parts: dict[str, dict[str, Any]] = {key: value for key, value in progress.items() if isinstance(value, dict)}
         for file in (*LARGE, SHARED):
-            for key, tensor in _read_tensors(folder / f"{file}.safetensors").items():
+            with reading(folder / f"{file}.safetensors"):
+                tensors = load_file(folder / f"{file}.safetensors")
+            for key, tensor in tensors.items():
                 part, _, name = key.partition("/") if file == SHARED else (file, "/", key)
                 parts.setdefault(part, {})[name] = tensor
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
-    if progress["step"] != _step(folder):
+    if progress["step"] != int(folder.name.removeprefix("step-")):
         raise CheckpointError(f"checkpoint {folder} is damaged: it is one of step {progress['step']}")
     parts.setdefault("clock", dict(progress))  # what it holds lay beside the step before it was a part
     return Checkpoint(progress["step"], progress["identity"], parts)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    with reading(file):
-        return load_file(file)
-
-
 def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
     warnings: list[str] = []
-    for candidate in reversed(_checkpoint_folders(folder)):
+    for candidate in reversed(by_step(folder).values()):
         try:
             return read(candidate), warnings
         except CheckpointError as error:
@@ -165,12 +160,3 @@ def _check_files(folder: Path) -> Path:
     if damaged:
         raise CheckpointError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
     return folder
-
-
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    """In order of their steps; a copy that someone made beside them is none."""
-    return sorted((path for path in folder.glob("step-*") if _FOLDER.fullmatch(path.name)), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
