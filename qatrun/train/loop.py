@@ -22,7 +22,6 @@ from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
 from qatrun.ranks import ALONE
-from qatrun.recipe import Arm
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
@@ -71,7 +70,10 @@ class Session:
         stepper: what computes a step.
         step: optimizer steps done.
         parts: what its checkpoints hold.
+        metrics: open while it runs.
     """
+
+    metrics: RowsFile
 
     def __init__(
         self,
@@ -88,9 +90,9 @@ class Session:
         self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model, self.world)
         self.quant = self.stepper.quant
         if trackers:
-            self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(arm))
+            settings = {key: str(value) for key, value in arm.model_dump().items()}  # as a tracker takes them
+            self.accelerator.init_trackers(segment.folder.parent.name, config=settings)
         self.step = self.saved_step = 0
-        self.metrics: RowsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.monitor = Monitor(segment, self.stepper, watched)
         self.observed_steps = _observed_steps(self.quant, arm.train.global_batch_size // arm.train.micro_batch_size)
@@ -107,11 +109,7 @@ class Session:
             self.parts["quant"] = ResumableState(self.quant)
 
     def run(self, request: StopRequest) -> Outcome:
-        """To the segment's end.
-
-        Raises:
-            as `train`.
-        """
+        """To the segment's end; raises as `train`."""
         self._start_or_resume()
         try:
             while not self.at_end:
@@ -252,7 +250,6 @@ class Session:
             self.listener.on_alarm(alarm.text)
 
     def _report(self, row: dict[str, Any]) -> None:
-        assert self.metrics is not None
         self.metrics.append(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=self.step)
@@ -261,7 +258,6 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint of this moment, once the steps that led to it are known to be sound."""
         self._flush()
-        assert self.metrics is not None
         self.metrics.sync()  # a checkpoint must never be ahead of the metrics that led to it
         self.monitor.write(self.step, due=self._due)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -272,8 +268,7 @@ class Session:
 
     def _close(self) -> None:
         """Let go of files and trackers."""
-        if self.metrics is not None:
-            self.metrics.close()
+        self.metrics.close()
         self.monitor.close()
         self.accelerator.end_training()
 
@@ -300,8 +295,3 @@ def _observed_steps(quant: QuantState | None, micro_batches: int) -> int:
     if quant is None:
         return 0
     return math.ceil(len(quant.scales.history) / (micro_batches if quant.scales.unit == "microbatch" else 1))
-
-
-def _flat_settings(arm: Arm) -> dict[str, str]:
-    """Settings as a tracker takes them."""
-    return {key: str(value) for key, value in arm.model_dump().items()}

@@ -30,6 +30,8 @@ class Monitor(Stateful):
         stop: the alarm that ends the run, once there is one and `on_alarm` says so.
     """
 
+    _alarms: RowsFile  # open from `start` to `close`
+
     def __init__(self, segment: Segment, stepper: Stepper, watched: Watched) -> None:
         self.segment, self.watched, self.config = segment, watched, segment.arm.monitor
         self.model, self.quant, self.autocast = stepper.model, stepper.quant, stepper.autocast
@@ -39,7 +41,6 @@ class Monitor(Stateful):
         self.stop: Alarm | None = None
         self._tables: list[tuple[int, Tensor]] = []
         self._tensors = TensorFile(segment.folder, [str(slot) for slot in slots])
-        self._alarms: RowsFile | None = None
 
     def state_dict(self) -> State:
         """Of the alarms, and the statistics since the last part, where a checkpoint is written between two."""
@@ -96,7 +97,8 @@ class Monitor(Stateful):
             if self._records(step):
                 self._tables.append((step, table))
         probe = self.config.probe
-        if self.probe is None or probe is None or (step % probe.every and step not in self._ends()):
+        ends = self.segment.arm.warmup.steps, self.segment.last_step  # are probed whatever the interval
+        if self.probe is None or probe is None or (step % probe.every and step not in ends):
             return {}
         return self._ask(self.probe)
 
@@ -114,7 +116,6 @@ class Monitor(Stateful):
             if "kl_off" in row:
                 alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
         for alarm in alarms:
-            assert self._alarms is not None
             self._alarms.append(asdict(alarm))
         if alarms and self.config.on_alarm == "stop" and self.stop is None:
             self.stop = alarms[0]
@@ -126,7 +127,6 @@ class Monitor(Stateful):
         Args:
             due: whether it would be written in a run that is not stopped, too.
         """
-        assert self._alarms is not None
         self._alarms.sync()
         if due:
             self._tensors.write(step)
@@ -145,34 +145,28 @@ class Monitor(Stateful):
             )
 
     def close(self) -> None:
-        if self._alarms is not None:
-            self._alarms.close()
+        self._alarms.close()
 
     def _records(self, step: int) -> bool:
         # An arm may repeat the end of a trunk whose last checkpoint is damaged; the trunk has recorded that already.
         repeated = self.segment.trunk is not None and step <= self.segment.arm.warmup.steps
         return step % self.config.every == 0 and not repeated
 
-    def _ends(self) -> tuple[int, int]:
-        """Last steps of the trunk and of this segment, which are probed whatever the interval."""
-        return self.segment.arm.warmup.steps, self.segment.last_step
-
     def _ask(self, probe: Probe) -> dict[str, float]:
         """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
-        found: dict[str, float] = {}
         if self.quant is None:
-            self._ask_as_it_computes(probe, "off", found)
-            return found
+            return self._ask_as_it_computes(probe, "off")
         with self.quant.computing(Mode.OFF):
-            self._ask_as_it_computes(probe, "off", found)
+            found = self._ask_as_it_computes(probe, "off")
         if self.quant.mode is Mode.QUANTIZE:
             self.quant.calibrate_dynamic()
-            self._ask_as_it_computes(probe, "on", found)
+            found |= self._ask_as_it_computes(probe, "on")
         return found
 
-    def _ask_as_it_computes(self, probe: Probe, quantizers: str, found: dict[str, float]) -> None:
-        found[f"kl_{quantizers}"] = probe.divergence(self.model, self.autocast)
+    def _ask_as_it_computes(self, probe: Probe, quantizers: str) -> dict[str, float]:
+        found = {f"kl_{quantizers}": probe.divergence(self.model, self.autocast)}
         if self.watched.benchmark is not None:
             with self.autocast():
                 accuracy = self.watched.benchmark(self.model)
             found |= {f"accuracy_{quantizers}/{task}": value for task, value in accuracy.items()}
+        return found
