@@ -22,13 +22,14 @@ from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
 from qatrun.ranks import ALONE
+from qatrun.records.training import Outcome
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.parts import Clock, Moments, RandomNumbers, Stateful, Weights
 from qatrun.train.schedule import learning_rate_at, mode_at
-from qatrun.train.segment import Listener, Outcome, Segment, Watched
+from qatrun.train.segment import Listener, Segment, Watched
 from qatrun.train.signals import StopRequest, stop_on_signals
 from qatrun.train.stepper import Stepper
 
@@ -124,7 +125,7 @@ class Session:
                 raise self._interrupted(request.name)
         finally:
             self._close()
-        return Outcome(self.step, self.stream.data_hash, self.clock.seconds, self.clock.peak_memory_bytes)
+        return Outcome(steps=self.step, data_hash=self.stream.data_hash, **self.clock.state_dict())
 
     @property
     def at_end(self) -> bool:
@@ -247,7 +248,7 @@ class Session:
             times = {"seconds": self.clock.seconds, "tokens_per_second": batch.input_ids.numel() / seconds}
             self._report(row | times)
         for alarm in self.monitor.see(rows):
-            self.listener.on_alarm(alarm.text)
+            self.listener.on_alarm(alarm["text"])
 
     def _report(self, row: dict[str, Any]) -> None:
         self.metrics.append(row)

@@ -6,7 +6,6 @@ Nothing here changes a number of the training, and all of it is as resumable as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,8 @@ from torch import Tensor
 from qatrun.errors import AlarmStop, DamagedFileError
 from qatrun.files import ALARMS_FILE
 from qatrun.quant import Mode
-from qatrun.train.alarms import Alarm, AlarmWatch
+from qatrun.records.training import AlarmRow
+from qatrun.train.alarms import AlarmWatch
 from qatrun.train.metrics import RowsFile, surviving_alarms
 from qatrun.train.parts import State, Stateful
 from qatrun.train.probe import FILE, Probe
@@ -38,7 +38,7 @@ class Monitor(Stateful):
         slots = {} if segment.plan is None else segment.plan.slots()
         self.watch = AlarmWatch(self.config.alarms, slots)
         self.probe: Probe | None = None
-        self.stop: Alarm | None = None
+        self.stop: AlarmRow | None = None
         self._tables: list[tuple[int, Tensor]] = []
         self._tensors = TensorFile(segment.folder, [str(slot) for slot in slots])
 
@@ -102,11 +102,11 @@ class Monitor(Stateful):
             return {}
         return self._ask(self.probe)
 
-    def see(self, rows: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+    def see(self, rows: Sequence[Mapping[str, Any]]) -> list[AlarmRow]:
         """Take in the steps since the last call, now that their numbers are here; returns new alarms."""
         tables = {step: table.cpu().numpy() for step, table in self._tables}
         self._tables = []
-        alarms: list[Alarm] = []
+        alarms: list[AlarmRow] = []
         for row in rows:
             step = row["step"]
             if step in tables:
@@ -116,7 +116,7 @@ class Monitor(Stateful):
             if "kl_off" in row:
                 alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
         for alarm in alarms:
-            self._alarms.append(asdict(alarm))
+            self._alarms.append(alarm)
         if alarms and self.config.on_alarm == "stop" and self.stop is None:
             self.stop = alarms[0]
         return alarms
@@ -140,7 +140,7 @@ class Monitor(Stateful):
         """
         if self.stop is not None:
             raise AlarmStop(
-                f"stopped by an alarm (monitor.on_alarm) in {self.segment.name}, and saved: {self.stop.text}\n"
+                f"stopped by an alarm (monitor.on_alarm) in {self.segment.name}, and saved: {self.stop['text']}\n"
                 "to go on with other settings, add an arm that has them and run with --resume"
             )
 
