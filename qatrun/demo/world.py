@@ -29,6 +29,13 @@ NUM_DOCUMENTS: Final[Mapping[Split, int]] = {
     "probe": 200,
 }
 
+_SLICES: Final[Mapping[Split, tuple[Slice, ...]]] = {  # that the documents of a split speak of in turn
+    "pretrain": ("pretrain",),
+    "finetune": ("finetune", "pretrain"),
+    "valid": ("pretrain", "finetune"),
+    "probe": ("pretrain",),
+}
+
 _ITEMS: Final[Mapping[str, Callable[[], list[Item]]]] = {
     "demo_facts": fact_items,
     "demo_routines": routine_items,
@@ -48,7 +55,9 @@ def documents(split: Split) -> Iterator[str]:
             rest revisit the old one (without them even a mild learning rate forgets); `valid` alternates between the
             slices, and none of its documents is in the other two; `probe` is its half about the old slice.
     """
-    return islice(_documents(split), NUM_DOCUMENTS[split])
+    drawn_as: Split = "valid" if split == "probe" else split
+    in_turn = zip(*(_texts(part, drawn_as) for part in _SLICES[split]), strict=True)
+    return islice(chain.from_iterable(in_turn), NUM_DOCUMENTS[split])
 
 
 def items(task: str) -> list[Item]:
@@ -58,22 +67,6 @@ def items(task: str) -> list[Item]:
         KeyError: no such task in TASKS.
     """
     return _ITEMS[task]()
-
-
-def _documents(split: Split) -> Iterator[str]:
-    match split:
-        case "pretrain":
-            return _texts("pretrain", "pretrain")
-        case "finetune":
-            return _alternate(_texts("finetune", "finetune"), _texts("pretrain", "finetune"))
-        case "valid":
-            return _alternate(_texts("pretrain", "valid"), _texts("finetune", "valid"))
-        case "probe":
-            return _texts("pretrain", "valid")
-
-
-def _alternate(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    return chain.from_iterable(zip(first, second, strict=True))
 
 
 def _texts(part: Slice, split: Split) -> Iterator[str]:
