@@ -43,10 +43,12 @@ class Place:
     order: tuple[int, int]
     key: str = ""
 
-    def child(self, part: str | int) -> Place:
+    def below(self, path: KeyPath) -> Place:
         """The same place, for a key below this one."""
-        suffix = f"[{part}]" if isinstance(part, int) else f".{part}" if self.key else part
-        return replace(self, key=self.key + suffix)
+        key = self.key
+        for part in path:
+            key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+        return replace(self, key=key)
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,7 @@ class Document:
     def place(self, path: KeyPath) -> Place:
         """Where the key stands; for an absent key the line of the nearest mapping around it, with the key in full."""
         present = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in self.places)
-        place = self.places[present]
-        for part in path[len(present) :]:
-            place = place.child(part)
-        return place
+        return self.places[present].below(path[len(present) :])
 
     def places_below(self, path: KeyPath) -> dict[KeyPath, Place]:
         """The places of the keys below that one, by their path from there."""
@@ -207,10 +206,7 @@ class _Reader:
             raise self._invalid(path, 1, "nested without end (an alias inside its own anchor?)") from None
 
     def place(self, path: KeyPath, line: int) -> Place:
-        place = self.place_of_line(line)
-        for part in path:
-            place = place.child(part)
-        return place
+        return self.place_of_line(line).below(path)
 
     def _invalid(self, path: KeyPath, line: int, problem: str | None) -> InvalidYamlError:
         return InvalidYamlError(Mistake(self.place(path, line), f"not valid YAML: {problem}"))

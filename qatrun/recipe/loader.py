@@ -207,21 +207,14 @@ def _keys_no_arm_may_have(overrides: Document) -> Iterator[Mistake]:
 
 def _located(findings: Iterator[Finding], document: Document, bad_paths: frozenset[KeyPath]) -> Iterator[Mistake]:
     for finding in findings:
-        if any(_touches(key, bad) for key in finding.keys for bad in bad_paths):
-            continue
+        if any(key[: len(bad)] == bad[: len(key)] for key in finding.keys for bad in bad_paths):
+            continue  # one of them lies on the way to the other
         written = [key for key in finding.keys if key in document.places]
         in_arm = [key for key in written if document.places[key].key.startswith("arms.")]
         blamed = (in_arm or written or finding.keys)[0]
         yield Mistake(document.place(blamed), finding.message)
 
 
-def _touches(key: KeyPath, bad: KeyPath) -> bool:
-    length = min(len(key), len(bad))
-    return key[:length] == bad[:length]
-
-
 def _error(mistakes: list[Mistake]) -> RecipeError:
-    problems: dict[Problem, None] = {}
-    for mistake in sorted(mistakes, key=lambda mistake: mistake.place.order):
-        problems.setdefault(mistake.problem)
-    return RecipeError(tuple(problems))
+    in_order = sorted(mistakes, key=lambda mistake: mistake.place.order)
+    return RecipeError(tuple(dict.fromkeys(mistake.problem for mistake in in_order)))

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qatrun.formats import Role, get_format
+from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
-
-KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
