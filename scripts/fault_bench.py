@@ -222,7 +222,7 @@ def train_segment(segment: Segment, display: Display, factor: int = 1) -> None:
     watched = Watched(open_probe(arm.data, tokenizer, arm.monitor.probe.sequences))
     display.begin_training(segment.name, arm.warmup.steps if segment.trunk is not None else 0, segment.last_step)
     with bfloat16_products(), stop_on_signals() as request:
-        session = Session(segment, model, stream, display, watched=watched)
+        session = Session(segment, model, stream, display, (), watched)
         if session.quant is not None:
             underestimate(session.quant.scales, factor)
         session.run(request)

@@ -39,16 +39,14 @@ UNIFORM_GUESS_SHARE = 0.9
 # Device -> steps after which losses and norms are read from it, and checked; elsewhere after each, since reading is free.
 FLUSH_EVERY = {"cuda": 10}
 
-NOTHING_WATCHED = Watched()
-
 
 def train(
     segment: Segment,
     model: PreTrainedModel,
     stream: PackedStream,
     listener: Listener,
-    trackers: Sequence[str] = (),
-    watched: Watched = NOTHING_WATCHED,
+    trackers: Sequence[str],
+    watched: Watched,
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
 
@@ -82,8 +80,8 @@ class Session:
         model: PreTrainedModel,
         stream: PackedStream,
         listener: Listener,
-        trackers: Sequence[str] = (),
-        watched: Watched = NOTHING_WATCHED,
+        trackers: Sequence[str],
+        watched: Watched,
     ) -> None:
         arm, self.clock, self.world = segment.arm, Clock(), ALONE
         self.segment, self.stream, self.listener = segment, stream, listener
@@ -124,7 +122,9 @@ class Session:
             if request.name:
                 raise self._interrupted(request.name)
         finally:
-            self._close()
+            self.metrics.close()
+            self.monitor.close()
+            self.accelerator.end_training()
         return Outcome(steps=self.step, data_hash=self.stream.data_hash, **self.clock.state_dict())
 
     @property
@@ -266,12 +266,6 @@ class Session:
         folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
         self.world.first(lambda: write_checkpoint(folder, checkpoint, config.keep_last, config.save_every))
         self.saved_step = self.step
-
-    def _close(self) -> None:
-        """Let go of files and trackers."""
-        self.metrics.close()
-        self.monitor.close()
-        self.accelerator.end_training()
 
     def _stop_on_nonfinite(self, row: Mapping[str, Any], batch: Batch) -> NoReturn:
         self.stepper.accumulate_gradients(batch)  # as they were: no update has been made since
