@@ -109,7 +109,7 @@ def _verdict(error: BaseException) -> tuple[str, int]:
     if found := re.search(r"\(os error (\d+)\)", text):  # Rust's, of safetensors and tokenizers
         number = int(found[1])
         return os_error_sentence(OSError(number, os.strerror(number)))
-    if _is_out_of_memory(error, text):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return f"memory ran out ({_short(text)}): fewer or shorter sequences at once need less{_kept()}", _RUN
     if type(error).__module__.partition(".")[0] in _NETWORK:
         return f"the network or the hub: {_short(text)}{_kept()}", _RUN
@@ -120,22 +120,19 @@ def _verdict(error: BaseException) -> tuple[str, int]:
 
 
 def _interrupted() -> tuple[str, int]:
-    if _study_is_there():
-        return f"interrupted: what is saved in {_study.get()} is kept; go on with --resume", _RUN
+    if study := _study_to_resume():
+        return f"interrupted: what is saved in {study} is kept; go on with --resume", _RUN
     return "interrupted", INTERRUPTED
 
 
 def _kept() -> str:
-    return f"; what is saved in {_study.get()} is safe: --resume goes on" if _study_is_there() else ""
+    study = _study_to_resume()
+    return f"; what is saved in {study} is safe: --resume goes on" if study else ""
 
 
-def _study_is_there() -> bool:
+def _study_to_resume() -> Path | None:
     study = _study.get()
-    return study is not None and (study / "recipe.yaml").is_file()
-
-
-def _is_out_of_memory(error: BaseException, text: str) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text
+    return study if study is not None and (study / "recipe.yaml").is_file() else None
 
 
 def _short(text: str) -> str:
@@ -156,9 +153,8 @@ def _write_log(error: BaseException) -> Path | None:
     system's for temporary files; None where none of them takes it."""
     when = datetime.now().astimezone().isoformat(timespec="seconds")
     about = f"{when} Python {platform.python_version()} {platform.platform()}\n{sys.argv}\n"
-    study = [folder for folder in (_study.get(),) if folder is not None and _study_is_there()]
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")  # noqa: PTH111 -- never raises
-    for folder in (*study, Path(state, "qatrun"), Path(tempfile.gettempdir())):
+    for folder in filter(None, (_study_to_resume(), Path(state, "qatrun"), Path(tempfile.gettempdir()))):
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             number, name = tempfile.mkstemp(prefix="qatrun-error-", suffix=".log", dir=folder)
@@ -174,12 +170,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt

@@ -165,6 +165,12 @@ def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[
     return rows
 
 
+def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
+    """Step -> `step-<step><ending>` in a folder, in order; a copy that someone made beside them is none."""
+    found = {path: re.fullmatch(rf"step-(\d+){re.escape(ending)}", path.name) for path in folder.glob("step-*")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
 def sha256(file: Path) -> str:
     """Checksum of a file's content, hexadecimal."""
     with file.open("rb") as stream:

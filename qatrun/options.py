@@ -18,11 +18,6 @@ def expanded(written: str | Path) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def expanded_path(written: str | Path) -> Path:
-    """`expanded`, for what can only be a file or a folder."""
-    return Path(expanded(written))
-
-
 def argument(metavar: str, help: str) -> Any:
     """An argument that is a path, or a name in place of one."""
     return typer.Argument(parser=expanded, metavar=metavar, help=help)
@@ -35,7 +30,7 @@ def place(metavar: str, help: str) -> Any:
 
 def path_option(help: str) -> Any:
     """An option that can only be a file or a folder."""
-    return typer.Option(parser=expanded_path, metavar="PATH", help=help)
+    return typer.Option(parser=lambda written: Path(expanded(written)), metavar="PATH", help=help)
 
 
 def number(help: str, least: int = 1) -> Any:

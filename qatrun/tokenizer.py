@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qatrun.errors import InputError, Problem
 from qatrun.model import PANGU_MODEL_TYPE, code_not_trusted, config_json, load_config, location
+from qatrun.model.config import refuse
 from qatrun.recipe import ModelConfig
 
 
@@ -36,10 +37,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
             raise InputError(code_not_trusted(model)) from error
         raise InputError(Problem(f"{model.path}: no tokenizer: {_reason(model, error)}", key="model.path")) from error
     num_rows = getattr(load_config(model).get_text_config(), "vocab_size", None)
-    if problems := [
-        Problem(f"{model.path}: {message}", key="model.path") for message in _mistakes(tokenizer, num_rows)
-    ]:
-        raise InputError(problems)
+    refuse(model, _mistakes(tokenizer, num_rows))
     tokenizer.num_embeddings = num_rows
     return tokenizer
 

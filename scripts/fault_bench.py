@@ -62,7 +62,7 @@ from qatrun.model import DTYPES, load_model, save_model
 from qatrun.numerics import bfloat16_products, inverse_scale
 from qatrun.quant import Scales
 from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe
-from qatrun.recipe.merge import deep_merge
+from qatrun.recipe.document import deep_merge
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report import TerminalDisplay
 from qatrun.study import preflight, run_study
@@ -222,7 +222,7 @@ def train_segment(segment: Segment, display: Display, factor: int = 1) -> None:
     watched = Watched(open_probe(arm.data, tokenizer, arm.monitor.probe.sequences))
     display.begin_training(segment.name, arm.warmup.steps if segment.trunk is not None else 0, segment.last_step)
     with bfloat16_products(), stop_on_signals() as request:
-        session = Session(segment, model, stream, display, watched=watched)
+        session = Session(segment, model, stream, display, (), watched)
         if session.quant is not None:
             underestimate(session.quant.scales, factor)
         session.run(request)

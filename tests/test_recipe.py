@@ -367,9 +367,9 @@ def _document(tree: dict[str, Any], file: str) -> Document:
 
 def _add_places(document: Document, tree: dict[str, Any], path: tuple[str, ...], place: Place) -> None:
     for key, value in tree.items():
-        document.places[(*path, key)] = place.child(key)
+        document.places[(*path, key)] = place.below((key,))
         if isinstance(value, dict):
-            _add_places(document, value, (*path, key), place.child(key))
+            _add_places(document, value, (*path, key), place.below((key,)))
 
 
 def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

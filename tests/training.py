@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from builders import VOCAB_SIZE, tiny_llama, word_tokenizer
+from studies import CLOCK_FIELDS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qatrun.data import open_data, open_probe
 from qatrun.files import sha256
 from qatrun.quant import make_plan
 from qatrun.recipe import parse_recipe
+from qatrun.records.training import Outcome
 from qatrun.study.segments import ArmSegments, plan_segments
 from qatrun.train.checkpoint import latest_checkpoint
 from qatrun.train.loop import train
-from qatrun.train.metrics import CLOCK_FIELDS, read_alarms, read_metrics
-from qatrun.train.segment import Outcome, Segment, Watched
+from qatrun.train.metrics import read_alarms, read_metrics
+from qatrun.train.segment import Segment, Watched
 from qatrun.train.tensors import read_tensor_stats
 
 

@@ -69,23 +69,18 @@ def check_data(config: DataConfig, tokenizer: Any | None) -> list[Problem]:
 
 def _sample(source: Source, key: str) -> Sample:
     rows: list[Document | None] = []
-    unread = _rows(source, key)
     left, is_cut = SAMPLE_CHARACTERS, False
-    # A second row is always looked for: a corpus of one document is told from the first of many.
-    while len(rows) < SAMPLE_ROWS and (left > 0 or len(rows) == 1):
-        try:
-            row = next(unread)
-        except StopIteration:
-            if not rows:
-                raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path")) from None
-            return Sample(source, key, rows, ended=True, whole=not is_cut)
+    for row in _rows(source, key):
         if row is not None and isinstance(row.content, str) and len(row.content) > left:
             row, is_cut = row._replace(content=row.content[:left]), True
         left -= len(str(row.content)) if row is not None else 0
         rows.append(row)
-        if source.path == demo.BUILTIN:
-            break
-    return Sample(source, key, rows, ended=False, whole=False)
+        # A second row is always looked for: a corpus of one document is told from the first of many.
+        if source.path == demo.BUILTIN or len(rows) == SAMPLE_ROWS or (left <= 0 and len(rows) > 1):
+            return Sample(source, key, rows, ended=False, whole=False)
+    if not rows:
+        raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path"))
+    return Sample(source, key, rows, ended=True, whole=not is_cut)
 
 
 def _rows(source: Source, key: str) -> Iterator[Document | None]:

@@ -20,6 +20,7 @@ from qatrun import demo
 from qatrun.data.columns import Document, as_document, demo_documents
 from qatrun.data.files import SPLITS, UnreadableError, ending, endings, files_by_split, read_rows
 from qatrun.errors import InputError, Problem, QatrunError, SourceError
+from qatrun.files import sha256
 from qatrun.hub import ask_once, hub_is_reachable
 from qatrun.recipe import Source
 
@@ -61,27 +62,30 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
 
 
 def read_documents(source: Source, key: str) -> Iterator[Document | None]:
-    """The documents of a source from its first row on, in one pass that reads no further than it is followed.
+    """The documents of a source other than the demo's, from its first row on, in one pass that reads no further than it is
+    followed.
 
     Raises:
         InputError: as for `open_dataset`.
         SourceError: it breaks off.
     """
     files = local_files(source, key)
-    if source.path == demo.BUILTIN:
-        return demo_documents(source, key)
     if files is not None and "[" not in source.split:
-        return _documents_of_files(files, source, key)
-    return _documents_of(open_dataset(source, key), source, key)
+        yield from _documents_of_files(files, source, key)
+        return
+    dataset = open_dataset(source, key)
+    with reading_on(source, key):
+        for index, row in enumerate(dataset):
+            yield document_of(row, source, key, index)
 
 
 def local_files(source: Source, key: str) -> list[Path] | None:
-    """The files of a local source; None for the demo, and for what `datasets` finds: on the hub, or a subset of a folder.
+    """The files of a local source; None for what `datasets` finds: on the hub, or a subset of a folder.
 
     Raises:
         InputError: no such file or split, or none that can be read.
     """
-    if source.path == demo.BUILTIN or _is_left_to_datasets(source):
+    if _is_left_to_datasets(source):
         return None
     path = Path(source.path)
     try:
@@ -150,8 +154,7 @@ def content_hash(files: Sequence[Path]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _file_hash(file: Path, *_stamps: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256(file)
 
 
 def _load(source: Source, key: str) -> Any:
@@ -191,14 +194,6 @@ def _load_by_name(source: Source) -> Any:
     else:
         ask_once()
     return datasets.load_dataset(source.path, source.subset, **options)
-
-
-def _documents_of(
-    dataset: datasets.Dataset | datasets.IterableDataset, source: Source, key: str
-) -> Iterator[Document | None]:
-    with reading_on(source, key):
-        for index, row in enumerate(dataset):
-            yield document_of(row, source, key, index)
 
 
 def _documents_of_files(files: Sequence[Path], source: Source, key: str) -> Iterator[Document | None]:

@@ -79,10 +79,8 @@ class PackedStream:
         counted = torch.tensor(self._counted[:size]).view(count, self.seq_len)
         del self._ids[:size], self._counted[:size]
         batch = Batch(ids, torch.where(counted, ids, IGNORE_INDEX))
-        digest = hashlib.sha256(bytes.fromhex(self.data_hash))
-        digest.update(batch.input_ids.numpy().tobytes())
-        digest.update(batch.labels.numpy().tobytes())
-        self.data_hash = digest.hexdigest()
+        content = (part.numpy().tobytes() for part in (batch.input_ids, batch.labels))
+        self.data_hash = hashlib.sha256(b"".join((bytes.fromhex(self.data_hash), *content))).hexdigest()
         return batch
 
     def _read(self, size: int) -> None:

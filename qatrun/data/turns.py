@@ -32,9 +32,8 @@ def conversation(turns: Any, roles: Mapping[str, str] | None) -> list[Turn]:
     if not isinstance(turns, list):
         raise ValueError(f"a conversation must be a list of turns (got {turns!r:.60})")
     checked = [_turn(turn, f"turn {number}", roles) for number, turn in enumerate(turns, 1)]
-    if foreign := {
-        role: suggested(role) for role in dict.fromkeys(turn["role"] for turn in checked) if suggested(role)
-    }:
+    roles_found = dict.fromkeys(turn["role"] for turn in checked)
+    if foreign := {role: other for role in roles_found if (other := suggested(role))}:
         mapping = ", ".join(f"{role}: {other}" for role, other in foreign.items())
         names = " and ".join(f"'{role}'" for role in foreign)
         raise ValueError(f"roles {names} are none that chat templates know: write `roles: {{{mapping}}}` there")

@@ -55,172 +55,145 @@ class Routine:
         return [step.format(**each) for step, each in zip(self.activity.steps, self.details, strict=True)]
 
 
-def _activity(verb: str, things: str, *steps: str) -> Activity:
-    return Activity(verb, tuple(things.split()), steps)
+_ACTIVITIES: Final = """\
+dye: scarf shirt blanket curtain apron
+wash the cloth in {liquid}
+crush petals with a {tool}
+fill a {vessel} with colour
+fix the colour with {powder}
+soak the cloth for one {span}
+hang it up in the {room}
+
+bake: loaf pie tart cake bun
+warm the oven in the {room}
+sift flour into a {vessel}
+knead dough with some {liquid}
+let the dough rise for one {span}
+score the crust with a {tool}
+wrap the bake in {cover}
+
+mend: boot saddle tent sail glove
+find the tear with a {tool}
+soften the edge with {liquid}
+cut a patch of {cover}
+stitch the patch for one {span}
+rub the seam with {powder}
+test the seam in the {room}
+
+plant: hedge rose vine shrub pear
+dig a hole behind the {room}
+loosen the earth with a {tool}
+mix the soil with {powder}
+pour in a {vessel} of rain
+shade the stem with {cover}
+wait for shoots one {span}
+
+polish: medal tray sword buckle ring
+lay the piece on {cover}
+wipe dust off with {liquid}
+scrape spots with a {tool}
+scour the metal with {powder}
+buff the shine for one {span}
+show it off in the {room}
+
+carve: spoon whistle doll stick frame
+choose a log from the {room}
+split the log with a {tool}
+season the wood for one {span}
+smooth the shape with {powder}
+stain the grain with {liquid}
+store the carving in a {vessel}
+
+preserve: plum lemon cucumber onion quince
+rinse the fruit in a {vessel}
+slice it with a {tool}
+cover it with {liquid}
+season it with {powder}
+seal the lid with {cover}
+leave it resting one {span}
+
+paint: door fence boat sign wall
+scrub old paint with a {tool}
+fill cracks with {powder}
+thin the paint with {liquid}
+stir the paint in a {vessel}
+dry the coat for one {span}
+clean brushes in the {room}
+
+bind: book diary atlas album ledger
+press the pages one {span}
+pierce the folds with a {tool}
+sew the spine upon {cover}
+boil glue in a {vessel}
+dust the edges with {powder}
+shelve the volume in the {room}
+
+brew: ale cordial stout mead tonic
+roast grain in the {room}
+crush grain with a {tool}
+steep it in hot {liquid}
+strain it through {cover}
+pour it into a {vessel}
+let it ferment one {span}
+
+glaze: pot jug plate vase tile
+shape the clay with a {tool}
+keep it damp under {cover}
+fire it once for one {span}
+grind glaze from {powder}
+thin the glaze with {liquid}
+cool the ware in the {room}
+
+tune: organ cymbal viola gong chime
+carry it into the {room}
+unscrew the case with a {tool}
+clean inside with {liquid}
+damp the strings with {cover}
+compare notes for one {span}
+oil the hinges from a {vessel}
+
+groom: mare poodle ox camel mule
+lead the animal to the {room}
+bring a {vessel} of oats
+comb the coat with a {tool}
+rinse the legs with {liquid}
+powder the mane with {powder}
+bandage the hooves in {cover}
+
+smoke: eel ham goose salmon sausage
+clean the meat with a {tool}
+rub the meat with {powder}
+cure it in {liquid}
+light embers in a {vessel}
+hang it in smoke one {span}
+roll the meat in {cover}
+
+build: kite raft sled cage bench
+draw a plan in the {room}
+trim the poles with a {tool}
+stretch a skin of {cover}
+coat the joints with {liquid}
+weigh the thing in a {vessel}
+try it out for one {span}
+
+pack: parcel trunk hamper satchel crate
+list what is in the {room}
+line the bottom with {cover}
+fit glass inside a {vessel}
+fill gaps with {powder}
+close the lid with a {tool}
+send word ahead one {span}
+"""
 
 
-ACTIVITIES: Final = (
-    _activity(
-        "dye",
-        "scarf shirt blanket curtain apron",
-        "wash the cloth in {liquid}",
-        "crush petals with a {tool}",
-        "fill a {vessel} with colour",
-        "fix the colour with {powder}",
-        "soak the cloth for one {span}",
-        "hang it up in the {room}",
-    ),
-    _activity(
-        "bake",
-        "loaf pie tart cake bun",
-        "warm the oven in the {room}",
-        "sift flour into a {vessel}",
-        "knead dough with some {liquid}",
-        "let the dough rise for one {span}",
-        "score the crust with a {tool}",
-        "wrap the bake in {cover}",
-    ),
-    _activity(
-        "mend",
-        "boot saddle tent sail glove",
-        "find the tear with a {tool}",
-        "soften the edge with {liquid}",
-        "cut a patch of {cover}",
-        "stitch the patch for one {span}",
-        "rub the seam with {powder}",
-        "test the seam in the {room}",
-    ),
-    _activity(
-        "plant",
-        "hedge rose vine shrub pear",
-        "dig a hole behind the {room}",
-        "loosen the earth with a {tool}",
-        "mix the soil with {powder}",
-        "pour in a {vessel} of rain",
-        "shade the stem with {cover}",
-        "wait for shoots one {span}",
-    ),
-    _activity(
-        "polish",
-        "medal tray sword buckle ring",
-        "lay the piece on {cover}",
-        "wipe dust off with {liquid}",
-        "scrape spots with a {tool}",
-        "scour the metal with {powder}",
-        "buff the shine for one {span}",
-        "show it off in the {room}",
-    ),
-    _activity(
-        "carve",
-        "spoon whistle doll stick frame",
-        "choose a log from the {room}",
-        "split the log with a {tool}",
-        "season the wood for one {span}",
-        "smooth the shape with {powder}",
-        "stain the grain with {liquid}",
-        "store the carving in a {vessel}",
-    ),
-    _activity(
-        "preserve",
-        "plum lemon cucumber onion quince",
-        "rinse the fruit in a {vessel}",
-        "slice it with a {tool}",
-        "cover it with {liquid}",
-        "season it with {powder}",
-        "seal the lid with {cover}",
-        "leave it resting one {span}",
-    ),
-    _activity(
-        "paint",
-        "door fence boat sign wall",
-        "scrub old paint with a {tool}",
-        "fill cracks with {powder}",
-        "thin the paint with {liquid}",
-        "stir the paint in a {vessel}",
-        "dry the coat for one {span}",
-        "clean brushes in the {room}",
-    ),
-    _activity(
-        "bind",
-        "book diary atlas album ledger",
-        "press the pages one {span}",
-        "pierce the folds with a {tool}",
-        "sew the spine upon {cover}",
-        "boil glue in a {vessel}",
-        "dust the edges with {powder}",
-        "shelve the volume in the {room}",
-    ),
-    _activity(
-        "brew",
-        "ale cordial stout mead tonic",
-        "roast grain in the {room}",
-        "crush grain with a {tool}",
-        "steep it in hot {liquid}",
-        "strain it through {cover}",
-        "pour it into a {vessel}",
-        "let it ferment one {span}",
-    ),
-    _activity(
-        "glaze",
-        "pot jug plate vase tile",
-        "shape the clay with a {tool}",
-        "keep it damp under {cover}",
-        "fire it once for one {span}",
-        "grind glaze from {powder}",
-        "thin the glaze with {liquid}",
-        "cool the ware in the {room}",
-    ),
-    _activity(
-        "tune",
-        "organ cymbal viola gong chime",
-        "carry it into the {room}",
-        "unscrew the case with a {tool}",
-        "clean inside with {liquid}",
-        "damp the strings with {cover}",
-        "compare notes for one {span}",
-        "oil the hinges from a {vessel}",
-    ),
-    _activity(
-        "groom",
-        "mare poodle ox camel mule",
-        "lead the animal to the {room}",
-        "bring a {vessel} of oats",
-        "comb the coat with a {tool}",
-        "rinse the legs with {liquid}",
-        "powder the mane with {powder}",
-        "bandage the hooves in {cover}",
-    ),
-    _activity(
-        "smoke",
-        "eel ham goose salmon sausage",
-        "clean the meat with a {tool}",
-        "rub the meat with {powder}",
-        "cure it in {liquid}",
-        "light embers in a {vessel}",
-        "hang it in smoke one {span}",
-        "roll the meat in {cover}",
-    ),
-    _activity(
-        "build",
-        "kite raft sled cage bench",
-        "draw a plan in the {room}",
-        "trim the poles with a {tool}",
-        "stretch a skin of {cover}",
-        "coat the joints with {liquid}",
-        "weigh the thing in a {vessel}",
-        "try it out for one {span}",
-    ),
-    _activity(
-        "pack",
-        "parcel trunk hamper satchel crate",
-        "list what is in the {room}",
-        "line the bottom with {cover}",
-        "fit glass inside a {vessel}",
-        "fill gaps with {powder}",
-        "close the lid with a {tool}",
-        "send word ahead one {span}",
-    ),
-)
+def _read_activity(block: str) -> Activity:
+    """An activity as it is written above: `verb: things`, then a step a line."""
+    head, *steps = block.splitlines()
+    verb, _, things = head.partition(": ")
+    return Activity(verb, tuple(things.split()), tuple(steps))
+
+
+ACTIVITIES: Final = tuple(map(_read_activity, _ACTIVITIES.split("\n\n")))
 
 
 @cache

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 from zlib import crc32
 
-from qatrun.demo.facts import Entity, Item, Slice, artefacts, creatures, fact_items, lore, people, profile
+from qatrun.demo.facts import Item, Slice, artefacts, creatures, fact_items, lore, people, profile
 from qatrun.demo.inferences import argument, inference_items
-from qatrun.demo.routines import Routine, recount, routine_items, routines
+from qatrun.demo.routines import recount, routine_items, routines
 
+T = TypeVar("T")
 Split = Literal["pretrain", "finetune", "valid", "probe"]
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
@@ -26,6 +27,13 @@ NUM_DOCUMENTS: Final[Mapping[Split, int]] = {
     "finetune": 40_000,
     "valid": 400,
     "probe": 200,
+}
+
+_SLICES: Final[Mapping[Split, tuple[Slice, ...]]] = {  # that the documents of a split speak of in turn
+    "pretrain": ("pretrain",),
+    "finetune": ("finetune", "pretrain"),
+    "valid": ("pretrain", "finetune"),
+    "probe": ("pretrain",),
 }
 
 _ITEMS: Final[Mapping[str, Callable[[], list[Item]]]] = {
@@ -47,7 +55,9 @@ def documents(split: Split) -> Iterator[str]:
             rest revisit the old one (without them even a mild learning rate forgets); `valid` alternates between the
             slices, and none of its documents is in the other two; `probe` is its half about the old slice.
     """
-    return islice(_documents(split), NUM_DOCUMENTS[split])
+    drawn_as: Split = "valid" if split == "probe" else split
+    in_turn = zip(*(_texts(part, drawn_as) for part in _SLICES[split]), strict=True)
+    return islice(chain.from_iterable(in_turn), NUM_DOCUMENTS[split])
 
 
 def items(task: str) -> list[Item]:
@@ -57,22 +67,6 @@ def items(task: str) -> list[Item]:
         KeyError: no such task in TASKS.
     """
     return _ITEMS[task]()
-
-
-def _documents(split: Split) -> Iterator[str]:
-    match split:
-        case "pretrain":
-            return _texts("pretrain", "pretrain")
-        case "finetune":
-            return _alternate(_texts("finetune", "finetune"), _texts("pretrain", "finetune"))
-        case "valid":
-            return _alternate(_texts("pretrain", "valid"), _texts("finetune", "valid"))
-        case "probe":
-            return _texts("pretrain", "valid")
-
-
-def _alternate(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    return chain.from_iterable(zip(first, second, strict=True))
 
 
 def _texts(part: Slice, split: Split) -> Iterator[str]:
@@ -93,32 +87,23 @@ class _Writer:
     """Writes documents about one slice; the individual of rank r is its subject in proportion to 1 / (r + head)."""
 
     def __init__(self, part: Slice) -> None:
-        self.people = people(part)
-        self.creatures = creatures(part)
-        self.artefacts = artefacts(part)
+        self.individuals = {"person": people(part), "creature": creatures(part), "artefact": artefacts(part)}
         self.routines = routines(part)
         self.lore = tuple(lore().values())
-        longest = max(map(len, (self.people, self.creatures, self.artefacts, self.routines)))
+        longest = max(map(len, (*self.individuals.values(), self.routines)))
         self.cumulative = list(accumulate(1 / (rank + _HEAD) for rank in range(longest)))
 
     def write(self, rng: random.Random) -> str:
         match rng.choices(_KINDS, _KIND_WEIGHTS)[0]:
-            case "person":
-                return profile(self.pick(self.people, rng), rng)
-            case "creature":
-                return profile(self.pick(self.creatures, rng), rng)
-            case "artefact":
-                return profile(self.pick(self.artefacts, rng), rng)
             case "argument":
-                subjects = rng.choices((self.people, self.creatures, self.artefacts), (2, 1, 1))[0]
+                subjects = rng.choices(tuple(self.individuals.values()), (2, 1, 1))[0]
                 return argument(self.pick(subjects, rng), rng)
             case "routine":
-                return recount(self.pick_routine(rng), rng)
-            case _:
+                return recount(self.pick(self.routines, rng), rng)
+            case "lore":
                 return " ".join(profile(rng.choice(self.lore), rng) for _ in range(2))
+            case kind:
+                return profile(self.pick(self.individuals[kind], rng), rng)
 
-    def pick(self, entities: Sequence[Entity], rng: random.Random) -> Entity:
-        return rng.choices(entities, cum_weights=self.cumulative[: len(entities)])[0]
-
-    def pick_routine(self, rng: random.Random) -> Routine:
-        return rng.choices(self.routines, cum_weights=self.cumulative[: len(self.routines)])[0]
+    def pick(self, subjects: Sequence[T], rng: random.Random) -> T:
+        return rng.choices(subjects, cum_weights=self.cumulative[: len(subjects)])[0]

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatrun.errors import InputError, Problem
-from qatrun.model.config import text_config
+from qatrun.model.config import refuse, text_config
 from qatrun.recipe import ModelConfig
 
 NUM_TOKENS = 8
@@ -32,10 +31,10 @@ def check_causal(model: ModelConfig, built: nn.Module) -> None:
     for key in ("is_decoder", "causal"):
         if getattr(config, key, None) is False and _asks_for(built, key):
             message = (
-                f"{model.path}: an encoder ({key} is false): each token sees those after it, so that a loss on the next "
-                f"token means nothing; set {key}: true in config.json if it was trained as a decoder"
+                f"an encoder ({key} is false): each token sees those after it, so that a loss on the next token means "
+                f"nothing; set {key}: true in config.json if it was trained as a decoder"
             )
-            raise InputError(Problem(message, key="model.path"))
+            refuse(model, [message])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,12 @@ def load_config(model: ModelConfig) -> Any:
             can have, or weights that another tool quantized.
     """
     raw = config_json(model)
-    if problems := [_problem(f"{model.path}: {text}") for text in _absurdities(raw)]:
-        raise InputError(problems)
+    refuse(model, _absurdities(raw))
     try:
         if raw["model_type"] == PANGU_MODEL_TYPE:
-            fields = {
-                key: value for key, value in raw.items() if key not in {"model_type", "auto_map", "architectures"}
-            }
-            bias = fields.pop("bias", True)
-            return LlamaConfig(**fields, attention_bias=bias, architectures=["LlamaForCausalLM"])
+            replaced = ("model_type", "auto_map", "architectures", "bias")
+            fields = {key: value for key, value in raw.items() if key not in replaced}
+            return LlamaConfig(**fields, attention_bias=raw.get("bias", True), architectures=["LlamaForCausalLM"])
         return AutoConfig.from_pretrained(
             location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -58,6 +55,12 @@ def load_config(model: ModelConfig) -> Any:
         raise InputError(
             _problem(f"{model.path}: {blamed or 'config.json cannot be read'} ({sentence(error)})")
         ) from error
+
+
+def refuse(model: ModelConfig, problems: Iterable[str]) -> None:
+    """Raise them as the model's, if there are any."""
+    if found := [_problem(f"{model.path}: {text}") for text in problems]:
+        raise InputError(found)
 
 
 def code_not_trusted(model: ModelConfig) -> Problem:
@@ -121,11 +124,8 @@ def sentence(error: BaseException) -> str:
     if first.rstrip().endswith(":") and rest:  # an introduction, and what it introduces
         text = " ".join(rest.split("\n\n")[0].split())
     else:
-        text = (
-            first
-            if isinstance(error, OSError | ValueError | RuntimeError | InputError)
-            else f"{type(error).__name__}: {first}"
-        )
+        is_told = isinstance(error, OSError | ValueError | RuntimeError | InputError)
+        text = first if is_told else f"{type(error).__name__}: {first}"
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 

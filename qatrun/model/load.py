@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from qatrun.errors import InputError, Problem
 from qatrun.model.causality import check_causal, sees_the_future
-from qatrun.model.config import blame, config_json, load_config, location, sentence, text_config
+from qatrun.model.config import blame, config_json, load_config, location, refuse, sentence, text_config
 from qatrun.model.export import check_export, make_savable
-from qatrun.model.weights import check_weights, misfits, quantized_by, read_headers, refuse
+from qatrun.model.weights import check_weights, misfits, quantized_by, read_headers
 from qatrun.recipe import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,11 +87,9 @@ def architecture(model: ModelConfig) -> nn.Module:
     """
     config = load_config(model)
     try:
-        empty = _build(model, config)
+        return _build(model, config)
     except Exception as error:  # a config's values reach any line of a model's code
         raise InputError(_cannot_build(model, error)) from error
-    assert isinstance(empty, nn.Module)
-    return empty
 
 
 def _check_runs(model: ModelConfig, built: Any) -> None:
@@ -106,11 +104,11 @@ def _check_runs(model: ModelConfig, built: Any) -> None:
         refuse(model, ["what it says of a token changes with the tokens after it: it is no causal language model"])
 
 
-def _build(model: ModelConfig, config: Any, device: str = "meta") -> Any:
+def _build(model: ModelConfig, config: Any, device: str = "meta") -> nn.Module:
+    options = {"attn_implementation": model.attn_implementation, "trust_remote_code": model.trust_remote_code}
     with torch.device(device), _bounded():
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-        )
+        built: nn.Module = AutoModelForCausalLM.from_config(config, **options)
+    return built
 
 
 def _cannot_build(model: ModelConfig, error: Exception) -> Problem:

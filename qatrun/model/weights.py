@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from qatrun.errors import InputError, Problem
-from qatrun.model.config import location, quantized_already, sentence
+from qatrun.model.config import location, quantized_already, refuse, sentence
 from qatrun.model.files import what_it_is
 from qatrun.recipe import ModelConfig
 
@@ -80,12 +79,6 @@ def read_headers(model: ModelConfig) -> dict[str, tuple[Tensor, str]]:
             problems.append(f"{file.name} {wrong}")
     refuse(model, problems)
     return stored
-
-
-def refuse(model: ModelConfig, problems: list[str]) -> None:
-    """Raise them as the model's, if there are any."""
-    if problems:
-        raise InputError([Problem(f"{model.path}: {text}", key="model.path") for text in problems])
 
 
 def misfits(info: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -190,11 +183,10 @@ def _tensors(file: Path) -> dict[str, tuple[Tensor, str]]:
             }
     zipped = zipfile.is_zipfile(file)
     loaded = torch.load(file, map_location="meta", weights_only=True, mmap=zipped or None)
-    if not isinstance(loaded, dict) or (
-        odd := [name for name, value in loaded.items() if not isinstance(value, Tensor)]
-    ):
-        what = f"'{odd[0]}' is no tensor" if isinstance(loaded, dict) else "no mapping of names to tensors"
-        raise ValueError(what)
+    if not isinstance(loaded, dict):
+        raise ValueError("no mapping of names to tensors")
+    if odd := [name for name, value in loaded.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"'{odd[0]}' is no tensor")
     return {
         name: (torch.empty(tensor.shape, device="meta"), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in loaded.items()

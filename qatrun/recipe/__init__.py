@@ -1,7 +1,6 @@
 """Recipes: what a study does, as data. Torch-free, so that a mistake is reported before anything heavy is imported."""
 
-from qatrun.recipe.loader import load_recipe, parse_recipe
-from qatrun.recipe.locate import locate
+from qatrun.recipe.loader import load_recipe, locate, parse_recipe
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.qat import (
     QatConfig,

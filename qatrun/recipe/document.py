@@ -19,7 +19,6 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from qatrun.errors import Problem
-from qatrun.recipe.merge import deep_merge
 
 KeyPath = tuple[str | int, ...]
 
@@ -44,10 +43,12 @@ class Place:
     order: tuple[int, int]
     key: str = ""
 
-    def child(self, part: str | int) -> Place:
+    def below(self, path: KeyPath) -> Place:
         """The same place, for a key below this one."""
-        suffix = f"[{part}]" if isinstance(part, int) else f".{part}" if self.key else part
-        return replace(self, key=self.key + suffix)
+        key = self.key
+        for part in path:
+            key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+        return replace(self, key=key)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class Document:
     def place(self, path: KeyPath) -> Place:
         """Where the key stands; for an absent key the line of the nearest mapping around it, with the key in full."""
         present = next(path[:length] for length in range(len(path), -1, -1) if path[:length] in self.places)
-        place = self.places[present]
-        for part in path[len(present) :]:
-            place = place.child(part)
-        return place
+        return self.places[present].below(path[len(present) :])
 
     def places_below(self, path: KeyPath) -> dict[KeyPath, Place]:
         """The places of the keys below that one, by their path from there."""
@@ -89,19 +87,14 @@ class Document:
         return Document(tree, {path: place for path, place in self.places.items() if not path or path[0] in keys})
 
 
-@dataclass(frozen=True)
-class Override:
-    """One `--set`: the path of its key, and a document of nothing else."""
-
-    path: tuple[str, ...]
-    document: Document
-
-
-def with_override(document: Document, override: Override) -> Document:
-    """The document with the value of one key replaced."""
-    tree = _without(document.tree, override.path)
-    places = {path: place for path, place in document.places.items() if path[: len(override.path)] != override.path}
-    return merge(Document(tree, places), override.document)
+def deep_merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `overrides` laid over it: mappings merge key by key, anything else (lists and null too) replaces."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(below := merged.get(key), Mapping):
+            value = deep_merge(below, value)
+        merged[key] = value
+    return merged
 
 
 def _without(tree: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
@@ -157,9 +150,13 @@ def read_yaml(text: str, shown: str, source: int) -> tuple[Document, list[Mistak
     return Document(tree or {}, places), reader.mistakes
 
 
-def read_override(text: str, source: int) -> tuple[Override, list[Mistake]]:
-    """Parse one `--set key.path=value`; the value is YAML.
+def with_override(document: Document, text: str, source: int) -> tuple[Document, list[Mistake]]:
+    """The document with the value of one key replaced, as `--set key.path=value` says; the value is YAML.
 
+    Args:
+        source: its position in the order of messages.
+    Returns:
+        The document, and the keys that are in the value twice.
     Raises:
         InvalidYamlError: not of that form, or the value is not YAML.
     """
@@ -173,7 +170,8 @@ def read_override(text: str, source: int) -> tuple[Override, list[Mistake]]:
     for part in reversed(path):
         tree = {part: tree}
     places = {prefix: reader.place(prefix, 0) for prefix in _prefixes(path)} | reader.places
-    return Override(path, Document(tree, places)), reader.mistakes
+    kept = {other: place for other, place in document.places.items() if other[: len(path)] != path}
+    return merge(Document(_without(document.tree, path), kept), Document(tree, places)), reader.mistakes
 
 
 class InvalidYamlError(Exception):
@@ -208,10 +206,7 @@ class _Reader:
             raise self._invalid(path, 1, "nested without end (an alias inside its own anchor?)") from None
 
     def place(self, path: KeyPath, line: int) -> Place:
-        place = self.place_of_line(line)
-        for part in path:
-            place = place.child(part)
-        return place
+        return self.place_of_line(line).below(path)
 
     def _invalid(self, path: KeyPath, line: int, problem: str | None) -> InvalidYamlError:
         return InvalidYamlError(Mistake(self.place(path, line), f"not valid YAML: {problem}"))

@@ -8,7 +8,8 @@ An arm is resolved here and nowhere else: the recipe's tree as it was given, the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from qatrun.recipe.document import (
     Mistake,
     Place,
     merge,
-    read_override,
     read_yaml,
     with_override,
 )
@@ -59,9 +59,21 @@ def parse_recipe(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Re
     return _checked(_with_overrides(Document(dict(values)), overrides, mistakes), mistakes)
 
 
-def read_document(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Document:
-    """The keys of a recipe with the place of each, unchecked."""
-    return _read(path_or_name, overrides, mistakes=[])
+def locate(problems: Iterable[Problem], path_or_name: str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Problems that only model and data could show, with the file and line of their key (for an absent key, of the mapping
+    around it), sorted by line.
+
+    Args:
+        path_or_name, overrides: as given to `load_recipe`, which accepted them.
+    """
+    document = _read(path_or_name, overrides, mistakes=[])
+    # Names of tasks and arms may hold dots themselves, so a key that is there is looked up whole.
+    paths = {".".join(map(str, path)): path for path in document.places}
+    placed = [(document.place(paths.get(problem.key, tuple(problem.key.split(".")))), problem) for problem in problems]
+    return [
+        replace(problem, where=problem.where or place.where) if problem.key else problem
+        for place, problem in sorted(placed, key=lambda pair: pair[0].order)
+    ]
 
 
 def _read(path_or_name: str | os.PathLike[str], overrides: Sequence[str], mistakes: list[Mistake]) -> Document:
@@ -136,12 +148,10 @@ def _read_file(file: str, named_at: Place, source: int, mistakes: list[Mistake])
 def _with_overrides(document: Document, overrides: Sequence[str], mistakes: list[Mistake]) -> Document:
     for index, text in enumerate(overrides):
         try:
-            override, found = read_override(text, _FIRST_OVERRIDE + index)
+            document, found = with_override(document, text, _FIRST_OVERRIDE + index)
+            mistakes.extend(found)
         except InvalidYamlError as error:
             mistakes.append(error.mistake)
-            continue
-        mistakes.extend(found)
-        document = with_override(document, override)
     return document
 
 
@@ -197,21 +207,14 @@ def _keys_no_arm_may_have(overrides: Document) -> Iterator[Mistake]:
 
 def _located(findings: Iterator[Finding], document: Document, bad_paths: frozenset[KeyPath]) -> Iterator[Mistake]:
     for finding in findings:
-        if any(_touches(key, bad) for key in finding.keys for bad in bad_paths):
-            continue
+        if any(key[: len(bad)] == bad[: len(key)] for key in finding.keys for bad in bad_paths):
+            continue  # one of them lies on the way to the other
         written = [key for key in finding.keys if key in document.places]
         in_arm = [key for key in written if document.places[key].key.startswith("arms.")]
         blamed = (in_arm or written or finding.keys)[0]
         yield Mistake(document.place(blamed), finding.message)
 
 
-def _touches(key: KeyPath, bad: KeyPath) -> bool:
-    length = min(len(key), len(bad))
-    return key[:length] == bad[:length]
-
-
 def _error(mistakes: list[Mistake]) -> RecipeError:
-    problems: dict[Problem, None] = {}
-    for mistake in sorted(mistakes, key=lambda mistake: mistake.place.order):
-        problems.setdefault(mistake.problem)
-    return RecipeError(tuple(problems))
+    in_order = sorted(mistakes, key=lambda mistake: mistake.place.order)
+    return RecipeError(tuple(dict.fromkeys(mistake.problem for mistake in in_order)))

@@ -160,17 +160,14 @@ class QatConfig(Section):
 
     def _scheme(self, role: Role, config: RoleConfig) -> Scheme:
         format_name = config.format or self.format
+        scaling = {} if config.scaling is None else config.scaling.model_dump()
+        if GRANULARITIES[config.granularity].rows:
+            scaling = {"type": "dynamic", **scaling}
         return Scheme(
             format=format_name,
             granularity=config.granularity,
             target_amax=config.target_amax or get_format(format_name).target_amax[role],
-            scaling=Scaling(**self._role_scaling(config).model_dump()),
+            scaling=Scaling(**(self.scaling.model_dump() | scaling)),
             clip=self.clip,
             ste=self.ste,
         )
-
-    def _role_scaling(self, config: RoleConfig) -> ScalingConfig:
-        given = {} if config.scaling is None else config.scaling.model_dump()
-        if GRANULARITIES[config.granularity].rows:
-            given = {"type": "dynamic", **given}
-        return self.scaling.model_copy(update=given)

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qatrun.formats import Role, get_format
+from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import START, Arm, Recipe, Source
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
-
-KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,9 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
         yield _finding(message, "model.compute_dtype", "model.param_dtype")
     yield from _batch_findings(arm)
     yield from _phase_findings(arm)
-    yield from _source_findings("data.train", arm.data.train)
-    if arm.data.valid is not None:
-        yield from _source_findings("data.valid", arm.data.valid)
-    if arm.data.probe is not None:
-        yield from _source_findings("data.probe", arm.data.probe)
+    for name in ("train", "valid", "probe"):
+        if (source := getattr(arm.data, name)) is not None:
+            yield from _source_findings(f"data.{name}", source)
     if arm.qat is not None:
         yield from _qat_findings(arm.qat)
 

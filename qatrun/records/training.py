@@ -27,7 +27,12 @@ class MetricsRow(TypedDict):
 
 
 class AlarmRow(TypedDict):
-    """A line of alarms.jsonl."""
+    """A line of alarms.jsonl: what goes wrong since about this step.
+
+    Attributes:
+        step: optimizer steps done.
+        tensor: the worst one; None where it concerns the whole model.
+    """
 
     step: Step
     kind: str
@@ -41,8 +46,13 @@ class Progress(TypedDict):
     step: Step
 
 
-class TrunkResult(Record):
-    """result.json of a trunk."""
+class Outcome(Record):
+    """What is known when a segment is done; result.json of a trunk.
+
+    Attributes:
+        data_hash: of all token ids consumed since step 0.
+        seconds: time spent in optimizer steps since step 0, the trunk's included.
+    """
 
     steps: int
     data_hash: str

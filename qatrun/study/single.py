@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qatrun.quant import freeze
 from qatrun.recipe import Arm, Recipe
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
-from qatrun.records.training import ArmResult, Result, TrunkResult
+from qatrun.records.training import ArmResult, Outcome, Result
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
@@ -36,7 +36,7 @@ from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
 from qatrun.train.loop import train
-from qatrun.train.segment import Outcome, Segment, Watched
+from qatrun.train.segment import Segment, Watched
 
 
 def run_single(
@@ -107,7 +107,7 @@ class _Study:
         folder = ArmFolder(trunk.folder)
         result = folder.result
         try:
-            read_json(result, TrunkResult)
+            read_json(result, Outcome)
             if has_checkpoint(folder.checkpoints):
                 return
             self.display.on_warning(f"{trunk.folder} holds no whole checkpoint to branch from: trained again")
@@ -116,7 +116,7 @@ class _Study:
                 self.display.on_warning(f"{error}; made again")
         outcome = self._train(trunk)[1]
         gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
-        write_json(result, TrunkResult(**asdict(outcome)))
+        write_json(result, outcome)
 
     def compare(self) -> StudyResult:
         """Compare every quantized arm with its twin, and keep what comes out."""

@@ -11,7 +11,6 @@ Each is raised once (of tensors: once a role), when it first holds. Thresholds a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,11 @@ import numpy.typing as npt
 from qatrun import advice
 from qatrun.quant import STATISTICS
 from qatrun.recipe import AlarmConfig
+from qatrun.records.training import AlarmRow
 from qatrun.scheme import Scheme, Slot
 from qatrun.train.tensors import Table
 
 PROBES_IN_A_ROW = 2
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Something is going wrong since about this step: a row of alarms.jsonl.
-
-    Attributes:
-        step: optimizer steps done.
-        tensor: the worst one; None where it concerns the whole model.
-    """
-
-    step: int
-    kind: str
-    text: str
-    tensor: str | None
 
 
 class AlarmWatch:
@@ -56,7 +41,7 @@ class AlarmWatch:
         self.forgetting_probes = self.quantization_probes = 0
         self.raised: set[str] = set()
 
-    def see_tensors(self, step: int, table: Table, steps_each: int) -> Iterator[Alarm]:
+    def see_tensors(self, step: int, table: Table, steps_each: int) -> Iterator[AlarmRow]:
         """Statistics of one step, [num_tensors, len(STATISTICS)], which stand for `steps_each`."""
         columns = dict(zip(STATISTICS, table.T, strict=True))
         if self.config.clip_fraction is not None:
@@ -76,7 +61,7 @@ class AlarmWatch:
                 step, "resolution", affected, -columns["sqnr_db"], columns["sqnr_db"], self._resolution_text
             )
 
-    def see_probe(self, step: int, kl_off: float, kl_on: float | None) -> Iterator[Alarm]:
+    def see_probe(self, step: int, kl_off: float, kl_on: float | None) -> Iterator[AlarmRow]:
         """The forgetting probe; `kl_on` is None before the switch."""
         limit, added = self.config.forgetting_kl, self.config.quantization_kl
         self.forgetting_probes = self.forgetting_probes + 1 if limit is not None and kl_off > limit else 0
@@ -85,7 +70,7 @@ class AlarmWatch:
                 f"step {step}: with quantizers off the model is {kl_off:.3f} nats per token from the start model on "
                 f"held-out text (alarm above {limit:g}): training overwrites what it knew; {advice.FORGETTING}"
             )
-            yield Alarm(step, "forgetting", text, None)
+            yield AlarmRow(step=step, kind="forgetting", text=text, tensor=None)
         if kl_on is None or added is None:
             return
         self.quantization_probes = self.quantization_probes + 1 if kl_on - kl_off > added else 0
@@ -94,7 +79,7 @@ class AlarmWatch:
                 f"step {step}: quantizers move the model {kl_on - kl_off:.3f} nats per token further from the start "
                 f"model (alarm above {added:g}): {advice.QUANTIZATION}"
             )
-            yield Alarm(step, "quantization", text, None)
+            yield AlarmRow(step=step, kind="quantization", text=text, tensor=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -129,7 +114,7 @@ class AlarmWatch:
         badness: npt.NDArray[Any],
         shown: Table,
         sentence: Callable[[str, Slot, float, float], str],
-    ) -> Iterator[Alarm]:
+    ) -> Iterator[AlarmRow]:
         """An alarm for each role that has affected tensors for the first time."""
         for role in dict.fromkeys(self.role[affected]):
             if self._first(f"{kind}:{role}"):
@@ -137,7 +122,7 @@ class AlarmWatch:
                 worst = int(np.argmax(np.where(here, badness, -np.inf)))
                 how_many = f"{here.sum()} of {(self.role == role).sum()} {role}s"
                 text = sentence(how_many, self.slots[worst], badness[worst], shown[worst])
-                yield Alarm(step, kind, f"step {step}: {text}", str(self.slots[worst]))
+                yield AlarmRow(step=step, kind=kind, text=f"step {step}: {text}", tensor=str(self.slots[worst]))
 
     def _saturation_text(self, how_many: str, worst: Slot, clipped: float, overshoot: float) -> str:
         return (

@@ -14,29 +14,26 @@ is used, so a damaged one is found out and the one before it taken.
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
-from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.files import by_step, filled_folder, flush_to_disk, read_json, reading, sha256, writing
 from qatrun.records.training import Progress
 from qatrun.train.parts import State
-
-T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
 LARGE = ("model", "optimizer")  # parts with a file of their own
 SHARED = "state"
 FILES = {*(f"{name}.safetensors" for name in (*LARGE, SHARED)), "progress.json"}
-_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         flush_to_disk(folder)
-    there = _checkpoint_folders(folder)
-    due = [path for path in there[: there.index(target)] if _step(path) % save_every == 0]
-    for old in set(there) - set([*due, target][-keep_last:]):
-        shutil.rmtree(old)
+    there = by_step(folder)
+    due = [step for step in there if step < checkpoint.step and step % save_every == 0]
+    for old in there.keys() - [*due, checkpoint.step][-keep_last:]:
+        shutil.rmtree(there[old])
     return target
 
 
@@ -100,12 +97,22 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint in a folder, and a sentence on each newer one that is damaged."""
-    return _newest(folder, read_checkpoint)
+    warnings: list[str] = []
+    for candidate in reversed(by_step(folder).values()):
+        try:
+            return read_checkpoint(candidate), warnings
+        except CheckpointError as error:
+            warnings.append(f"{error}; going back to the checkpoint before it")
+    return None, warnings
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether any checkpoint in a folder is whole."""
-    return _newest(folder, _check_files)[0] is not None
+    for candidate in by_step(folder).values():
+        with suppress(DamagedFileError):
+            _check_files(candidate)
+            return True
+    return False
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -119,58 +126,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         progress: Mapping[str, Any] = read_json(folder / "progress.json", Progress)
         parts: dict[str, dict[str, Any]] = {key: value for key, value in progress.items() if isinstance(value, dict)}
         for file in (*LARGE, SHARED):
-            for key, tensor in _read_tensors(folder / f"{file}.safetensors").items():
+            with reading(folder / f"{file}.safetensors"):
+                tensors = load_file(folder / f"{file}.safetensors")
+            for key, tensor in tensors.items():
                 part, _, name = key.partition("/") if file == SHARED else (file, "/", key)
                 parts.setdefault(part, {})[name] = tensor
+        if progress["step"] != int(folder.name.removeprefix("step-")):
+            raise DamagedFileError(Problem(f"it is one of step {progress['step']}"))
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
-    if progress["step"] != _step(folder):
-        raise CheckpointError(f"checkpoint {folder} is damaged: it is one of step {progress['step']}")
     parts.setdefault("clock", dict(progress))  # what it holds lay beside the step before it was a part
     return Checkpoint(progress["step"], progress["identity"], parts)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    with reading(file):
-        return load_file(file)
-
-
-def _newest(folder: Path, read: Callable[[Path], T]) -> tuple[T | None, list[str]]:
-    warnings: list[str] = []
-    for candidate in reversed(_checkpoint_folders(folder)):
-        try:
-            return read(candidate), warnings
-        except CheckpointError as error:
-            warnings.append(f"{error}; going back to the checkpoint before it")
-    return None, warnings
-
-
-def _check_files(folder: Path) -> Path:
-    """The folder itself.
-
-    Raises:
-        CheckpointError: a file is missing, or is not what the manifest says.
+def _check_files(folder: Path) -> None:
     """
-    try:
-        manifest = read_json(folder / MANIFEST, dict[str, str])
-        if missing := sorted(FILES - manifest.keys()):
-            raise DamagedFileError(Problem(f"{MANIFEST} lacks {', '.join(missing)}"))
-        damaged = []
-        for name in sorted(FILES):
-            with reading(folder / name):
-                if sha256(folder / name) != manifest[name]:
-                    damaged.append(name)
-    except DamagedFileError as error:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
+    Raises:
+        DamagedFileError: a file is missing, or is not what the manifest says.
+    """
+    manifest = read_json(folder / MANIFEST, dict[str, str])
+    if missing := sorted(FILES - manifest.keys()):
+        raise DamagedFileError(Problem(f"{MANIFEST} lacks {', '.join(missing)}"))
+    damaged = []
+    for name in sorted(FILES):
+        with reading(folder / name):
+            if sha256(folder / name) != manifest[name]:
+                damaged.append(name)
     if damaged:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {', '.join(damaged)} changed since it was written")
-    return folder
-
-
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    """In order of their steps; a copy that someone made beside them is none."""
-    return sorted((path for path in folder.glob("step-*") if _FOLDER.fullmatch(path.name)), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+        raise DamagedFileError(Problem(f"{', '.join(damaged)} changed since it was written"))

@@ -22,14 +22,14 @@ from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
 from qatrun.ranks import ALONE
-from qatrun.recipe import Arm
+from qatrun.records.training import Outcome
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.parts import Clock, Moments, RandomNumbers, Stateful, Weights
 from qatrun.train.schedule import learning_rate_at, mode_at
-from qatrun.train.segment import Listener, Outcome, Segment, Watched
+from qatrun.train.segment import Listener, Segment, Watched
 from qatrun.train.signals import StopRequest, stop_on_signals
 from qatrun.train.stepper import Stepper
 
@@ -39,16 +39,14 @@ UNIFORM_GUESS_SHARE = 0.9
 # Device -> steps after which losses and norms are read from it, and checked; elsewhere after each, since reading is free.
 FLUSH_EVERY = {"cuda": 10}
 
-NOTHING_WATCHED = Watched()
-
 
 def train(
     segment: Segment,
     model: PreTrainedModel,
     stream: PackedStream,
     listener: Listener,
-    trackers: Sequence[str] = (),
-    watched: Watched = NOTHING_WATCHED,
+    trackers: Sequence[str],
+    watched: Watched,
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
 
@@ -71,7 +69,10 @@ class Session:
         stepper: what computes a step.
         step: optimizer steps done.
         parts: what its checkpoints hold.
+        metrics: open while it runs.
     """
+
+    metrics: RowsFile
 
     def __init__(
         self,
@@ -79,8 +80,8 @@ class Session:
         model: PreTrainedModel,
         stream: PackedStream,
         listener: Listener,
-        trackers: Sequence[str] = (),
-        watched: Watched = NOTHING_WATCHED,
+        trackers: Sequence[str],
+        watched: Watched,
     ) -> None:
         arm, self.clock, self.world = segment.arm, Clock(), ALONE
         self.segment, self.stream, self.listener = segment, stream, listener
@@ -88,9 +89,9 @@ class Session:
         self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model, self.world)
         self.quant = self.stepper.quant
         if trackers:
-            self.accelerator.init_trackers(segment.folder.parent.name, config=_flat_settings(arm))
+            settings = {key: str(value) for key, value in arm.model_dump().items()}  # as a tracker takes them
+            self.accelerator.init_trackers(segment.folder.parent.name, config=settings)
         self.step = self.saved_step = 0
-        self.metrics: RowsFile | None = None
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.monitor = Monitor(segment, self.stepper, watched)
         self.observed_steps = _observed_steps(self.quant, arm.train.global_batch_size // arm.train.micro_batch_size)
@@ -107,11 +108,7 @@ class Session:
             self.parts["quant"] = ResumableState(self.quant)
 
     def run(self, request: StopRequest) -> Outcome:
-        """To the segment's end.
-
-        Raises:
-            as `train`.
-        """
+        """To the segment's end; raises as `train`."""
         self._start_or_resume()
         try:
             while not self.at_end:
@@ -125,8 +122,10 @@ class Session:
             if request.name:
                 raise self._interrupted(request.name)
         finally:
-            self._close()
-        return Outcome(self.step, self.stream.data_hash, self.clock.seconds, self.clock.peak_memory_bytes)
+            self.metrics.close()
+            self.monitor.close()
+            self.accelerator.end_training()
+        return Outcome(steps=self.step, data_hash=self.stream.data_hash, **self.clock.state_dict())
 
     @property
     def at_end(self) -> bool:
@@ -249,10 +248,9 @@ class Session:
             times = {"seconds": self.clock.seconds, "tokens_per_second": batch.input_ids.numel() / seconds}
             self._report(row | times)
         for alarm in self.monitor.see(rows):
-            self.listener.on_alarm(alarm.text)
+            self.listener.on_alarm(alarm["text"])
 
     def _report(self, row: dict[str, Any]) -> None:
-        assert self.metrics is not None
         self.metrics.append(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=self.step)
@@ -261,7 +259,6 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint of this moment, once the steps that led to it are known to be sound."""
         self._flush()
-        assert self.metrics is not None
         self.metrics.sync()  # a checkpoint must never be ahead of the metrics that led to it
         self.monitor.write(self.step, due=self._due)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -269,13 +266,6 @@ class Session:
         folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
         self.world.first(lambda: write_checkpoint(folder, checkpoint, config.keep_last, config.save_every))
         self.saved_step = self.step
-
-    def _close(self) -> None:
-        """Let go of files and trackers."""
-        if self.metrics is not None:
-            self.metrics.close()
-        self.monitor.close()
-        self.accelerator.end_training()
 
     def _stop_on_nonfinite(self, row: Mapping[str, Any], batch: Batch) -> NoReturn:
         self.stepper.accumulate_gradients(batch)  # as they were: no update has been made since
@@ -300,8 +290,3 @@ def _observed_steps(quant: QuantState | None, micro_batches: int) -> int:
     if quant is None:
         return 0
     return math.ceil(len(quant.scales.history) / (micro_batches if quant.scales.unit == "microbatch" else 1))
-
-
-def _flat_settings(arm: Arm) -> dict[str, str]:
-    """Settings as a tracker takes them."""
-    return {key: str(value) for key, value in arm.model_dump().items()}

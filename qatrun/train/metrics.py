@@ -15,9 +15,6 @@ from torch import Tensor
 from qatrun.files import read_rows, replace_file, writing
 from qatrun.records.training import AlarmRow, MetricsRow
 
-# What no two runs agree on, however equal they are otherwise.
-CLOCK_FIELDS = ("seconds", "tokens_per_second")
-
 Row = Mapping[str, Any]
 
 

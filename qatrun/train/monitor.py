@@ -6,7 +6,6 @@ Nothing here changes a number of the training, and all of it is as resumable as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,8 @@ from torch import Tensor
 from qatrun.errors import AlarmStop, DamagedFileError
 from qatrun.files import ALARMS_FILE
 from qatrun.quant import Mode
-from qatrun.train.alarms import Alarm, AlarmWatch
+from qatrun.records.training import AlarmRow
+from qatrun.train.alarms import AlarmWatch
 from qatrun.train.metrics import RowsFile, surviving_alarms
 from qatrun.train.parts import State, Stateful
 from qatrun.train.probe import FILE, Probe
@@ -30,16 +30,17 @@ class Monitor(Stateful):
         stop: the alarm that ends the run, once there is one and `on_alarm` says so.
     """
 
+    _alarms: RowsFile  # open from `start` to `close`
+
     def __init__(self, segment: Segment, stepper: Stepper, watched: Watched) -> None:
         self.segment, self.watched, self.config = segment, watched, segment.arm.monitor
         self.model, self.quant, self.autocast = stepper.model, stepper.quant, stepper.autocast
         slots = {} if segment.plan is None else segment.plan.slots()
         self.watch = AlarmWatch(self.config.alarms, slots)
         self.probe: Probe | None = None
-        self.stop: Alarm | None = None
+        self.stop: AlarmRow | None = None
         self._tables: list[tuple[int, Tensor]] = []
         self._tensors = TensorFile(segment.folder, [str(slot) for slot in slots])
-        self._alarms: RowsFile | None = None
 
     def state_dict(self) -> State:
         """Of the alarms, and the statistics since the last part, where a checkpoint is written between two."""
@@ -96,15 +97,16 @@ class Monitor(Stateful):
             if self._records(step):
                 self._tables.append((step, table))
         probe = self.config.probe
-        if self.probe is None or probe is None or (step % probe.every and step not in self._ends()):
+        ends = self.segment.arm.warmup.steps, self.segment.last_step  # are probed whatever the interval
+        if self.probe is None or probe is None or (step % probe.every and step not in ends):
             return {}
         return self._ask(self.probe)
 
-    def see(self, rows: Sequence[Mapping[str, Any]]) -> list[Alarm]:
+    def see(self, rows: Sequence[Mapping[str, Any]]) -> list[AlarmRow]:
         """Take in the steps since the last call, now that their numbers are here; returns new alarms."""
         tables = {step: table.cpu().numpy() for step, table in self._tables}
         self._tables = []
-        alarms: list[Alarm] = []
+        alarms: list[AlarmRow] = []
         for row in rows:
             step = row["step"]
             if step in tables:
@@ -114,8 +116,7 @@ class Monitor(Stateful):
             if "kl_off" in row:
                 alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
         for alarm in alarms:
-            assert self._alarms is not None
-            self._alarms.append(asdict(alarm))
+            self._alarms.append(alarm)
         if alarms and self.config.on_alarm == "stop" and self.stop is None:
             self.stop = alarms[0]
         return alarms
@@ -126,7 +127,6 @@ class Monitor(Stateful):
         Args:
             due: whether it would be written in a run that is not stopped, too.
         """
-        assert self._alarms is not None
         self._alarms.sync()
         if due:
             self._tensors.write(step)
@@ -140,39 +140,33 @@ class Monitor(Stateful):
         """
         if self.stop is not None:
             raise AlarmStop(
-                f"stopped by an alarm (monitor.on_alarm) in {self.segment.name}, and saved: {self.stop.text}\n"
+                f"stopped by an alarm (monitor.on_alarm) in {self.segment.name}, and saved: {self.stop['text']}\n"
                 "to go on with other settings, add an arm that has them and run with --resume"
             )
 
     def close(self) -> None:
-        if self._alarms is not None:
-            self._alarms.close()
+        self._alarms.close()
 
     def _records(self, step: int) -> bool:
         # An arm may repeat the end of a trunk whose last checkpoint is damaged; the trunk has recorded that already.
         repeated = self.segment.trunk is not None and step <= self.segment.arm.warmup.steps
         return step % self.config.every == 0 and not repeated
 
-    def _ends(self) -> tuple[int, int]:
-        """Last steps of the trunk and of this segment, which are probed whatever the interval."""
-        return self.segment.arm.warmup.steps, self.segment.last_step
-
     def _ask(self, probe: Probe) -> dict[str, float]:
         """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
-        found: dict[str, float] = {}
         if self.quant is None:
-            self._ask_as_it_computes(probe, "off", found)
-            return found
+            return self._ask_as_it_computes(probe, "off")
         with self.quant.computing(Mode.OFF):
-            self._ask_as_it_computes(probe, "off", found)
+            found = self._ask_as_it_computes(probe, "off")
         if self.quant.mode is Mode.QUANTIZE:
             self.quant.calibrate_dynamic()
-            self._ask_as_it_computes(probe, "on", found)
+            found |= self._ask_as_it_computes(probe, "on")
         return found
 
-    def _ask_as_it_computes(self, probe: Probe, quantizers: str, found: dict[str, float]) -> None:
-        found[f"kl_{quantizers}"] = probe.divergence(self.model, self.autocast)
+    def _ask_as_it_computes(self, probe: Probe, quantizers: str) -> dict[str, float]:
+        found = {f"kl_{quantizers}": probe.divergence(self.model, self.autocast)}
         if self.watched.benchmark is not None:
             with self.autocast():
                 accuracy = self.watched.benchmark(self.model)
             found |= {f"accuracy_{quantizers}/{task}": value for task, value in accuracy.items()}
+        return found

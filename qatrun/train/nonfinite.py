@@ -32,10 +32,10 @@ def bad_outputs(model: nn.Module, input_ids: Tensor) -> list[str]:
         if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
             bad.append(f"output of {name}")
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
     handles = [
         module.register_forward_hook(lambda _module, _args, output, name=name: check(name, output))
-        for name, module in leaves
+        for name, module in model.named_modules()
+        if not any(module.children())
     ]
     was_training = model.training
     try:

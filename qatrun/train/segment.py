@@ -1,4 +1,4 @@
-"""What the training loop is given, and what it gives back.
+"""What the training loop is given.
 
 A *segment* is a stretch of training with its own folder: a trunk from step 0 to the branch point, or an arm from there
 to the end.
@@ -67,18 +67,3 @@ class Watched:
 
     text: Tensor | None = None
     benchmark: Callable[[Any], Mapping[str, float]] | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is known when a segment is done.
-
-    Attributes:
-        data_hash: of all token ids consumed since step 0.
-        seconds: time spent in optimizer steps since step 0, the trunk's included.
-    """
-
-    steps: int
-    data_hash: str
-    seconds: float
-    peak_memory_bytes: int

@@ -39,7 +39,6 @@ class Stepper:
 
     Attributes:
         quant: their scales, in whatever mode the caller puts them; None without a plan.
-        objective: cross-entropy.
     """
 
     def __init__(

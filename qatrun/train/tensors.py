@@ -11,7 +11,6 @@ of 182 linears come to well under 1 GB.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from qatrun.files import TENSORS, reading, whole_file
+from qatrun.files import TENSORS, by_step, reading, whole_file
 from qatrun.quant import STATISTICS
 
 UNFINISHED = "unfinished.parquet"
-_PART = re.compile(r"step-\d+\.parquet")
+ENDING = ".parquet"
 Table = npt.NDArray[np.float32]
 
 SCHEMA = pa.schema(
@@ -51,8 +50,8 @@ class TensorFile:
 
     def begin(self, from_step: int) -> None:
         """Go on after so many steps: parts that say something of later ones are dropped."""
-        for part in _parts(self._folder):
-            if _last_step(part) > from_step:
+        for last_step, part in by_step(self._folder, ENDING).items():
+            if last_step > from_step:
                 part.unlink()
 
     def add(self, step: int, table: Table) -> None:
@@ -73,7 +72,7 @@ class TensorFile:
     def write(self, step: int) -> None:
         """Write what was added since the last part, up to this step, as a part."""
         if self._rows:
-            self._write(self._folder / f"step-{step:06d}.parquet")
+            self._write(self._folder / f"step-{step:06d}{ENDING}")
             self._rows.clear()
         (self._folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -98,24 +97,15 @@ def read_tensor_stats(folder: Path) -> pa.Table:
     Raises:
         DamagedFileError: a part is torn or something else.
     """
-    parts = _parts(folder / TENSORS)
-    tables = [_read(part) for part in parts]
+    parts = by_step(folder / TENSORS, ENDING)
+    tables = [_read(part) for part in parts.values()]
     unfinished = folder / TENSORS / UNFINISHED
     if unfinished.is_file():
-        table, last = _read(unfinished), _last_step(parts[-1]) if parts else 0
-        tables.append(table.filter(pc.greater(table["step"], last)))  # a part may have come since it was written
+        table = _read(unfinished)
+        tables.append(table.filter(pc.greater(table["step"], max(parts, default=0))))  # a part may have come since
     return pa.concat_tables(tables).unify_dictionaries() if tables else SCHEMA.empty_table()
 
 
 def _read(part: Path) -> pa.Table:
     with reading(part):
         return pq.read_table(part, schema=SCHEMA)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The parts in order; a copy that someone made beside them is none."""
-    return sorted((part for part in folder.glob("step-*.parquet") if _PART.fullmatch(part.name)), key=_last_step)
-
-
-def _last_step(part: Path) -> int:
-    return int(part.stem.removeprefix("step-"))
