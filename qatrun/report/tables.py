@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qatrun.records.comparison import Cost, Pair, TaskComparison
 from qatrun.records.scores import ScoredModel
+from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
 from qatrun.text import interval, readable_size
 
@@ -96,12 +97,7 @@ def _evidence_cells(task: TaskComparison) -> list[str | Text]:
 
 def _footer(pair: Pair) -> list[RenderableType]:
     comparison = pair.comparison
-    verdict = comparison.verdict
-    lines: list[RenderableType] = [
-        Text.assemble(
-            "verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- conditional on {comparison.conditional_on}"
-        )
-    ]
+    lines: list[RenderableType] = [verdict_line(comparison.verdict, f"conditional on {comparison.conditional_on}")]
     scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
     if pair.perplexity:
@@ -126,6 +122,10 @@ def _footer(pair: Pair) -> list[RenderableType]:
 
 def _cost(name: str, cost: Cost) -> str:
     return f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
+
+
+def verdict_line(verdict: Verdict, more: str) -> Text:
+    return Text.assemble("verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- {more}")
 
 
 def percent(accuracy: float | None) -> str:
