@@ -10,7 +10,7 @@ from qatrun.records.diagnosis import ArmDiagnosis, Effect
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, Key, arm_keys
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, printable, signed, signed_range, table
+from qatrun.report.page.table import Table, percent, printable, signed, signed_range, table
 
 VARIANTS = {
     "start": "start",
@@ -150,7 +150,7 @@ def score_table(content: StudyContent) -> Table:
     rows = [
         (
             *(pair.arm, task.task),
-            *(_percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
+            *(percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
             *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp, task.verdict),
         )
         for pair, task in _compared(content)
@@ -211,7 +211,7 @@ def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
     rows: list[tuple[Any, ...]] = []
     for name, arm in diagnosed.items():
         rows += [
-            (name, f"{task} %", *(_percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
+            (name, f"{task} %", *(percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
         ]
         rows += [
             (name, label, *(found.get(variant) for variant in VARIANTS))
@@ -225,7 +225,3 @@ def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
         rows,
         "Every model on the same items; the forgetting probe is the KL from the start model on held-out text",
     )
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.2f}"

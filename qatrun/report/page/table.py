@@ -65,9 +65,19 @@ def signed_range(interval: Sequence[float]) -> str:
     return f"{signed(interval[0])} to {signed(interval[1])}"
 
 
+def percent(fraction: float | None) -> str | None:
+    """Two decimals, without the sign; None stays None."""
+    return None if fraction is None else f"{100 * fraction:.2f}"
+
+
 def printable(text: object) -> str:
     """A name from a model, a data set or a recipe, with control and direction characters made visible."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
+def elided(name: str, length: int) -> str:
+    """The end of a long name: the beginning of a tensor's name is what all of them share."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def sentence_case(text: object) -> str:
