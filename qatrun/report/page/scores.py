@@ -179,6 +179,7 @@ def evidence_table(content: StudyContent) -> Table:
         rows,
         "Evidence: items that flipped (↓ right in the twin, wrong in the arm; ↑ the other way round), mean change of the "
         "right answer's log-likelihood, the smallest drop that would have been seen, items that would settle it",
+        "evidence",
     )
 
 
@@ -203,11 +204,11 @@ def cost_table(content: StudyContent) -> Table:
                 *(None if value is None else round(value / 2**20, 1) for value in num_bytes),
             )
         )
-    return table(columns, rows, "Perplexity of held-out text, and what training took")
+    return table(columns, rows, "Perplexity of held-out text, and what training took", "arms")
 
 
-def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
-    """The models that the diagnosis scored on the same items, a row an arm and task; None where it kept no scores."""
+def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table:
+    """The models that the diagnosis scored on the same items, a row an arm and task; no rows where it kept no scores."""
     rows: list[tuple[Any, ...]] = []
     for name, arm in diagnosed.items():
         rows += [
@@ -218,10 +219,9 @@ def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
             for found, label in ((arm.perplexity, "held-out perplexity"), (arm.probe, "forgetting probe, nats"))
             if found
         ]
-    if not rows:
-        return None
     return table(
         ("arm", "score", *VARIANTS.values()),
         rows,
         "Every model on the same items; the forgetting probe is the KL from the start model on held-out text",
+        "models",
     )

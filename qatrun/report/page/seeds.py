@@ -184,7 +184,7 @@ def arms_table(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Table:
                 _findings_text(arm, len(seeds)),
             )
         )
-    return table(columns, rows, "Pooled over the items of all tasks; means over the seeds")
+    return table(columns, rows, "Pooled over the items of all tasks; means over the seeds", "arms")
 
 
 def count_seeds(seeds: Sequence[int]) -> str:

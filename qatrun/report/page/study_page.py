@@ -12,7 +12,7 @@ from qatrun.report.page import scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
 from qatrun.report.page.curves import forgetting_figure, loss_figure
-from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
+from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.heatmap import heatmap_figure
 from qatrun.report.page.histograms import histogram_figure
@@ -105,7 +105,9 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
     ]
     shown = f", the first {MAX_ALARMS} of them here" if len(raised) > MAX_ALARMS else ""
     count = f"{len(raised):,} alarm{'s were' if len(raised) > 1 else ' was'} raised{shown}."
-    return Section("alarms", "Alarms", notes=(count,), points=tuple(points), files={"alarms": table(columns, rows)})
+    return Section(
+        "alarms", "Alarms", notes=(count,), points=tuple(points), files=(table(columns, rows, key="alarms"),)
+    )
 
 
 def _stats(arm: ArmContent) -> TensorStats | None:
@@ -170,19 +172,18 @@ def _diagnosis_section(content: StudyContent) -> Section:
     if content.diagnosis is None:
         return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
     figure = scores.attribution_figure(content)
-    variants = scores.variants_table(content.diagnosed)
     worst = [
         (name, row.tensor, row.clip_fraction, row.overshoot, row.sqnr_db, row.since_step)
         for name, arm in content.diagnosed.items()
         for row in arm.worst_tensors
     ]
     columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
-    worst_tables = (NamedTable(table(columns, worst, "Worst tensors"), "worst-tensors"),) if worst else ()
+    tables = (scores.variants_table(content.diagnosed), table(columns, worst, "Worst tensors", "worst-tensors"))
     return Section(
         "diagnosis",
         "Diagnosis",
         figures=(figure,) if figure else (),
-        tables=(*((NamedTable(variants, "models"),) if variants else ()), *worst_tables),
+        tables=tuple(part for part in tables if part.rows),
         notes=() if figure else ("The diagnosis holds no effects to draw.",),
     )
 
@@ -193,11 +194,7 @@ def _scores_section(content: StudyContent) -> Section:
         return Section(
             "scores", "Scores", notes=("No arm was compared with a BF16 twin, so there is no drop to show.",)
         )
-    tables = (
-        NamedTable(scores.score_table(content)),
-        NamedTable(scores.evidence_table(content), "evidence"),
-        NamedTable(scores.cost_table(content), "arms"),
-    )
+    tables = (scores.score_table(content), scores.evidence_table(content), scores.cost_table(content))
     notes = tuple(
         f"{printable(pair.arm)} was compared anyway, although: {printable(text)}"
         for pair in content.pairs

@@ -18,17 +18,19 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 class Table:
     """Attributes:
     positions: [num_rows] where each row lies on the figure's x axis; None where its first cell says so.
+    key: stem of the CSV file of a table that stands by itself; empty for one whose numbers are in a figure's file.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     positions: tuple[float, ...] | None = None
+    key: str = ""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", key: str = "") -> Table:
     """A table of plain Python cells; NumPy scalars are converted, NaN and null become empty."""
-    return Table(tuple(columns), tuple(tuple(_plain(cell) for cell in row) for row in rows), caption)
+    return Table(tuple(columns), tuple(tuple(_plain(cell) for cell in row) for row in rows), caption, key=key)
 
 
 def csv_text(tables: Sequence[Table], group: str = "") -> str:
