@@ -19,7 +19,7 @@ from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
@@ -153,10 +153,10 @@ class _Diagnosis:
         freeze(model, DTYPES[self.arm.model.compute_dtype])
         items = self.recipe.diagnose.items
         score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items)
-        found = perplexity(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
+        nats = mean_nll(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
         del model
         gc.collect()
-        return found.nll_mean
+        return nats
 
     def _alarms(self) -> dict[str, int]:
         return first_alarms(self.folder.arm(self.arm.name))

@@ -4,6 +4,7 @@ goes on with the first part that is missing."""
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
@@ -204,7 +205,8 @@ class _Study:
         self.display.begin_scoring(what)
         score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
         batch_size = self.recipe.eval.batch_size
-        return perplexity(model, valid.input_ids, batch_size=batch_size, labels=valid.labels).perplexity
+        nats = mean_nll(model, valid.input_ids, batch_size=batch_size, labels=valid.labels)
+        return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]
