@@ -34,7 +34,7 @@ from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
-from qatrun.study.variants import calibrated, calibration_batches
+from qatrun.study.variants import calibrated
 from qatrun.tokenizer import load_tokenizer
 
 
@@ -142,13 +142,14 @@ class _Diagnosis:
             raise DamagedFileError(f"{', '.join(changed)}: train with --resume makes it again")
         plan = artifact.read_plan(mine.quantized)
         tokenizer = load_tokenizer(self.arm.model)
-        batches = calibration_batches(self.arm, tokenizer, self.recipe.diagnose.calibration_sequences)
-        valid = open_data(self.arm.data, tokenizer, self.arm.train.seed).valid
-        model = calibrated(self.arm, weights, plan, batches)
-        scales = {r.linear: r.scale for r in records if r.role == "input" and r.scale is not None}
+        data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
+        sequences, valid = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids, data.valid
+        model = calibrated(self.arm, weights, plan, sequences.split(batch_size))
+        slots = [(Slot.parse(record.tensor), record.scale) for record in records]
+        scales = {slot.linear: scale for slot, scale in slots if slot.role == "input" and scale is not None}
         if scales:
             shown = dict(list(scales.items())[:SHOWN])
-            tensors = input_histograms(model, valid.input_ids[: self.arm.train.micro_batch_size], shown, plan)
+            tensors = input_histograms(model, valid.input_ids[:batch_size], shown, plan)
             write_json(mine.histograms, {"tensors": tensors})
         freeze(model, DTYPES[self.arm.model.compute_dtype])
         items = self.recipe.diagnose.items

@@ -23,7 +23,7 @@ from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
-from qatrun.study.matching import matched_settings
+from qatrun.study.segments import matched_settings
 from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")

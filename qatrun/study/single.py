@@ -28,11 +28,10 @@ from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
-from qatrun.study.matching import matched_settings
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
-from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
