@@ -20,6 +20,7 @@ from qatrun.report.page.scales import scale_figure
 from qatrun.report.page.seeds import contrasts_figure
 from qatrun.report.page.table import printable, sentence_case, table
 from qatrun.report.page.tensors import TensorStats
+from qatrun.text import flat
 
 MAX_ALARMS = 50
 MAX_TENSORS = 18  # drawn one by one, over all arms
@@ -87,7 +88,7 @@ def recipe_section(recipe: str) -> Section:
 
 def environment_section(environment: Environment) -> Section:
     """What it ran on."""
-    facts = tuple((name, printable(value)) for name, value in _flat(environment.to_dict()))
+    facts = tuple((name, _fact(value)) for name, value in flat(environment.to_dict()).items())
     missing = () if facts else ("What it ran on was not recorded (environment.json).",)
     return Section("environment", "Environment", facts=facts, notes=missing)
 
@@ -249,9 +250,6 @@ def _histogram_section(content: StudyContent) -> Section:
 _NO_STATISTICS = "No statistics of quantized tensors were recorded in this study."
 
 
-def _flat(tree: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        return [leaf for key, child in tree.items() for leaf in _flat(child, f"{name}.{key}".strip("."))]
-    if isinstance(tree, list):
-        return [(name, " ".join(map(str, tree)) or "none")]
-    return [(name, "none" if tree is None else tree)]
+def _fact(value: Any) -> str:
+    text = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
+    return printable("none" if text is None else text)
