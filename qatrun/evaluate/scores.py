@@ -71,10 +71,10 @@ class TaskScore:
         return float(self.items.correct.mean())
 
     @property
-    def stderr(self) -> float:
-        """Standard error of `accuracy` over items, the sample estimate that lm-eval prints; NaN for a single item."""
+    def stderr(self) -> float | None:
+        """Standard error of `accuracy` over items, the sample estimate that lm-eval prints; None for a single item."""
         if self.num_items < 2:
-            return math.nan
+            return None
         return math.sqrt(self.accuracy * (1.0 - self.accuracy) / (self.num_items - 1))
 
 
@@ -143,7 +143,7 @@ def _summary(score: TaskScore) -> TaskSummary:
         num_truncated=score.num_truncated,
         num_answer_tokens=score.num_answer_tokens,
         accuracy=score.accuracy,
-        stderr=None if math.isnan(score.stderr) else score.stderr,
+        stderr=score.stderr,
         mean_loglikelihood=float(score.items.loglikelihood.mean()),
     )
 
