@@ -99,13 +99,8 @@ class _Diagnosis:
         )
 
     def _known_perplexities(self, mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
-        values = {
-            "start": _perplexity(self.folder.start, "on"),
-            "twin": _perplexity(twin, "on"),
-            "on": _perplexity(mine, "on"),
-            "off": _perplexity(mine, "off"),
-        }
-        return {name: math.log(value) for name, value in values.items()}
+        places = {"start": (self.folder.start, "on"), "twin": (twin, "on"), "on": (mine, "on"), "off": (mine, "off")}
+        return {name: math.log(_perplexity(*place)) for name, place in places.items()}
 
     def _score_variants(self, mine: ArmFolder, twin: ArmFolder, records: Sequence[TensorRecord]) -> dict[str, float]:
         """Score the two calibrated models where that has not been done; their log-perplexities."""

@@ -64,11 +64,11 @@ def scores_figure(content: StudyContent) -> Figure | None:
 
 def attribution_figure(content: StudyContent) -> Figure | None:
     """The parts of every arm's drop; None where the study was not diagnosed."""
-    arms = _diagnosed(content)
+    indices = {arm.name: arm.index for arm in content.arms}
+    arms = {name: arm for name, arm in content.diagnosed.items() if name in indices}
     found = [(name, effect) for name, arm in arms.items() for effect in arm.effects]
     if not found:
         return None
-    indices = {arm.name: arm.index for arm in content.arms}
     groups = [
         Group(
             printable(effect),
@@ -103,11 +103,6 @@ def attribution_figure(content: StudyContent) -> Figure | None:
 
 def _compared(content: StudyContent) -> list[tuple[Pair, TaskComparison]]:
     return [(pair, task) for pair in content.pairs for task in pair.comparison.tasks]
-
-
-def _diagnosed(content: StudyContent) -> Mapping[str, ArmDiagnosis]:
-    known = {arm.name for arm in content.arms}
-    return {name: arm for name, arm in content.diagnosed.items() if name in known}
 
 
 def _attribution_title(arms: Mapping[str, Sequence[Effect]]) -> str:
