@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qatrun.records.diagnosis import ArmDiagnosis
@@ -22,13 +22,16 @@ from qatrun.report.page.table import printable, sentence_case, table
 from qatrun.report.page.tensors import TensorStats
 from qatrun.text import flat
 
+Measured = Sequence[tuple[ArmContent, TensorStats]]
+
 MAX_ALARMS = 50
 MAX_TENSORS = 18  # drawn one by one, over all arms
 
 
 def study_document(content: StudyContent) -> Document:
     """Everything on the page of a study."""
-    stats = {arm.name: found for arm in content.arms if (found := _stats(arm)) is not None}
+    recorded = [(arm, TensorStats.from_table(arm.tensors)) for arm in content.arms if arm.tensors is not None]
+    measured = [(arm, stats) for arm, stats in recorded if len(stats)]
     sections = (
         _diagnosis_section(content),
         _scores_section(content),
@@ -36,8 +39,8 @@ def study_document(content: StudyContent) -> Document:
         figures_section(
             "loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."
         ),
-        _saturation_section(content, stats),
-        _scale_section(content, stats),
+        _saturation_section(content, measured),
+        _scale_section(content, measured),
         figures_section(
             "forgetting",
             "Forgetting",
@@ -109,11 +112,6 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
     return Section(
         "alarms", "Alarms", notes=(count,), points=tuple(points), files=(table(columns, rows, key="alarms"),)
     )
-
-
-def _stats(arm: ArmContent) -> TensorStats | None:
-    stats = TensorStats.from_table(arm.tensors) if arm.tensors is not None else None
-    return stats if stats is not None and len(stats) else None
 
 
 def _verdict(content: StudyContent) -> Verdict:
@@ -213,26 +211,19 @@ def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
     return (Section("contrasts", "Contrasts", figures=(figure,), points=answers),)
 
 
-def _saturation_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+def _saturation_section(content: StudyContent, measured: Measured) -> Section:
     figures = [
-        heatmap_figure(arm, stats[arm.name], figure_key("saturation", arm, content.arms), len(stats))
-        for arm in content.arms
-        if arm.name in stats
+        heatmap_figure(arm, stats, figure_key("saturation", arm, content.arms), len(measured))
+        for arm, stats in measured
     ]
     return figures_section("saturation", "Saturation", figures, _NO_STATISTICS)
 
 
-def _scale_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+def _scale_section(content: StudyContent, measured: Measured) -> Section:
+    arms, num_tensors = content.arms, tensors_each(len(measured))
     figures = [
-        scale_figure(
-            arm,
-            stats[arm.name],
-            content.diagnosed.get(arm.name),
-            figure_key("scale", arm, content.arms),
-            tensors_each(len(stats)),
-        )
-        for arm in content.arms
-        if arm.name in stats
+        scale_figure(arm, stats, content.diagnosed.get(arm.name), figure_key("scale", arm, arms), num_tensors)
+        for arm, stats in measured
     ]
     return figures_section("scale", "Scale against amax", figures, _NO_STATISTICS)
 
