@@ -22,8 +22,8 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
     Where a scale is a channel's or a token's own, nothing is calibrated.
 
     Args:
-        batches: [batch, seq_len] token ids each.
         folder: the arm's, or its twin's; its last checkpoint's master weights, else the exported ones.
+        batches: [batch, seq_len] token ids each.
     """
     model = on_device(_trained(arm, folder)).eval()
     attach(model, calibrated_plan(plan))
