@@ -37,6 +37,15 @@ def shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Key path of a tree of mappings -> value; a list is one value."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        key: value for part, child in tree.items() for key, value in flat(child, f"{prefix}.{part}".strip(".")).items()
+    }
+
+
 def interval(edges: Sequence[float], decimals: int = 2) -> str:
     """`-0.21 .. +0.94`."""
     low, high = edges

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatrun import demo
 from qatrun.data import open_data, open_probe
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze
@@ -183,7 +183,7 @@ def run(recipe: Recipe, checked: Any, folder: Path) -> bool:
     artifact.save(model, tokenizer, segments.own.plan, plain / artifact.FOLDER)
     loaded, _ = artifact.load(plain)
     off = load_model(arm.model.model_copy(update={"path": str(plain)}), dtype)
-    perplexity(off, data.valid.input_ids, batch_size=2, labels=data.valid.labels)
+    mean_nll(off, data.valid.input_ids, batch_size=2, labels=data.valid.labels)
     return torch.equal(logits(loaded, data.valid.input_ids), logits(model, data.valid.input_ids))
 
 

@@ -55,7 +55,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qatrun import demo
 from qatrun.data import IGNORE_INDEX, open_data, open_probe
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES, load_model, save_model
@@ -274,7 +274,7 @@ class Measure:
         """(nats a token of text of the pretraining kind, nats an answer) of an arm's plain weights; None: the start."""
         path = self.arm.model.path if name is None else str(self.folder.arm(name).path)
         model = load_model(ModelConfig(path=path), torch.bfloat16)
-        return perplexity(model, self.text, batch_size=16).nll_mean, self._an_answer(model)
+        return mean_nll(model, self.text, batch_size=16), self._an_answer(model)
 
     def quantized(self, name: str) -> float:
         """Nats an answer of an arm as it is deployed."""
@@ -282,8 +282,8 @@ class Measure:
 
     def _an_answer(self, model: Any) -> float:
         questions, labels = self.asked
-        answers = perplexity(model, questions, batch_size=64, labels=labels)
-        return answers.nll_mean * answers.num_tokens / len(questions)
+        nats = mean_nll(model, questions, batch_size=64, labels=labels)
+        return nats * int((labels[:, 1:] != IGNORE_INDEX).sum()) / len(questions)
 
     def _questions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """([num_items, longest] token ids, labels of the right answers); what is padded lies after them."""

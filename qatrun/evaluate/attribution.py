@@ -121,7 +121,9 @@ def _effect(
     chosen = tuple(before.tasks) if tasks is None else tasks
     pairs = [_in_one_order(before.tasks[task], after.tasks[task]) for task in chosen]
     correct, correct_after, nats, text_nats = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    text_nats = text_nats * len(text_nats) / sum(_num_answer_tokens(before.tasks[t], after.tasks[t]) for t in chosen)
+    # Of the items that both answered: one of the two answered no others.
+    fewer = [min(before.tasks[task], after.tasks[task], key=lambda score: score.num_items) for task in chosen]
+    text_nats = text_nats * len(text_nats) / sum(score.num_answer_tokens for score in fewer)
     flips = paired.count_flips(correct, correct_after)
     low, high = paired.drop_interval(flips)
     known = source in log_perplexity and target in log_perplexity
@@ -149,12 +151,6 @@ def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any]
         answer_log_probability(before)[one] - answer_log_probability(after)[other],
         before.items.loglikelihood[one] - after.items.loglikelihood[other],
     )
-
-
-def _num_answer_tokens(before: TaskScore, after: TaskScore) -> int:
-    """Of the items that both answered: one of the two answered no others."""
-    fewer = before if before.num_items <= after.num_items else after
-    return fewer.num_answer_tokens
 
 
 def accuracies(models: Mapping[str, Scores], task: str) -> dict[str, float]:

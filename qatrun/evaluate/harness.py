@@ -74,7 +74,8 @@ def score(
             scores[task.name] = _task_score(task, samples, lm)
             if output_dir is not None:
                 _write_samples(output_dir / SAMPLES, samples)
-                _merge(results, outcome)
+                for section, entries in outcome.items():  # results, groups, configs, ..., each keyed by task
+                    results.setdefault(section, {}).update(entries)
     settings = _settings(config, model) | ({} if at_most is None else {"at_most": at_most})
     if output_dir is not None:
         results["config"] = {**settings, "sources": {task.name: task.source for task in tasks}}
@@ -218,12 +219,6 @@ def _settings(config: EvalConfig, model: PreTrainedModel) -> dict[str, Any]:
         "softmax_dtype": SOFTMAX_DTYPE,
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
-
-
-def _merge(results: dict[str, Any], outcome: Mapping[str, Any]) -> None:
-    """Add a task's sections (results, groups, configs, versions, ...), each keyed by task, to those of the others."""
-    for section, entries in outcome.items():
-        results.setdefault(section, {}).update(entries)
 
 
 def _write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:

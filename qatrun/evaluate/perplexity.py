@@ -1,12 +1,7 @@
-"""Perplexity on held-out token sequences."""
+"""Mean NLL of held-out token sequences."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,31 +12,9 @@ from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
 
 
-@dataclass(frozen=True, eq=False)
-class Perplexity:
-    """Negative log-likelihood of held-out text.
-
-    Attributes:
-        nll_mean: nats per predicted token.
-        num_tokens: tokens predicted; the first of each sequence is not.
-        sequence_nll: [num_sequences] float64, nats per predicted token; NaN for a sequence that predicts none.
-    """
-
-    nll_mean: float
-    num_tokens: int
-    sequence_nll: npt.NDArray[np.float64]
-
-    @property
-    def perplexity(self) -> float:
-        """exp of `nll_mean`; infinite beyond what a float holds."""
-        return math.exp(self.nll_mean) if self.nll_mean < 700.0 else math.inf
-
-
 @torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, sequences: Tensor, *, batch_size: int, labels: Tensor | None = None
-) -> Perplexity:
-    """Score each token of each sequence given those before it; log-softmax in float32.
+def mean_nll(model: PreTrainedModel, sequences: Tensor, *, batch_size: int, labels: Tensor | None = None) -> float:
+    """Mean negative log-likelihood of each token of each sequence given those before it, nats; log-softmax in float32.
 
     Args:
         model: put in eval mode meanwhile; runs in its own dtype, on its own device.
@@ -56,10 +29,7 @@ def perplexity(
         nll = torch.cat([_token_nll(model, *batch) for batch in batches])
     if not torch.isfinite(nll).all():
         raise NonFiniteError("the model's logits are NaN or infinite on the held-out text")
-    counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-    totals = nll.sum(dim=1)
-    num_tokens = int(counts.sum())
-    return Perplexity(float(totals.sum() / num_tokens), num_tokens, (totals / counts).numpy())
+    return float(nll.sum(dim=1).sum() / int((labels[:, 1:] != IGNORE_INDEX).sum()))
 
 
 def _token_nll(model: PreTrainedModel, sequences: Tensor, labels: Tensor) -> Tensor:

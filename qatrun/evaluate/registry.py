@@ -99,7 +99,8 @@ def _places(name: str, file: Path | None) -> Iterator[tuple[TaskManager, str]]:
         yield _index_with(config, path), key
         yield _index_with(config, path, include_defaults=True), key
     elif is_plain_name(name):
-        yield from ((_folder_index(folder), name) for folder in _likely_folders(name))
+        for folder in _likely_folders(name):
+            yield TaskManager(include_defaults=False, include_path=str(folder)), name
         yield _stock_index(), name
 
 
@@ -109,10 +110,6 @@ def _likely_folders(name: str) -> Iterator[Path]:
         folder = STOCK_FOLDER / "_".join(words[:end])
         if folder.is_dir():
             yield folder
-
-
-def _folder_index(folder: Path) -> TaskManager:
-    return TaskManager(include_defaults=False, include_path=str(folder))
 
 
 @functools.cache

@@ -71,11 +71,6 @@ class Difference:
             return "helps"
         return "hurts" if high < 0.0 else "no effect shown"
 
-    @property
-    def largest(self) -> float:
-        """The largest effect, either way, that the interval leaves room for."""
-        return max(abs(edge) for edge in self.interval)
-
 
 def difference(first: Correct, second: Correct) -> Difference:
     """Compare two models over the same items and seeds.

@@ -71,10 +71,10 @@ class TaskScore:
         return float(self.items.correct.mean())
 
     @property
-    def stderr(self) -> float:
-        """Standard error of `accuracy` over items, the sample estimate that lm-eval prints; NaN for a single item."""
+    def stderr(self) -> float | None:
+        """Standard error of `accuracy` over items, the sample estimate that lm-eval prints; None for a single item."""
         if self.num_items < 2:
-            return math.nan
+            return None
         return math.sqrt(self.accuracy * (1.0 - self.accuracy) / (self.num_items - 1))
 
 
@@ -143,7 +143,7 @@ def _summary(score: TaskScore) -> TaskSummary:
         num_truncated=score.num_truncated,
         num_answer_tokens=score.num_answer_tokens,
         accuracy=score.accuracy,
-        stderr=None if math.isnan(score.stderr) else score.stderr,
+        stderr=score.stderr,
         mean_loglikelihood=float(score.items.loglikelihood.mean()),
     )
 
@@ -152,7 +152,13 @@ def _task_score(name: str, about: TaskSummary, table: pa.Table, folder: Path) ->
     if about.num_answer_tokens is None:
         message = "scored by an earlier version: delete this folder to score again"
         raise DamagedFileError(Problem(message, where=str(folder)))
-    items = _task_items(table, name)
+    rows = table.filter(pa.compute.equal(table["task"], name))
+    items = ItemScores(
+        item_id=np.array(rows["item_id"].to_pylist()),
+        correct=rows["correct"].to_numpy(),
+        loglikelihood=rows["loglikelihood"].to_numpy(),
+        choice_loglikelihoods=pad_choices(rows["choice_loglikelihoods"].to_pylist()),
+    )
     return TaskScore(name, about.metric, about.num_fewshot, about.num_truncated, about.num_answer_tokens, items)
 
 
@@ -168,14 +174,4 @@ def _items_table(tasks: Mapping[str, TaskScore]) -> pa.Table:
             }
         )
         for name, score in tasks.items()
-    )
-
-
-def _task_items(table: pa.Table, task: str) -> ItemScores:
-    rows = table.filter(pa.compute.equal(table["task"], task))
-    return ItemScores(
-        item_id=np.array(rows["item_id"].to_pylist()),
-        correct=rows["correct"].to_numpy(),
-        loglikelihood=rows["loglikelihood"].to_numpy(),
-        choice_loglikelihoods=pad_choices(rows["choice_loglikelihoods"].to_pylist()),
     )

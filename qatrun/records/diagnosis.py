@@ -50,14 +50,6 @@ class TensorRecord(Record):
     since_step: int | None
     scale: float | None = None
 
-    @property
-    def linear(self) -> str:
-        return self.tensor.rpartition(":")[0]
-
-    @property
-    def role(self) -> str:
-        return self.tensor.rpartition(":")[2]
-
 
 class ArmDiagnosis(Record):
     """One arm's. Models are "start", "twin", "ptq", "off", "on" and "fresh"; see `evaluate.attribution`.

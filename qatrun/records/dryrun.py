@@ -33,6 +33,7 @@ class DryRunTask(Record):
 
     Attributes:
         num_items: None where only a download would tell, as `detectable_drop_pp` then is.
+        detectable_drop_pp: what they would show at 80% power, if two models disagree on `assumed_discordance` of them.
         missing: why it cannot be scored here and now.
     """
 

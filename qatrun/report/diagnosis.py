@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.diagnosis import ArmDiagnosis, Effect, TensorRecord
-from qatrun.report.grid import Grid, Listing
+from qatrun.records.diagnosis import ArmDiagnosis, TensorRecord
+from qatrun.report.grid import Flow, Grid
 from qatrun.text import interval
 
 
@@ -23,18 +23,16 @@ def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
             *(f"{effect.loglikelihood:+.3f}", interval(effect.ci95_loglikelihood, 3)),
         )
     parts += [effects, Text()]
-    costs = list(_text_costs(arm.effects))
-    parts.append(Listing("nats a token of the right answer's text:", *(f"{cost}," for cost in costs[:-1]), *costs[-1:]))
+    costs = [
+        f"{effect.name} {effect.text_loglikelihood:+.3f} ({interval(effect.ci95_text_loglikelihood, 3)})"
+        for effect in arm.effects
+        if effect.name in ("whole", "ptq", "beyond ptq")  # that the rule for saturation looks at
+    ]
+    words = ["nats a token of the right answer's text:", *(f"{cost}," for cost in costs[:-1]), *costs[-1:]]
+    parts.append(Flow([Text(word) for word in words], indent="", blank=" "))
     parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm.perplexity.items())))
     parts += [Text(line) for line in _tensor_lines(arm.worst_tensors)]
     return Group(*parts)
-
-
-def _text_costs(effects: list[Effect]) -> Iterator[str]:
-    """Of the effects that the rule for saturation looks at."""
-    for effect in effects:
-        if effect.name in ("whole", "ptq", "beyond ptq"):
-            yield f"{effect.name} {effect.text_loglikelihood:+.3f} ({interval(effect.ci95_text_loglikelihood, 3)})"
 
 
 def _tensor_lines(tensors: list[TensorRecord]) -> Iterator[str]:

@@ -3,7 +3,7 @@ becomes a paragraph of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -38,7 +38,7 @@ class Grid:
         for row in self.rows:
             yield row[0]
             cells = zip(self.columns[1:], row[1:], strict=True)
-            yield from flowing([Text.assemble((name, "dim"), " ", cell) for name, cell in cells if cell.plain], options)
+            yield Flow([Text.assemble((name, "dim"), " ", cell) for name, cell in cells if cell.plain])
 
     def _widths(self, available: int) -> list[int] | None:
         """Of each column; None where no table fits."""
@@ -69,27 +69,22 @@ class Grid:
         return table
 
 
-class Listing:
-    """A line that is broken between its items alone."""
+class Flow:
+    """Items on as many lines as they take, broken between them; an item longer than a line is broken between its words."""
 
-    def __init__(self, *items: str) -> None:
-        self.items = [Text(item) for item in items]
+    def __init__(self, items: Iterable[Text], indent: str = "  ", blank: str = "  ") -> None:
+        self.items, self.indent, self.blank = items, indent, blank
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from flowing(self.items, options, indent="", blank=" ")
-
-
-def flowing(items: Iterable[Text], options: ConsoleOptions, indent: str = "  ", blank: str = "  ") -> Iterator[Text]:
-    """Lines of items, broken between them; an item that is longer than a line is broken between its words."""
-    line = Text(indent)
-    for item in items:
-        begun = len(line) > len(indent)
-        if begun and line.cell_len + len(blank) + item.cell_len > options.max_width:
+        line = Text(self.indent)
+        for item in self.items:
+            begun = len(line) > len(self.indent)
+            if begun and line.cell_len + len(self.blank) + item.cell_len > options.max_width:
+                yield line
+                line, begun = Text(self.indent), False
+            line.append(self.blank if begun else "").append_text(item)
+        if len(line) > len(self.indent):
             yield line
-            line, begun = Text(indent), False
-        line.append(blank if begun else "").append_text(item)
-    if len(line) > len(indent):
-        yield line
 
 
 def _width(cell: Text) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,20 +23,10 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from qatrun.report.grid import flowing
+from qatrun.report.grid import Flow
 
 LINES_PER_SEGMENT = 10
 BAR_FROM = 72  # columns of a terminal; a narrower one shows the numbers without the bar
-
-
-class _Detail:
-    """What a step did, on as many lines as it takes."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from flowing([Text(part, style="dim") for part in self.text.split("  ")], options)
 
 
 class _TwoLines(Progress):
@@ -45,7 +35,7 @@ class _TwoLines(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            yield _Detail(task.fields["detail"])
+            yield Flow([Text(part, style="dim") for part in task.fields["detail"].split("  ")])
 
 
 class TerminalDisplay:
@@ -79,7 +69,8 @@ class TerminalDisplay:
             f"{row['phase']:<4} loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  "
             f"{row['tokens_per_second']:,.0f} tok/s  saturated {row['num_saturated']}"
         )
-        self._advance(row["step"], detail)
+        if self._task is not None:
+            self._progress.update(self._task, completed=row["step"], detail=detail)
         if not self.live and row["step"] % self._steps_per_line == 0:
             self.note(f"{self._what} step {row['step']}: {detail}")
 
@@ -107,10 +98,6 @@ class TerminalDisplay:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(what, total=total, completed=completed, detail="")
-
-    def _advance(self, completed: int, detail: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=completed, detail=detail)
 
 
 def _columns(width: int) -> list[ProgressColumn]:

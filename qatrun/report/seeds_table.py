@@ -10,7 +10,7 @@ from rich.text import Text
 from qatrun.records.seeds import Answer, Seeds, TaskOfSeeds
 from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
-from qatrun.report.tables import VERDICT_STYLES, percent, plain_text
+from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, verdict_line
 from qatrun.text import interval
 
 EFFECT_STYLES: dict[Answer, str] = {"helps": "green", "no effect shown": "yellow", "hurts": "red"}
@@ -72,7 +72,7 @@ def _sources(summary: Seeds) -> Grid:
         found = arm.all_tasks
         if found.drop_pp and found.drop_ci95_items_pp and found.drop_ci95_seeds_pp:
             alone = (interval(found.drop_ci95_items_pp), interval(found.drop_ci95_seeds_pp))
-            table.add_row(Text(name), *alone, _signed(found.drop_pp))
+            table.add_row(Text(name), *alone, " ".join(f"{drop:+.2f}" for drop in found.drop_pp))
     return table
 
 
@@ -96,14 +96,9 @@ def _contrasts(summary: Seeds) -> Grid:
 
 
 def _footer(summary: Seeds) -> list[RenderableType]:
-    verdict = summary.verdict
     lines: list[RenderableType] = []
-    if verdict is not None:
-        lines.append(
-            Text.assemble(
-                "verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), " -- the worst of the arms and tasks"
-            )
-        )
+    if summary.verdict is not None:
+        lines.append(verdict_line(summary.verdict, "the worst of the arms and tasks"))
     if len(summary.seeds) > 1:
         lines.append(
             Text(
@@ -128,10 +123,6 @@ def _drop(found: TaskOfSeeds) -> tuple[str, str]:
     if found.drop_mean_pp is None or found.drop_ci95_pp is None:
         return "-", "-"
     return f"{found.drop_mean_pp:+.2f}", interval(found.drop_ci95_pp)
-
-
-def _signed(values: Sequence[float]) -> str:
-    return " ".join(f"{value:+.2f}" for value in values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.comparison import Cost, Pair, TaskComparison
+from qatrun.records.comparison import Pair, TaskComparison
 from qatrun.records.scores import ScoredModel
+from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
 from qatrun.text import interval, readable_size
 
@@ -96,12 +97,7 @@ def _evidence_cells(task: TaskComparison) -> list[str | Text]:
 
 def _footer(pair: Pair) -> list[RenderableType]:
     comparison = pair.comparison
-    verdict = comparison.verdict
-    lines: list[RenderableType] = [
-        Text.assemble(
-            "verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- conditional on {comparison.conditional_on}"
-        )
-    ]
+    lines: list[RenderableType] = [verdict_line(comparison.verdict, f"conditional on {comparison.conditional_on}")]
     scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
     if pair.perplexity:
@@ -112,8 +108,12 @@ def _footer(pair: Pair) -> list[RenderableType]:
         names = {"all_steps": "all steps", "after_switch": "after the switch"}
         values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair.loss_ape_percent.items())
         lines.append(Text(f"training loss APE: {values}"))
-    names = {"twin": pair.twin, "arm": pair.arm}
-    if costs := [_cost(name, pair.cost[who]) for who, name in names.items() if who in pair.cost]:
+    costs = [
+        f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
+        for who, name in (("twin", pair.twin), ("arm", pair.arm))
+        if (cost := pair.cost.get(who)) is not None
+    ]
+    if costs:
         lines.append(Text(f"training: {', '.join(costs)}"))
     if pair.sizes:
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair.sizes.items())
@@ -124,8 +124,8 @@ def _footer(pair: Pair) -> list[RenderableType]:
     return lines
 
 
-def _cost(name: str, cost: Cost) -> str:
-    return f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
+def verdict_line(verdict: Verdict, more: str) -> Text:
+    return Text.assemble("verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- {more}")
 
 
 def percent(accuracy: float | None) -> str:

@@ -15,10 +15,11 @@ from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import read_json, replace_file, write_json, writing
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
-from qatrun.study.contents import is_free, is_study, own_files, strangers
+from qatrun.study.contents import is_free, is_study, own_files, saved_recipe, strangers
 from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
 from qatrun.study.layout import LOCK_FILE, StudyFolder
+from qatrun.text import flat
 
 # Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.
 FREE_SECTIONS = {"budget", "contrasts", "diagnose", "monitor"}
@@ -93,13 +94,13 @@ def _occupied(folder: StudyFolder) -> str:
 
 def _is_finished(folder: StudyFolder) -> bool:
     """Whether a resume would find nothing to do but compare again."""
-    with suppress(InputError):
-        recipe = load_recipe(folder.recipe)
-        if recipe.train.seeds is not None or recipe.contrasts:
-            return folder.seeds.is_file()
-        diagnoses = recipe.diagnose.at_end and any(arm.twin for arm in recipe.arm_by_name.values())
-        return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
-    return False
+    recipe = saved_recipe(folder)
+    if recipe is None:
+        return False
+    if recipe.train.seeds is not None or recipe.contrasts:
+        return folder.seeds.is_file()
+    diagnoses = recipe.diagnose.at_end and any(arm.twin for arm in recipe.arm_by_name.values())
+    return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
 
 
 def _throw_away(folder: StudyFolder, warn: Say) -> None:
@@ -133,20 +134,12 @@ def _take_up(folder: StudyFolder, recipe: Recipe, warn: Say) -> None:
     current = environment.model_copy(update={"inputs": inputs})
     if current.to_dict() != environment.to_dict():
         write_json(folder.environment, current)
-    saved = _saved(folder)
+    saved = saved_recipe(folder)  # None: `_refuse` permits that in a folder that is free
     if saved != recipe:
         if saved is not None:
             for results in (folder.comparison, folder.seeds, folder.seeds.with_suffix(".csv")):
                 results.unlink(missing_ok=True)  # they answer the earlier recipe, and say that the study is finished
         replace_file(folder.recipe, recipe.to_yaml().encode())
-
-
-def _saved(folder: StudyFolder) -> Recipe | None:
-    """The recipe that the study has; None where there is none that can be read, which `_refuse` permits in a folder that
-    is free."""
-    with suppress(InputError):
-        return load_recipe(folder.recipe)
-    return None
 
 
 def _other_settings(folder: StudyFolder, recipe: Recipe) -> list[Problem]:
@@ -172,7 +165,7 @@ def _has_result(folder: StudyFolder, arm: str) -> bool:
 
 
 def _changes(saved: Recipe, now: Recipe) -> list[str]:
-    before, after = _flat(_settled(saved, saved, now)), _flat(_settled(now, saved, now))
+    before, after = flat(_settled(saved, saved, now)), flat(_settled(now, saved, now))
     both = {key: (_shown(before, key), _shown(after, key)) for key in sorted(before.keys() | after.keys())}
     return [f"{key} ({old} -> {new})" for key, (old, new) in both.items() if old != new]
 
@@ -186,23 +179,11 @@ def _settled(recipe: Recipe, saved: Recipe, now: Recipe) -> dict[str, Any]:
     where some are only added."""
     tree = recipe.model_dump(mode="json", exclude=FREE_SECTIONS | PLACE)
     tree["arms"] = {
-        name: _without_free_sections(recipe.arms[name]) | {"twin": recipe.arm_by_name[name].twin}
+        name: {section: value for section, value in recipe.arms[name].items() if section not in FREE_SECTIONS}
+        | {"twin": recipe.arm_by_name[name].twin}
         for name in saved.arm_names
         if name in now.arms
     }
     if saved.train.seeds is not None and now.train.seeds is not None and {*saved.train.seeds} <= {*now.train.seeds}:
         del tree["train"]["seeds"]
     return tree
-
-
-def _without_free_sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {section: value for section, value in overrides.items() if section not in FREE_SECTIONS}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Key path -> value; a list is one value."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {
-        key: value for part, child in tree.items() for key, value in _flat(child, f"{prefix}.{part}".strip(".")).items()
-    }

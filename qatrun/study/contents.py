@@ -8,10 +8,17 @@ from pathlib import Path
 
 from qatrun.errors import DamagedFileError, QatrunError
 from qatrun.files import read_json
-from qatrun.recipe import load_recipe
+from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.records.training import Result
 from qatrun.study.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, START, TRUNK, ArmFolder, StudyFolder
+
+
+def saved_recipe(folder: StudyFolder) -> Recipe | None:
+    """The recipe that the study has; None where there is none that can be read."""
+    with suppress(QatrunError, OSError):
+        return load_recipe(folder.recipe)
+    return None
 
 
 def is_study(folder: StudyFolder) -> bool:
@@ -19,7 +26,7 @@ def is_study(folder: StudyFolder) -> bool:
     with suppress(DamagedFileError):
         read_json(folder.environment, StudyEnvironment)
         return True
-    return _loads(folder.recipe)
+    return saved_recipe(folder) is not None
 
 
 def is_free(folder: StudyFolder) -> bool:
@@ -27,7 +34,9 @@ def is_free(folder: StudyFolder) -> bool:
     if not folder.path.exists():
         return True
     names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and not path.match(".*.partial")}
-    return names <= FIRST_FILES and not _loads(folder.recipe) and all(_is_torn_or_ours(folder, name) for name in names)
+    return (
+        names <= FIRST_FILES and saved_recipe(folder) is None and all(_is_torn_or_ours(folder, name) for name in names)
+    )
 
 
 def own_files(folder: StudyFolder) -> set[Path]:
@@ -49,20 +58,12 @@ def strangers(folder: StudyFolder) -> list[str]:
 
 def _is_part(folder: StudyFolder, path: Path) -> bool:
     """Whether it is the start model's folder, a trunk's or an arm's."""
-    names = {START}
-    with suppress(QatrunError, OSError):
-        names |= set(load_recipe(folder.recipe).arm_names)
+    recipe = saved_recipe(folder)
+    names = {START, *(recipe.arm_names if recipe else ())}
     if path.name in names or re.fullmatch(f"{TRUNK}[0-9a-f]{{8}}", path.name):
         return True
     with suppress(DamagedFileError):  # an arm that an earlier recipe had; a copy under another name is somebody's
         return read_json(ArmFolder(path).result, Result).arm == path.name
-    return False
-
-
-def _loads(recipe: Path) -> bool:
-    with suppress(QatrunError, OSError):
-        load_recipe(recipe)
-        return True
     return False
 
 

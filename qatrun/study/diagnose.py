@@ -19,7 +19,7 @@ from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
@@ -34,7 +34,7 @@ from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
-from qatrun.study.variants import calibrated, calibration_batches
+from qatrun.study.variants import calibrated
 from qatrun.tokenizer import load_tokenizer
 
 
@@ -99,13 +99,8 @@ class _Diagnosis:
         )
 
     def _known_perplexities(self, mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:
-        values = {
-            "start": _perplexity(self.folder.start, "on"),
-            "twin": _perplexity(twin, "on"),
-            "on": _perplexity(mine, "on"),
-            "off": _perplexity(mine, "off"),
-        }
-        return {name: math.log(value) for name, value in values.items()}
+        places = {"start": (self.folder.start, "on"), "twin": (twin, "on"), "on": (mine, "on"), "off": (mine, "off")}
+        return {name: math.log(_perplexity(*place)) for name, place in places.items()}
 
     def _score_variants(self, mine: ArmFolder, twin: ArmFolder, records: Sequence[TensorRecord]) -> dict[str, float]:
         """Score the two calibrated models where that has not been done; their log-perplexities."""
@@ -142,21 +137,22 @@ class _Diagnosis:
             raise DamagedFileError(f"{', '.join(changed)}: train with --resume makes it again")
         plan = artifact.read_plan(mine.quantized)
         tokenizer = load_tokenizer(self.arm.model)
-        batches = calibration_batches(self.arm, tokenizer, self.recipe.diagnose.calibration_sequences)
-        valid = open_data(self.arm.data, tokenizer, self.arm.train.seed).valid
-        model = calibrated(self.arm, weights, plan, batches)
-        scales = {r.linear: r.scale for r in records if r.role == "input" and r.scale is not None}
+        data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
+        sequences, valid = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids, data.valid
+        model = calibrated(self.arm, weights, plan, sequences.split(batch_size))
+        slots = [(Slot.parse(record.tensor), record.scale) for record in records]
+        scales = {slot.linear: scale for slot, scale in slots if slot.role == "input" and scale is not None}
         if scales:
             shown = dict(list(scales.items())[:SHOWN])
-            tensors = input_histograms(model, valid.input_ids[: self.arm.train.micro_batch_size], shown, plan)
+            tensors = input_histograms(model, valid.input_ids[:batch_size], shown, plan)
             write_json(mine.histograms, {"tensors": tensors})
         freeze(model, DTYPES[self.arm.model.compute_dtype])
         items = self.recipe.diagnose.items
         score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items)
-        found = perplexity(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
+        nats = mean_nll(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
         del model
         gc.collect()
-        return found.nll_mean
+        return nats
 
     def _alarms(self) -> dict[str, int]:
         return first_alarms(self.folder.arm(self.arm.name))

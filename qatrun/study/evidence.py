@@ -5,7 +5,7 @@ A study of one seed is summarized in the same way, with intervals over items alo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qatrun.evaluate import paired
@@ -16,7 +16,7 @@ from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.schema import START
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds
-from qatrun.records.training import ArmResult, Result
+from qatrun.records.training import ArmResult, MetricsRow, Result
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import losses
 from qatrun.text import interval
@@ -47,14 +47,14 @@ class _Evidence:
 
     Attributes:
         scores: arm, or START, -> scores with quantizers on.
-        losses: arm -> training losses.
+        losses: arm -> step -> its row of metrics.
     """
 
     recipe: Recipe
     arms: Mapping[str, Arm]
     studies: Sequence[StudyFolder]
     scores: Mapping[str, Sequence[Scores]]
-    losses: Mapping[str, Sequence[_Losses]]
+    losses: Mapping[str, Sequence[Mapping[int, MetricsRow]]]
 
     @classmethod
     def read(cls, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> _Evidence:
@@ -65,7 +65,7 @@ class _Evidence:
             recipe.arm_by_name,
             folders,
             {name: [Scores.load(folder.arm(name).eval) for folder in folders] for name in (*names, START)},
-            {name: [_Losses.read(folder.arm(name)) for folder in folders] for name in names},
+            {name: [_losses(folder.arm(name)) for folder in folders] for name in names},
         )
 
     def of_start(self) -> StartOfSeeds:
@@ -146,11 +146,11 @@ class _Evidence:
 
     def _loss_gaps(self, first: str, second: str) -> list[LossGap]:
         """Over the steps in which either arm quantizes; over all of them where neither does, or records are missing."""
-        gaps = [
-            loss_gap(of_first.of_steps(steps), of_second.of_steps(steps))
-            for of_first, of_second in zip(self.losses[first], self.losses[second], strict=True)
-            for steps in [of_first.quantized | of_second.quantized or of_first.by_step.keys()]
-        ]
+        gaps = []
+        for both in zip(self.losses[first], self.losses[second], strict=True):
+            quantized = {step for rows in both for step, row in rows.items() if row["phase"] == "qat"}
+            steps = quantized or both[0].keys()
+            gaps.append(loss_gap(*({step: rows[step]["loss"] for step in rows if step in steps} for rows in both)))
         return [gap for gap in gaps if gap is not None]
 
     def _findings(self, name: str) -> list[list[str]] | None:
@@ -161,31 +161,15 @@ class _Evidence:
         return found if len(found) == len(files) else None
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """Training losses of an arm by optimizer step, and the steps that ran with fake quantization."""
-
-    by_step: Mapping[int, float]
-    quantized: frozenset[int]
-
-    @classmethod
-    def read(cls, folder: ArmFolder) -> _Losses:
-        rows = losses(folder, read_json(folder.result, ArmResult).match["steps"])
-        return cls(
-            {step: row["loss"] for step, row in rows.items()},
-            frozenset(step for step, row in rows.items() if row["phase"] == "qat"),
-        )
-
-    def of_steps(self, steps: Collection[int]) -> dict[int, float]:
-        return {step: loss for step, loss in self.by_step.items() if step in steps}
+def _losses(folder: ArmFolder) -> dict[int, MetricsRow]:
+    return losses(folder, read_json(folder.result, ArmResult).match["steps"])
 
 
 def _answer(found: Difference, first: str, second: str) -> str:
     mean = 100 * found.mean
     if found.answer == "no effect shown":
-        return (
-            f"no effect shown: {first} is {mean:+.2f} pp against {second} (could be up to {100 * found.largest:.2f} pp)"
-        )
+        most = 100 * max(map(abs, found.interval))
+        return f"no effect shown: {first} is {mean:+.2f} pp against {second} (could be up to {most:.2f} pp)"
     than = "better" if found.answer == "helps" else "worse"
     edges = interval(_percents(found.interval))
     return f"{found.answer}: {first} is {abs(mean):.2f} pp {than} than {second} (95% interval {edges})"

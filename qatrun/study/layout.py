@@ -56,52 +56,39 @@ OF_AN_ARM = (
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 
 
+class _Below:
+    """A path below a folder of ours, by its name there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: ArmFolder | StudyFolder, _owner: type) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class ArmFolder:
     """One arm's folder, or the start model's."""
 
     path: Path
 
-    @property
-    def quantized(self) -> Path:
-        return self.path / artifact.FOLDER
+    quantized = _Below(artifact.FOLDER)
+    plan = _Below(f"{artifact.FOLDER}/{artifact.PLAN_FILE}")
+    eval_off = _Below(EVAL_OFF)
+    checkpoints = _Below(files.CHECKPOINTS)
+    metrics = _Below(files.METRICS_FILE)
+    alarms = _Below(files.ALARMS_FILE)
+    histograms = _Below(HISTOGRAMS_FILE)
+    result = _Below(RESULT_FILE)
 
     @property
     def eval(self) -> Path:
         """Its scores; the folder itself where it is one that `qatrun eval --output` wrote."""
         return self.path if (self.path / files.SCORES_FILE).is_file() else self.path / EVAL
 
-    @property
-    def eval_off(self) -> Path:
-        return self.path / EVAL_OFF
-
     def eval_calibrated(self, settings: str) -> Path:
         """Scores of these weights with scales that were calibrated; `settings` is a hash of how."""
         return self.path / f"{EVAL_CALIBRATED}{settings[:8]}"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / files.CHECKPOINTS
-
-    @property
-    def plan(self) -> Path:
-        return self.quantized / artifact.PLAN_FILE
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / files.METRICS_FILE
-
-    @property
-    def alarms(self) -> Path:
-        return self.path / files.ALARMS_FILE
-
-    @property
-    def histograms(self) -> Path:
-        return self.path / HISTOGRAMS_FILE
-
-    @property
-    def result(self) -> Path:
-        return self.path / RESULT_FILE
 
 
 @dataclass(frozen=True)
@@ -110,39 +97,17 @@ class StudyFolder:
 
     path: Path
 
+    recipe = _Below(files.RECIPE_FILE)
+    environment = _Below(ENVIRONMENT_FILE)
+    comparison = _Below("comparison.json")
+    seeds = _Below("seeds.json")  # what the seeds say together, and the contrasts
+    diagnosis = _Below("diagnosis.json")
+    page = _Below(PAGE_FILE)
+    csv = _Below(CSV_FOLDER)  # the numbers of the page's figures
+
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / files.RECIPE_FILE
-
-    @property
-    def environment(self) -> Path:
-        return self.path / ENVIRONMENT_FILE
-
-    @property
-    def comparison(self) -> Path:
-        return self.path / "comparison.json"
-
-    @property
-    def seeds(self) -> Path:
-        """What the seeds say together, and the contrasts."""
-        return self.path / "seeds.json"
-
-    @property
-    def diagnosis(self) -> Path:
-        return self.path / "diagnosis.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / PAGE_FILE
-
-    @property
-    def csv(self) -> Path:
-        """The numbers of the page's figures."""
-        return self.path / CSV_FOLDER
 
     @property
     def begun(self) -> set[str]:

@@ -95,7 +95,7 @@ def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
         tensors=read_tensor_stats(folder.path),
         histograms=histograms.tensors if histograms else (),
         alarms=read_alarms(folder.alarms),
-        plan=artifact.read_plan(folder.quantized) if (folder.quantized / artifact.PLAN_FILE).is_file() else None,
+        plan=artifact.read_plan(folder.quantized) if folder.plan.is_file() else None,
     )
 
 

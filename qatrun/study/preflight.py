@@ -23,7 +23,7 @@ from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
-from qatrun.study.matching import matched_settings
+from qatrun.study.segments import matched_settings
 from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Preflight:
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
-        detectable = detectable_drop_pp(task.num_items) if task.num_items else None
+        detectable = 100 * paired.detectable_drop(task.num_items) if task.num_items else None
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name], detectable_drop_pp=detectable)
 
 
@@ -141,12 +141,6 @@ def preflight(recipe: Recipe) -> Preflight:
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
     )
-
-
-def detectable_drop_pp(num_items: int) -> float:
-    """The smallest drop, in percentage points, that so many items would show at 80% power, if two models disagree on
-    `paired.TYPICAL_DISCORDANCE` of them."""
-    return 100 * paired.detectable_drop(num_items)
 
 
 def _role_text(role: Role, scheme: Scheme) -> str:

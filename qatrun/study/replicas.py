@@ -26,8 +26,9 @@ def replica_recipe(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(update={**changed, "train": recipe.train.model_copy(update=its)}).with_arms(arms)
 
 
-def replica_preflight(checked: Preflight, recipe: Recipe) -> Preflight:
+def replica_preflight(checked: Preflight, seed: int) -> Preflight:
     """The preflight of one seed's study: nothing that it looked at depends on the seed."""
+    recipe = replica_recipe(checked.recipe, seed)
     return replace(checked, recipe=recipe, arms=recipe.arm_by_name)
 
 

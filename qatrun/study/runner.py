@@ -65,36 +65,23 @@ def run_study(
         claimed(folder, recipe, resume=resume, overwrite=overwrite, warn=display.on_warning),
         _saying_how_to_go_on(folder),
     ):
-        result = _run_all(recipe, checked, folder, display, trackers)
+        result = _run_all(checked, folder, display, trackers)
         return replace(result, page=write_page(folder))
 
 
-def _run_all(
-    recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
-) -> StudyResult:
-    if recipe.train.seeds is None:
-        return run_single(recipe, checked, folder, display, trackers)
-    for seed in recipe.train.seeds:
-        display.note(f"seed {seed} of {', '.join(map(str, recipe.train.seeds))}")
-        _run_replica(folder, seed, replica_recipe(recipe, seed), checked, display, trackers)
-    return _conclude(folder, recipe)
-
-
-def _run_replica(
-    folder: StudyFolder, seed: int, recipe: Recipe, checked: Preflight, display: Display, trackers: Sequence[str]
-) -> None:
-    replica = folder.replica(seed)
-    with claimed(replica, recipe, resume=True, overwrite=False, warn=display.on_warning):
-        for other in folder.replicas:
-            share_start(other, replica)
-        run_single(recipe, replica_preflight(checked, recipe), replica, display, trackers)
-
-
-def _conclude(folder: StudyFolder, recipe: Recipe) -> StudyResult:
-    """Say what the seeds say together, and keep it."""
-    assert recipe.train.seeds is not None
-    studies = {seed: folder.replica(seed) for seed in recipe.train.seeds}
-    summary = summarize(folder.name, replica_recipe(recipe, recipe.train.seeds[0]), studies)
+def _run_all(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
+    recipe, seeds = checked.recipe, checked.recipe.train.seeds
+    if seeds is None:
+        return run_single(checked, folder, display, trackers)
+    for seed in seeds:
+        display.note(f"seed {seed} of {', '.join(map(str, seeds))}")
+        replica, its = folder.replica(seed), replica_preflight(checked, seed)
+        with claimed(replica, its.recipe, resume=True, overwrite=False, warn=display.on_warning):
+            for other in folder.replicas:
+                share_start(other, replica)
+            run_single(its, replica, display, trackers)
+    studies = {seed: folder.replica(seed) for seed in seeds}
+    summary = summarize(folder.name, replica_recipe(recipe, seeds[0]), studies)
     replace_file(folder.comparison.with_suffix(".txt"), seeds_text(summary).encode())
     write_summary(folder, summary)
     return StudyResult(folder.path, (), summary)

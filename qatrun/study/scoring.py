@@ -76,7 +76,7 @@ def score_path(
             num_fewshot=task.num_fewshot,
             num_items=task.num_items,
             accuracy=task.accuracy,
-            stderr=task.stderr if task.num_items > 1 else None,
+            stderr=task.stderr,
             num_truncated=task.num_truncated,
         )
         for name, task in scores.tasks.items()

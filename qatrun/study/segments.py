@@ -44,6 +44,16 @@ def plan_segments(arms: Mapping[str, Arm], plans: Mapping[str, QuantPlan | None]
     ]
 
 
+def matched_settings(arm: Arm) -> dict[str, Any]:
+    """What an arm's training must have in common with its twin's, besides the data consumed: all that decides where
+    training without quantization would end."""
+    return {
+        "model": arm.model.model_dump(mode="json"),
+        **arm.train.model_dump(mode="json", exclude={"micro_batch_size", "gradient_checkpointing", *BOOKKEEPING}),
+        "warmup": arm.warmup.model_dump(mode="json"),
+    }
+
+
 def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
     """A plan under which quantizers see everything that these plans quantize, each tensor once and over the longest window
     of any."""

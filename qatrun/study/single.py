@@ -4,6 +4,7 @@ goes on with the first part that is missing."""
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import perplexity
+from qatrun.evaluate.perplexity import mean_nll
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Arm, Recipe
+from qatrun.recipe import Arm
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Outcome, Result
@@ -27,11 +28,10 @@ from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
-from qatrun.study.matching import matched_settings
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
-from qatrun.study.segments import ArmSegments, plan_segments
+from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
@@ -39,15 +39,9 @@ from qatrun.train.loop import train
 from qatrun.train.segment import Segment, Watched
 
 
-def run_single(
-    recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
-) -> StudyResult:
-    """Run a recipe without seeds in a folder that is claimed and locked.
-
-    Args:
-        checked: its preflight, without problems.
-    """
-    study = _Study(recipe, checked, folder, display, trackers)
+def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
+    """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
+    recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(segments)
@@ -58,10 +52,9 @@ def run_single(
 
 
 class _Study:
-    def __init__(
-        self, recipe: Recipe, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]
-    ) -> None:
-        self.recipe, self.checked, self.folder, self.display, self.trackers = recipe, checked, folder, display, trackers
+    def __init__(self, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> None:
+        self.checked, self.folder, self.display, self.trackers = checked, folder, display, trackers
+        self.recipe = checked.recipe
 
     def score_start_model(self) -> None:
         """Score the model before training, so that what all arms lost shows."""
@@ -190,22 +183,20 @@ class _Study:
         """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
+        state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
             model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
             values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
+            state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
         model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
-        if arm.qat is None:
-            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, arm.name)
-        else:
-            what = f"{arm.name}, quantizers off"
-            values["off"] = self._score(on_device(model), tokenizer, valid, folder.eval_off, what)
-        return values
+        return values | {state: self._score(on_device(model), tokenizer, valid, place, what)}
 
     def _score(self, model: Any, tokenizer: Any, valid: Batch, output: Path, what: str) -> float:
         self.display.begin_scoring(what)
         score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
         batch_size = self.recipe.eval.batch_size
-        return perplexity(model, valid.input_ids, batch_size=batch_size, labels=valid.labels).perplexity
+        nats = mean_nll(model, valid.input_ids, batch_size=batch_size, labels=valid.labels)
+        return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatrun.data import open_data
 from qatrun.model import DTYPES, load_model, on_device
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate, calibrated_plan
@@ -24,20 +23,15 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
 
     Args:
         folder: the arm's, or its twin's; its last checkpoint's master weights, else the exported ones.
+        batches: [batch, seq_len] token ids each.
     """
     model = on_device(_trained(arm, folder)).eval()
     attach(model, calibrated_plan(plan))
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, dtype=DTYPES[arm.model.compute_dtype], enabled=_autocasts(arm))
-    with autocast, bfloat16_products():
+    device, compute = next(model.parameters()).device, DTYPES[arm.model.compute_dtype]
+    enabled = arm.model.compute_dtype != arm.model.param_dtype
+    with torch.autocast(device.type, dtype=compute, enabled=enabled), bfloat16_products():
         calibrate(model, [batch.to(device) for batch in batches])
     return model
-
-
-def calibration_batches(arm: Arm, tokenizer: Any, count: int) -> list[Tensor]:
-    """The first `count` training sequences, [batch, seq_len] each."""
-    sequences = open_data(arm.data, tokenizer, arm.train.seed).train.take(count).input_ids
-    return list(sequences.split(arm.train.micro_batch_size))
 
 
 def _trained(arm: Arm, folder: ArmFolder) -> Any:
@@ -50,7 +44,3 @@ def _trained(arm: Arm, folder: ArmFolder) -> Any:
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.parts["model"][name])
     return model
-
-
-def _autocasts(arm: Arm) -> bool:
-    return arm.model.compute_dtype != arm.model.param_dtype

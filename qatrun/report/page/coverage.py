@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from qatrun.formats import ROLES
 from qatrun.quant import QuantPlan
 from qatrun.report.page.content import ArmContent
-from qatrun.report.page.document import NamedTable, Section
+from qatrun.report.page.document import Section
 from qatrun.report.page.table import Table, printable, table
 from qatrun.report.page.tensors import block
 from qatrun.scheme import Scaling
@@ -23,7 +23,7 @@ def coverage_section(arms: Iterable[ArmContent]) -> Section:
         return Section("coverage", "Coverage", notes=("No arm quantizes anything.",))
     facts = tuple((arm.name, printable(arm.coverage)) for arm in quantized if arm.coverage)
     planned = [(arm, arm.plan) for arm in quantized if arm.plan is not None]
-    tables = (NamedTable(_linears_table(planned), "coverage"), NamedTable(_roles_table(planned))) if planned else ()
+    tables = (_linears_table(planned), _roles_table(planned)) if planned else ()
     notes = () if planned else ("Which linears they are was not recorded (plan.json).",)
     return Section("coverage", "Coverage", tables=tables, notes=notes, facts=facts)
 
@@ -50,7 +50,7 @@ def _linears_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
             blocks = [number for name in names if (number := block(name)) is not None]
             arms_of.setdefault((kind, len(names), ranges(blocks)), []).append(arm.name)
     rows = [(kind, number, blocks, ", ".join(arms)) for (kind, number, blocks), arms in arms_of.items()]
-    return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears")
+    return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears", "coverage")
 
 
 def _roles_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:

@@ -37,37 +37,25 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class NamedTable:
-    """A table that stands open on the page.
-
-    Attributes:
-        key: stem of its CSV file; empty for one whose numbers are in a figure's file.
-    """
-
-    table: Table
-    key: str = ""
-
-
-@dataclass(frozen=True)
 class Section:
     """Attributes:
     notes: honest lines, such as why a figure is missing.
     facts: names and values.
     text: preformatted.
     links: label -> address.
-    files: further CSV files, by the stem of their names.
+    files: tables that are there as CSV files alone.
     """
 
     key: str
     title: str
     figures: tuple[Figure, ...] = ()
-    tables: tuple[NamedTable, ...] = ()
+    tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     points: tuple[Point, ...] = ()
     text: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, Table] = field(default_factory=dict)
+    files: tuple[Table, ...] = ()
 
     @property
     def has_content(self) -> bool:
@@ -95,9 +83,8 @@ class Document:
     def csv(self) -> dict[str, str]:
         """CSV file name -> text, of every figure and every table with a name."""
         figures = {figure.key: figure.csv for section in self.sections for figure in section.figures}
-        files = {key: csv_text([part]) for section in self.sections for key, part in section.files.items()}
-        tables = {part.key: csv_text([part.table]) for section in self.sections for part in section.tables if part.key}
-        return {f"{key}.csv": text for key, text in {**figures, **tables, **files}.items()}
+        named = [part for section in self.sections for part in (*section.tables, *section.files) if part.key]
+        return {f"{key}.csv": text for key, text in (figures | {part.key: csv_text([part]) for part in named}).items()}
 
 
 VERDICT_CHIPS: Mapping[str | None, Chip] = {

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from qatrun.report.page.svg import Picture, themed
-from qatrun.report.page.table import Table, csv_text
+from qatrun.report.page.table import Table, csv_text, elided
 from qatrun.report.page.theme import NUM_ARM_COLORS, SETTINGS, arm_glyph
 
 
@@ -134,6 +134,30 @@ def canvas(layout: Layout, height: float) -> Any:
     return Canvas(figsize=(layout.width / 72, height / 72), layout=engine)
 
 
+def small_panels(
+    layout: Layout, titles: Sequence[str], panel_px: int, rest_px: int, ylabel: str, *, sharex: bool = False
+) -> tuple[Any, list[Any], list[Any]]:
+    """A panel for each title, side by side where there is room.
+
+    Args:
+        panel_px: height of a row of panels; `rest_px` of what is below the last.
+    Returns:
+        (figure, axes in the order of the titles, those of them that are the lowest of their column).
+    """
+    num_columns = 1 if layout.narrow or len(titles) == 1 else 2
+    num_rows = -(-len(titles) // num_columns)
+    figure = canvas(layout, panel_px * num_rows + rest_px)
+    panels = figure.subplots(num_rows, num_columns, sharex=sharex, squeeze=False).ravel().tolist()
+    for axes in panels[len(titles) :]:
+        axes.remove()
+    panels = panels[: len(titles)]
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(elided(title, 44))
+    for axes in panels[::num_columns]:
+        axes.set_ylabel(ylabel)
+    return figure, panels, panels[-num_columns:]
+
+
 def arm_keys(names: Mapping[str, int]) -> tuple[Key, ...]:
     """Legend of arms.
 
@@ -165,10 +189,8 @@ def _box(figure: Any, axes: Any) -> tuple[float, float, float, float]:
 
 def _panel(figure: Any, axes: Any, what: int | tuple[int, int]) -> Panel:
     low, high = (float(limit) for limit in axes.get_xlim())
-    left, right, top, bottom = _box(figure, axes)
-    if isinstance(what, int):
-        return Panel(left, right, top, bottom, low, high, table=what)
-    return Panel(left, right, top, bottom, low, high, cells=what)
+    table, cells = (what, None) if isinstance(what, int) else (0, what)
+    return Panel(*_box(figure, axes), low, high, table, cells)
 
 
 def _picture(figure: Any, axes: Any, light: str, dark: str) -> Picture:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
-from qatrun.report.page.table import Table
+from qatrun.report.page.table import Table, elided
 from qatrun.report.page.theme import INK, MUTED, RULE, arm_color, arm_marker
 
 ROW_PX, GROUP_GAP = 24, 0.55
@@ -102,11 +102,6 @@ def forest_figure(
     """A figure of nothing but a forest."""
     drawings = draw(key, title, lambda layout: forest(layout, groups, xlabel, zero=zero))
     return Figure(key, title, caption, drawings, (numbers,), legend)
-
-
-def elided(name: str, length: int) -> str:
-    """The end of a long name: the beginning of a tensor's name is what all of them share."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _draw_mark(axes: Any, mark: Mark, y: float, gid: str, titles: dict[str, str], *, with_text: bool) -> None:

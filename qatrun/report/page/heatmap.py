@@ -16,9 +16,8 @@ from PIL import Image
 
 from qatrun.report.page.content import ArmContent
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
-from qatrun.report.page.forest import elided
 from qatrun.report.page.series import MAX_POINTS, StepBins, Values, step_bins
-from qatrun.report.page.table import Table, printable, table
+from qatrun.report.page.table import Table, elided, printable, table
 from qatrun.report.page.tensors import TensorStats, block, role
 
 MAX_CELLS = 240_000  # over all arms of a page; a cell costs the pointer's numbers 2.7 bytes
@@ -50,9 +49,6 @@ class Measure:
         """Class of each value, NO_VALUE for NaN."""
         found = np.searchsorted(np.array(self.edges), values, side="left")
         return np.where(np.isnan(values), NO_VALUE, found).astype(np.uint8)
-
-    def text(self, value: float) -> str:
-        return f"{100 * value:.3g}% clipped" if self.column == "clip_fraction" else f"overshoot {value:.3g}×"
 
 
 CLIPPING = Measure(

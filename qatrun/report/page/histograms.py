@@ -17,10 +17,9 @@ from qatrun.formats import FORMATS, get_format
 from qatrun.numerics import decode
 from qatrun.records.quantized import HistogramRecord
 from qatrun.report.page.content import ArmContent
-from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
-from qatrun.report.page.forest import elided
+from qatrun.report.page.figure import Figure, Key, Layout, Plot, arm_keys, draw, small_panels
 from qatrun.report.page.table import Table, printable
-from qatrun.report.page.theme import INK, MUTED, NUM_ARM_COLORS, arm_color, arm_glyph
+from qatrun.report.page.theme import INK, MUTED, arm_color
 
 PANEL_PX = 190
 GRID_SHARE = 0.4  # height of the grid's part, of that of the values
@@ -48,7 +47,7 @@ def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | No
         drawings=draw(key, title, lambda layout: _plot(layout, arm, found, tables)),
         tables=tables,
         legend=(
-            Key("values of the tensor", arm_glyph(arm.index), f"arm-{arm.index % NUM_ARM_COLORS}"),
+            *arm_keys({"values of the tensor": arm.index}),
             Key("values of the grid in each octave", "■", "muted"),
         ),
         group="tensor",
@@ -91,20 +90,13 @@ def _table(entry: HistogramRecord) -> Table:
 
 
 def _plot(layout: Layout, arm: ArmContent, found: Sequence[HistogramRecord], tables: Sequence[Table]) -> Plot:
-    num_columns = 1 if layout.narrow or len(found) == 1 else 2
-    num_rows = -(-len(found) // num_columns)
-    figure = canvas(layout, PANEL_PX * num_rows + 16)
-    panels = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
-    for place, (axes, entry, numbers) in enumerate(zip(panels, found, tables, strict=False)):
+    titles = [printable(entry.tensor) for entry in found]
+    figure, panels, lowest = small_panels(layout, titles, PANEL_PX, 16, "values, %")
+    for axes, entry, numbers in zip(panels, found, tables, strict=True):
         _draw_histogram(axes, entry, numbers, arm)
-        axes.set_title(elided(printable(entry.tensor), 44))
-        if place % num_columns == 0:
-            axes.set_ylabel("values, %")
-        if place >= len(found) - num_columns:
-            axes.set_xlabel("|x| / scale")
-    for axes in panels[len(found) :]:
-        axes.remove()
-    return Plot(figure, [(axes, place) for place, axes in enumerate(panels[: len(found)])])
+    for axes in lowest:
+        axes.set_xlabel("|x| / scale")
+    return Plot(figure, [(axes, place) for place, axes in enumerate(panels)])
 
 
 def _draw_histogram(axes: Any, entry: HistogramRecord, numbers: Table, arm: ArmContent) -> None:

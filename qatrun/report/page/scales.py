@@ -10,12 +10,11 @@ import numpy as np
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report.page.content import ArmContent
 from qatrun.report.page.curves import label_steps, logarithmic
-from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
-from qatrun.report.page.forest import elided
+from qatrun.report.page.figure import Figure, Key, Layout, Plot, arm_keys, draw, small_panels
 from qatrun.report.page.series import step_bins
 from qatrun.report.page.table import Table, printable, table
 from qatrun.report.page.tensors import TensorStats
-from qatrun.report.page.theme import BAD, INK, NUM_ARM_COLORS, arm_color, arm_glyph
+from qatrun.report.page.theme import BAD, INK, arm_color
 
 PANEL_PX = 150
 MAX_STEPS = 150  # of a tensor
@@ -46,7 +45,7 @@ def scale_figure(
         drawings=draw(key, title, lambda layout: _plot(layout, arm, tables)),
         tables=tables,
         legend=(
-            Key("amax of the step", arm_glyph(arm.index), f"arm-{arm.index % NUM_ARM_COLORS}"),
+            *arm_keys({"amax of the step": arm.index}),
             Key("amax that the scale stands for", "──", "plain"),
         ),
         group="tensor",
@@ -80,21 +79,14 @@ def _table(stats: TensorStats, name: str) -> Table:
 
 
 def _plot(layout: Layout, arm: ArmContent, tables: Sequence[Table]) -> Plot:
-    num_columns = 1 if layout.narrow or len(tables) == 1 else 2
-    num_rows = -(-len(tables) // num_columns)
-    figure = canvas(layout, PANEL_PX * num_rows + 20)
-    panels = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel().tolist()
-    for place, (axes, part) in enumerate(zip(panels, tables, strict=False)):
+    titles = [part.caption for part in tables]
+    figure, panels, lowest = small_panels(layout, titles, PANEL_PX, 20, "amax", sharex=True)
+    for axes, part in zip(panels, tables, strict=True):
         _draw_tensor(axes, part, arm)
-        axes.set_title(elided(part.caption, 44))
-        if place % num_columns == 0:
-            axes.set_ylabel("amax")
-        if place >= len(tables) - num_columns:
-            label_steps(axes)
-            axes.tick_params(labelbottom=True)
-    for axes in panels[len(tables) :]:
-        axes.remove()
-    return Plot(figure, [(axes, place) for place, axes in enumerate(figure.axes)])
+    for axes in lowest:
+        label_steps(axes)
+        axes.tick_params(labelbottom=True)
+    return Plot(figure, [(axes, place) for place, axes in enumerate(panels)])
 
 
 def _draw_tensor(axes: Any, part: Table, arm: ArmContent) -> None:

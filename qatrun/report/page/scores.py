@@ -10,7 +10,7 @@ from qatrun.records.diagnosis import ArmDiagnosis, Effect
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, Key, arm_keys
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, printable, signed, signed_range, table
+from qatrun.report.page.table import Table, percent, printable, signed, signed_range, table
 
 VARIANTS = {
     "start": "start",
@@ -64,11 +64,11 @@ def scores_figure(content: StudyContent) -> Figure | None:
 
 def attribution_figure(content: StudyContent) -> Figure | None:
     """The parts of every arm's drop; None where the study was not diagnosed."""
-    arms = _diagnosed(content)
+    indices = {arm.name: arm.index for arm in content.arms}
+    arms = {name: arm for name, arm in content.diagnosed.items() if name in indices}
     found = [(name, effect) for name, arm in arms.items() for effect in arm.effects]
     if not found:
         return None
-    indices = {arm.name: arm.index for arm in content.arms}
     groups = [
         Group(
             printable(effect),
@@ -103,11 +103,6 @@ def attribution_figure(content: StudyContent) -> Figure | None:
 
 def _compared(content: StudyContent) -> list[tuple[Pair, TaskComparison]]:
     return [(pair, task) for pair in content.pairs for task in pair.comparison.tasks]
-
-
-def _diagnosed(content: StudyContent) -> Mapping[str, ArmDiagnosis]:
-    known = {arm.name for arm in content.arms}
-    return {name: arm for name, arm in content.diagnosed.items() if name in known}
 
 
 def _attribution_title(arms: Mapping[str, Sequence[Effect]]) -> str:
@@ -150,7 +145,7 @@ def score_table(content: StudyContent) -> Table:
     rows = [
         (
             *(pair.arm, task.task),
-            *(_percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
+            *(percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
             *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp, task.verdict),
         )
         for pair, task in _compared(content)
@@ -179,6 +174,7 @@ def evidence_table(content: StudyContent) -> Table:
         rows,
         "Evidence: items that flipped (↓ right in the twin, wrong in the arm; ↑ the other way round), mean change of the "
         "right answer's log-likelihood, the smallest drop that would have been seen, items that would settle it",
+        "evidence",
     )
 
 
@@ -203,29 +199,24 @@ def cost_table(content: StudyContent) -> Table:
                 *(None if value is None else round(value / 2**20, 1) for value in num_bytes),
             )
         )
-    return table(columns, rows, "Perplexity of held-out text, and what training took")
+    return table(columns, rows, "Perplexity of held-out text, and what training took", "arms")
 
 
-def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table | None:
-    """The models that the diagnosis scored on the same items, a row an arm and task; None where it kept no scores."""
+def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table:
+    """The models that the diagnosis scored on the same items, a row an arm and task; no rows where it kept no scores."""
     rows: list[tuple[Any, ...]] = []
     for name, arm in diagnosed.items():
         rows += [
-            (name, f"{task} %", *(_percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
+            (name, f"{task} %", *(percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
         ]
         rows += [
             (name, label, *(found.get(variant) for variant in VARIANTS))
             for found, label in ((arm.perplexity, "held-out perplexity"), (arm.probe, "forgetting probe, nats"))
             if found
         ]
-    if not rows:
-        return None
     return table(
         ("arm", "score", *VARIANTS.values()),
         rows,
         "Every model on the same items; the forgetting probe is the KL from the start model on held-out text",
+        "models",
     )
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.2f}"

@@ -11,7 +11,7 @@ from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, TaskOfSeeds
 from qatrun.report.page.curves import logarithmic
 from qatrun.report.page.figure import Figure, Layout, Plot, arm_keys, canvas, draw
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, printable, signed, signed_range, table
+from qatrun.report.page.table import Table, percent, printable, signed, signed_range, table
 from qatrun.report.page.theme import MUTED, arm_color, arm_marker
 
 ALL = "all_tasks"
@@ -176,7 +176,7 @@ def arms_table(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Table:
         interval, drop = pooled.drop_ci95_pp, pooled.drop_mean_pp
         rows.append(
             (
-                *(name, arm.twin, f"{100 * pooled.mean:.2f}", _points(pooled.sd)),
+                *(name, arm.twin, f"{100 * pooled.mean:.2f}", percent(pooled.sd)),
                 None if drop is None else signed(drop),
                 signed_range(interval) if interval else None,
                 f"{np.mean(apes):.3g}" if apes else None,
@@ -184,7 +184,7 @@ def arms_table(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Table:
                 _findings_text(arm, len(seeds)),
             )
         )
-    return table(columns, rows, "Pooled over the items of all tasks; means over the seeds")
+    return table(columns, rows, "Pooled over the items of all tasks; means over the seeds", "arms")
 
 
 def count_seeds(seeds: Sequence[int]) -> str:
@@ -229,7 +229,3 @@ def _contrast_mark(each: Contrast) -> Mark:
     text = f"{signed(each.difference_pp)} [{signed_range(each.ci95_pp)}]"
     title = printable(f"{each.a} − {each.b}: {text} pp")
     return Mark(each.difference_pp, None, each.ci95_pp, each.per_seed_pp, text=text, title=title)
-
-
-def _points(fraction: float | None) -> str | None:
-    return None if fraction is None else f"{100 * fraction:.2f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qatrun.records.seeds import ArmOfSeeds, Seeds
 from qatrun.report.page import seeds
 from qatrun.report.page.content import SeedsContent
-from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
+from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
 from qatrun.report.page.study_page import environment_section, figures_section, page_meta, recipe_section
 from qatrun.report.page.table import printable, sentence_case
 
@@ -22,7 +22,7 @@ def seeds_document(content: SeedsContent) -> Document:
             "arms",
             "Arms",
             figures=tuple(figure for figure in figures if figure),
-            tables=(NamedTable(seeds.arms_table(arms, numbers), "arms"),),
+            tables=(seeds.arms_table(arms, numbers),),
             notes=() if figures[0] else ("No arm has a BF16 twin, so there is no drop to show.",),
         ),
         figures_section("damage", "Loss and damage", [damage], "No arm has both a loss error and a drop."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qatrun.records.diagnosis import ArmDiagnosis
@@ -12,7 +12,7 @@ from qatrun.report.page import scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
 from qatrun.report.page.curves import forgetting_figure, loss_figure
-from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, NamedTable, Point, Section, Verdict
+from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.heatmap import heatmap_figure
 from qatrun.report.page.histograms import histogram_figure
@@ -20,6 +20,9 @@ from qatrun.report.page.scales import scale_figure
 from qatrun.report.page.seeds import contrasts_figure
 from qatrun.report.page.table import printable, sentence_case, table
 from qatrun.report.page.tensors import TensorStats
+from qatrun.text import flat
+
+Measured = Sequence[tuple[ArmContent, TensorStats]]
 
 MAX_ALARMS = 50
 MAX_TENSORS = 18  # drawn one by one, over all arms
@@ -27,7 +30,8 @@ MAX_TENSORS = 18  # drawn one by one, over all arms
 
 def study_document(content: StudyContent) -> Document:
     """Everything on the page of a study."""
-    stats = {arm.name: found for arm in content.arms if (found := _stats(arm)) is not None}
+    recorded = [(arm, TensorStats.from_table(arm.tensors)) for arm in content.arms if arm.tensors is not None]
+    measured = [(arm, stats) for arm, stats in recorded if len(stats)]
     sections = (
         _diagnosis_section(content),
         _scores_section(content),
@@ -35,8 +39,8 @@ def study_document(content: StudyContent) -> Document:
         figures_section(
             "loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."
         ),
-        _saturation_section(content, stats),
-        _scale_section(content, stats),
+        _saturation_section(content, measured),
+        _scale_section(content, measured),
         figures_section(
             "forgetting",
             "Forgetting",
@@ -87,7 +91,7 @@ def recipe_section(recipe: str) -> Section:
 
 def environment_section(environment: Environment) -> Section:
     """What it ran on."""
-    facts = tuple((name, printable(value)) for name, value in _flat(environment.to_dict()))
+    facts = tuple((name, _fact(value)) for name, value in flat(environment.to_dict()).items())
     missing = () if facts else ("What it ran on was not recorded (environment.json).",)
     return Section("environment", "Environment", facts=facts, notes=missing)
 
@@ -105,12 +109,9 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
     ]
     shown = f", the first {MAX_ALARMS} of them here" if len(raised) > MAX_ALARMS else ""
     count = f"{len(raised):,} alarm{'s were' if len(raised) > 1 else ' was'} raised{shown}."
-    return Section("alarms", "Alarms", notes=(count,), points=tuple(points), files={"alarms": table(columns, rows)})
-
-
-def _stats(arm: ArmContent) -> TensorStats | None:
-    stats = TensorStats.from_table(arm.tensors) if arm.tensors is not None else None
-    return stats if stats is not None and len(stats) else None
+    return Section(
+        "alarms", "Alarms", notes=(count,), points=tuple(points), files=(table(columns, rows, key="alarms"),)
+    )
 
 
 def _verdict(content: StudyContent) -> Verdict:
@@ -170,19 +171,18 @@ def _diagnosis_section(content: StudyContent) -> Section:
     if content.diagnosis is None:
         return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
     figure = scores.attribution_figure(content)
-    variants = scores.variants_table(content.diagnosed)
     worst = [
         (name, row.tensor, row.clip_fraction, row.overshoot, row.sqnr_db, row.since_step)
         for name, arm in content.diagnosed.items()
         for row in arm.worst_tensors
     ]
     columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
-    worst_tables = (NamedTable(table(columns, worst, "Worst tensors"), "worst-tensors"),) if worst else ()
+    tables = (scores.variants_table(content.diagnosed), table(columns, worst, "Worst tensors", "worst-tensors"))
     return Section(
         "diagnosis",
         "Diagnosis",
         figures=(figure,) if figure else (),
-        tables=(*((NamedTable(variants, "models"),) if variants else ()), *worst_tables),
+        tables=tuple(part for part in tables if part.rows),
         notes=() if figure else ("The diagnosis holds no effects to draw.",),
     )
 
@@ -193,11 +193,7 @@ def _scores_section(content: StudyContent) -> Section:
         return Section(
             "scores", "Scores", notes=("No arm was compared with a BF16 twin, so there is no drop to show.",)
         )
-    tables = (
-        NamedTable(scores.score_table(content)),
-        NamedTable(scores.evidence_table(content), "evidence"),
-        NamedTable(scores.cost_table(content), "arms"),
-    )
+    tables = (scores.score_table(content), scores.evidence_table(content), scores.cost_table(content))
     notes = tuple(
         f"{printable(pair.arm)} was compared anyway, although: {printable(text)}"
         for pair in content.pairs
@@ -215,26 +211,19 @@ def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
     return (Section("contrasts", "Contrasts", figures=(figure,), points=answers),)
 
 
-def _saturation_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+def _saturation_section(content: StudyContent, measured: Measured) -> Section:
     figures = [
-        heatmap_figure(arm, stats[arm.name], figure_key("saturation", arm, content.arms), len(stats))
-        for arm in content.arms
-        if arm.name in stats
+        heatmap_figure(arm, stats, figure_key("saturation", arm, content.arms), len(measured))
+        for arm, stats in measured
     ]
     return figures_section("saturation", "Saturation", figures, _NO_STATISTICS)
 
 
-def _scale_section(content: StudyContent, stats: Mapping[str, TensorStats]) -> Section:
+def _scale_section(content: StudyContent, measured: Measured) -> Section:
+    arms, num_tensors = content.arms, tensors_each(len(measured))
     figures = [
-        scale_figure(
-            arm,
-            stats[arm.name],
-            content.diagnosed.get(arm.name),
-            figure_key("scale", arm, content.arms),
-            tensors_each(len(stats)),
-        )
-        for arm in content.arms
-        if arm.name in stats
+        scale_figure(arm, stats, content.diagnosed.get(arm.name), figure_key("scale", arm, arms), num_tensors)
+        for arm, stats in measured
     ]
     return figures_section("scale", "Scale against amax", figures, _NO_STATISTICS)
 
@@ -252,9 +241,6 @@ def _histogram_section(content: StudyContent) -> Section:
 _NO_STATISTICS = "No statistics of quantized tensors were recorded in this study."
 
 
-def _flat(tree: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        return [leaf for key, child in tree.items() for leaf in _flat(child, f"{name}.{key}".strip("."))]
-    if isinstance(tree, list):
-        return [(name, " ".join(map(str, tree)) or "none")]
-    return [(name, "none" if tree is None else tree)]
+def _fact(value: Any) -> str:
+    text = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
+    return printable("none" if text is None else text)

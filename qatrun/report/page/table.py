@@ -18,17 +18,19 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 class Table:
     """Attributes:
     positions: [num_rows] where each row lies on the figure's x axis; None where its first cell says so.
+    key: stem of the CSV file of a table that stands by itself; empty for one whose numbers are in a figure's file.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     positions: tuple[float, ...] | None = None
+    key: str = ""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", key: str = "") -> Table:
     """A table of plain Python cells; NumPy scalars are converted, NaN and null become empty."""
-    return Table(tuple(columns), tuple(tuple(_plain(cell) for cell in row) for row in rows), caption)
+    return Table(tuple(columns), tuple(tuple(_plain(cell) for cell in row) for row in rows), caption, key=key)
 
 
 def csv_text(tables: Sequence[Table], group: str = "") -> str:
@@ -65,9 +67,19 @@ def signed_range(interval: Sequence[float]) -> str:
     return f"{signed(interval[0])} to {signed(interval[1])}"
 
 
+def percent(fraction: float | None) -> str | None:
+    """Two decimals, without the sign; None stays None."""
+    return None if fraction is None else f"{100 * fraction:.2f}"
+
+
 def printable(text: object) -> str:
     """A name from a model, a data set or a recipe, with control and direction characters made visible."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
+def elided(name: str, length: int) -> str:
+    """The end of a long name: the beginning of a tensor's name is what all of them share."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def sentence_case(text: object) -> str:
