@@ -2,8 +2,8 @@
 resume it each time, and compare what it ends in with a run that nobody stopped: the same files, bit for bit, the clock
 aside. A study that comes to its end is begun again until all kills are spent.
 
-    python scripts/kill_test.py --kills 50                             # TIME_ONE
-    python scripts/kill_test.py --kills 50 --set train.seeds=[0,1]     # TIME_SEEDS
+    python scripts/kill_test.py --kills 50                             # half a minute a kill on one core
+    python scripts/kill_test.py --kills 50 --set train.seeds=[0,1]     # a minute a kill
 """
 
 from __future__ import annotations

@@ -196,6 +196,10 @@ MISTAKES = {
     "an include": ("include: t.yaml\ntask: x\n", "t.yaml: include: it includes itself"),
     "no include": ("include: no.yaml\ntask: x\n", "no.yaml: No such file or directory"),
     "groups in a ring": ("group: g\ntask: [g]\n", "t.yaml: its groups hold each other"),
+    "a kind that is a list": (
+        BASE.replace("output_type: multiple_choice", "output_type: []"),
+        "t.yaml: output_type: input should be a valid string (got [])",
+    ),
     "an unknown member": ("group: g\ntask: [nope-such]\n", "t.yaml: no task 'nope-such' in it or among lm-eval's"),
     "a number as member": ("group: g\ntask: [5]\n", "a group lists names, or mappings with one, not 5"),
     "a cache": (

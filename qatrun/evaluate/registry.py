@@ -20,7 +20,7 @@ from lm_eval.tasks.manager import TaskDict
 from qatrun import demo
 from qatrun.evaluate.leaves import LeafTask, demo_leaf, metric_of
 from qatrun.evaluate.sources import TaskError
-from qatrun.evaluate.task_file import STOCK_FOLDER, check_leaf, is_plain_name, read_task_file
+from qatrun.evaluate.task_file import STOCK_FOLDER, check_leaf, check_types, is_plain_name, read_task_file
 from qatrun.evaluate.trust import task_code_is_trusted
 from qatrun.text import suggestion
 
@@ -135,6 +135,8 @@ def _register(manager: TaskManager, key: str, file: Path | None) -> RegisteredTa
     if not leaves:
         raise TaskError(f"'{key}' is a group of no tasks")
     for leaf in leaves:
+        if file is not None:
+            check_types(leaf, file)  # before anything asks what the values mean
         leaf.check_comparable()
         if file is not None:
             check_leaf(leaf, file)

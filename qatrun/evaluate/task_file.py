@@ -70,15 +70,19 @@ def read_task_file(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_leaf(leaf: LeafTask, file: Path) -> None:
-    """Refuse a task that lm-eval could not make, or whose metrics are code that is not trusted."""
-    config = leaf.config
+def check_types(leaf: LeafTask, file: Path) -> None:
+    """Refuse a task in which a key holds another kind of value than it should."""
     try:
-        _Keys.model_validate(dict(config))
+        _Keys.model_validate(dict(leaf.config))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise TaskError(f"{file}: {key}: {first['msg'].lower()} (got {first['input']!r:.60})") from error
+
+
+def check_leaf(leaf: LeafTask, file: Path) -> None:
+    """Refuse a task that lm-eval could not make, or whose metrics are code that is not trusted."""
+    config = leaf.config
     _refuse_unknown(config, TaskConfig, _GROUP_KEYS, file)
     _refuse_unknown(config.get("fewshot_config") or {}, FewshotConfig, frozenset(), file)
     if not (config.get("test_split") or config.get("validation_split")):
