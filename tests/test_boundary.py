@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import typer
+from tiny_world import run_qatrun
 
 from qatrun import boundary, terminal
 from qatrun.errors import InputError, Interrupted, RunError, SourceError
@@ -198,3 +199,9 @@ def test_a_terminal_of_its_own_width(trained_world: Path) -> None:
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in text.splitlines()]
     assert max(map(len, lines)) <= 40
     assert "21,824" in " ".join(lines).split()
+
+
+def test_a_place_for_scores_that_cannot_be_is_known_before_they_are_made(world: Path) -> None:
+    (world / "runs/tiny/hif8/quantized/model.safetensors").unlink()
+    ran = run_qatrun("eval", "runs/tiny/hif8", "--tasks", "likes.yaml", "--output", "tiny.yaml/x", cwd=world)
+    assert (ran.code, ran.err) == (2, "tiny.yaml/x: Not a directory\n")

@@ -108,12 +108,6 @@ def test_a_tokenizer_that_cannot_be_read_is_known_before_weights_are(
         assert second == MISTAKES["eval model --tasks demo_fact"]
 
 
-def test_a_place_for_scores_that_cannot_be_is_known_before_they_are_made(world: Path) -> None:
-    (world / "runs/tiny/hif8/quantized/model.safetensors").unlink()
-    ran = run_qatrun("eval", "runs/tiny/hif8", "--tasks", LIKES, "--output", "tiny.yaml/x", cwd=world)
-    assert (ran.code, ran.err) == (2, "tiny.yaml/x: Not a directory\n")
-
-
 # help
 
 

@@ -27,7 +27,7 @@ class QuantState(nn.Module):
     """Registered on the model, so that it follows it to a device and into a deep copy; holds no parameter and no buffer, so
     that the model's `state_dict` stays as it is.
 
-    Only `enter` and `push`, which the training loop calls, move the phase, the history and the scales.
+    Nobody but this class writes the phase, and forward and backward move neither history nor scales.
 
     Attributes:
         mode: what the attached linears do now.
