@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -243,3 +244,16 @@ def test_frozen_scores_do_not_depend_on_the_rest_of_the_batch(granularity: str, 
             assert not torch.equal(model(input_ids=quiet).logits[0], model(input_ids=loud).logits[0])
     freeze(model, torch.bfloat16)
     assert torch.equal(logits(model, quiet)[0], logits(model, loud)[0])
+
+
+def test_hooks_stay_and_a_pickled_model_computes_the_same() -> None:
+    model = tiny_gpt2()
+    seen: list[str] = []
+    model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *_: seen.append("called"))
+    state = attach(model, make_plan(model, INT8))
+    quantized_steps(model, state, num_steps=1)
+    assert seen
+    model.transformer.h[0].attn.c_attn._forward_hooks.clear()  # a lambda cannot be pickled
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model))
+    assert again.transformer.h[0].attn.c_attn.quant.state is again.quant_state
