@@ -7,15 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qatrun import boundary, terminal
+from qatrun import boundary, ranks, terminal
 from qatrun.errors import InputError
+from qatrun.launch import run_in_processes
 from qatrun.options import (
     JsonOption,
     OutputDirOption,
+    ProcessesOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
@@ -65,6 +67,7 @@ def train(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Tracker of Accelerate's, such as tensorboard.")
     ] = None,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Train every arm of a recipe, score them and compare them."""
@@ -72,6 +75,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.report.seeds_table import seeds_table
@@ -144,9 +148,11 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, score_table
     from qatrun.study import eval_config, score_path
@@ -196,9 +202,11 @@ def diagnose(
     study: StudyArgument = None,
     output_dir: OutputDirOption = Path("runs"),
     json_: JsonOption = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Say what a drop is made of: forgetting, quantization noise or stale scales; scores two more models for each arm."""
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
@@ -249,13 +257,38 @@ def init(
 
 
 def main() -> None:
-    """Entry point: every error ends in a sentence and an exit code."""
+    """Entry point: every error ends in a sentence and an exit code. Of several processes the first runs the command; the
+    others follow it, and end with its code."""
     terminal.prepare()
-    code = boundary.exit_code_of(lambda: app(prog_name="qatrun", standalone_mode=False), err.out)
+    code = boundary.exit_code_of(_command, _say)
     if (lost := terminal.finish()) is not None:
         err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
         code = code or 3
+    ranks.end(code)
     raise SystemExit(code)
+
+
+def _command() -> Any:
+    with ranks.losses_named():
+        if ranks.start().leads:
+            return app(prog_name="qatrun", standalone_mode=False)
+        try:
+            _quiet_libraries()
+            return ranks.follow()
+        except KeyboardInterrupt:  # the first was interrupted too, and says so
+            raise SystemExit(boundary.INTERRUPTED) from None
+
+
+def _say(text: str) -> None:
+    own = ranks.started()
+    err.out(text if own.leads else f"process {own.rank} of {own.size}: {text}")
+
+
+def _in_processes(asked: str | None) -> None:
+    """Go on in this process, or run the command in so many others."""
+    code = run_in_processes(asked)
+    if code is not None:
+        raise typer.Exit(code)
 
 
 @contextmanager

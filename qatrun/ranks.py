@@ -1,34 +1,72 @@
-"""The world: the processes that train one model together. Torch-free, and below all that computes.
+"""The world: the processes that work on one command together. torch is imported where there are several.
 
-One process is a world of one, where nothing is exchanged and everything is its own; so who trains asks no world for its
-size. It is the only one so far. What a larger one has to answer is said at each method.
+Process 0 leads: it runs the command as if it were alone, reads and writes files, decides and prints, and what takes all of
+them it calls `together`. The others do nothing else. So only what is called together ever runs on more than one process,
+and a verb that calls nothing together is right in any world.
+
+    start()                      the world that torchrun, accelerate launch or qatrun started this process in
+    world()                      the one that the code at hand runs in: that, within `together`; else this process alone
+    together(act, own, others)   from the leader: act(own) here and act(others) on all others
+    follow()                     what the others do meanwhile
+    end(outcome)                 the leader lets them go
+
+Within `together` nothing may raise on one process alone between two exchanges, or the others would wait: what can, such as
+reading a file, goes through `first` or `shared_out`, which carry exceptions. One that comes all the same ends its process,
+and with it, as connections break, the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qatrun.errors import InputError, LostProcessError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+P = TypeVar("P")
+R = TypeVar("R")
 T = TypeVar("T")
+
+# How long an exchange waits for a process that does not come.
+PATIENCE = timedelta(seconds=float(os.environ.get("QATRUN_TIMEOUT", 30 * 60)))
+GRACE = 3.0  # seconds within which all that live have noticed that one does not
+POLL = 0.1  # seconds; between two looks for a command, signals are heard
 
 
 @dataclass(frozen=True)
 class World:
-    """As one of its processes sees it. All of them come to every exchange, in the same order."""
+    """As one of its processes sees it. All of them come to every exchange, in the same order. A world of one exchanges
+    nothing: everything is its own."""
 
-    rank: int = field(default=0, init=False)
-    size: int = field(default=1, init=False)
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
 
     def first(self, act: Callable[[], T]) -> T:
         """What `act` returns, or raises, on the first process, where alone it is called; on all of them."""
         return act()
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all, by rank, on all of them."""
+        return [value]
+
     def maximum(self, x: Tensor) -> Tensor:
-        """The largest of all, value by value: exact, in whatever order they come."""
+        """The largest of all, value by value: exact, in whatever order they come. NaN counts as infinite."""
         return x
 
     def total(self, x: Tensor) -> Tensor:
@@ -36,12 +74,271 @@ class World:
         return x
 
     def agree(self, reason: str | None) -> str | None:
-        """One reason on all processes: that of any which has one."""
+        """One reason on all processes: that of the first which has one."""
         return reason
 
     def mine(self, parts: Sequence[T]) -> Sequence[T]:
         """Which of the parts, the same on all processes, this one takes."""
         return parts[self.rank :: self.size]
 
+    def shared_out(self, parts: Sequence[P], compute: Callable[[P], R]) -> list[R]:
+        """`compute` of each part, in their order, each made by one process and given to all. All make the same number of
+        calls, some of them once more and for nothing: a sharded model computes only where all processes do.
+
+        Raises:
+            what the first call that failed did, on all processes.
+        """
+        found: dict[int, R] = {}
+        failure: Exception | None = None
+        for turn in range(-(-len(parts) // self.size)):
+            index = turn * self.size + self.rank
+            try:
+                found[index] = compute(parts[min(index, len(parts) - 1)])
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                failure = failure or error
+        for part in (gathered := self.gather((found, _portable(failure)))):
+            if part[1] is not None:
+                raise part[1]
+        together = {index: result for results, _ in gathered for index, result in results.items()}
+        return [together[index] for index in range(len(parts))]
+
 
 ALONE = World()
+
+
+class _Processes(World):
+    """A world of several, on torch's process group."""
+
+    def first(self, act: Callable[[], T]) -> T:
+        import torch.distributed as dist
+
+        box: list[Any] = [None]
+        failure = None
+        if self.leads:
+            try:
+                box = [(act(), None)]
+            except Exception as error:
+                failure, box = error, [(None, _portable(error))]
+        dist.broadcast_object_list(box, src=0)
+        value, raised = box[0]
+        if raised is not None:
+            raise failure or raised
+        result: T = value
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def maximum(self, x: Tensor) -> Tensor:
+        import torch
+        import torch.distributed as dist
+
+        sent = torch.where(x.isnan(), torch.inf, x) if x.is_floating_point() else x.clone()
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        return sent
+
+    def total(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        sent = x.clone()
+        dist.all_reduce(sent, op=dist.ReduceOp.SUM)
+        return sent
+
+    def agree(self, reason: str | None) -> str | None:
+        import torch
+
+        if not int(self.maximum(torch.tensor(int(reason is not None)))):  # on the CPU: no device waits for it
+            return None
+        return next(given for given in self.gather(reason) if given is not None)
+
+
+_started: World = ALONE
+_current: World | None = None
+_num_commands = 0
+
+
+def start() -> World:
+    """Join the world that this process was started in; a second call only says which that is.
+
+    Raises:
+        InputError: several processes were asked for, and one was started.
+    """
+    global _started, _current
+    if _started.size > 1:
+        return _started
+    environment = os.environ
+    if (
+        environment.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_PORT" in environment
+        and "WORLD_SIZE" not in environment
+    ):
+        raise InputError(
+            "accelerate launch starts one process with --cpu, whatever --num_processes says: use `torchrun "
+            "--nproc_per_node N -m qatrun ...`, or qatrun's own --processes N"
+        )
+    size = int(environment.get("WORLD_SIZE", "1"))
+    if size > 1:
+        import torch
+        import torch.distributed as dist
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        _started = _Processes(dist.get_rank(), dist.get_world_size())
+        _current = ALONE
+    return _started
+
+
+def started() -> World:
+    """The whole world of this process, whoever in it the code at hand runs for."""
+    return _started
+
+
+def world() -> World:
+    """The world that the code at hand runs in. In a program that is not qatrun's, its process group if it has one."""
+    if _current is not None:
+        return _current
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ALONE
+    return _Processes(dist.get_rank(), dist.get_world_size())
+
+
+def together(act: Callable[[T], R], own: T, others: T) -> R:
+    """What `act(own)` returns or raises, called on this process, the leader, while `act(others)` runs on each of the others.
+
+    Args:
+        act: goes there by pickle, as do `others` and what it is a partial of.
+    """
+    if _started.size == 1 or world().size > 1:  # already together: all are here
+        return act(own)
+    global _num_commands
+    _store().set(f"command/{_num_commands}", pickle.dumps(partial(act, others)))
+    number, _num_commands = _num_commands, _num_commands + 1
+    try:
+        with _entered(_started):
+            return act(own)
+    except BaseException:
+        _store().set(f"failed/{number}", b"")
+        raise
+
+
+def follow() -> Any:
+    """Do what the leader calls this process to, until it ends; returns what it ended with."""
+    global _num_commands
+    while True:
+        number, _num_commands = _num_commands, _num_commands + 1
+        _wait_for(f"command/{number}")
+        command = pickle.loads(_store().get(f"command/{number}"))
+        if isinstance(command, _End):
+            _store().set(f"left/{number}/{_started.rank}", b"")
+            return command.outcome
+        try:
+            with _entered(_started):
+                command()
+        except Exception:
+            _store().set(f"alive/{_started.rank}", b"")
+            # The leader's own, which it says, where it fails too; else this process's, which is the end of the run.
+            if not _comes(f"failed/{number}", 10 * GRACE):
+                raise
+
+
+def end(outcome: Any) -> None:
+    """From the leader: nothing more is done together; `follow` returns the outcome on the others."""
+    global _num_commands
+    if _started.size == 1 or not _started.leads:
+        return
+    _store().set(f"command/{_num_commands}", pickle.dumps(_End(outcome)))
+    number, _num_commands = _num_commands, _num_commands + 1
+    # This process may hold the store that they read.
+    _all_come([f"left/{number}/{rank}" for rank in range(1, _started.size)], GRACE)
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Say which process is missing where an exchange with it broke off.
+
+    Raises:
+        LostProcessError: an exchange broke off.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _started.size == 1 or not any(sign in f"{type(error)} {error}" for sign in _BROKEN):
+            raise
+        raise LostProcessError(_loss(str(error))) from error
+
+
+_BROKEN = ("gloo", "NCCL", "DistBackendError", "DistNetworkError", "DistStoreError", "Connection reset", "Broken pipe")
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last command."""
+
+    outcome: Any
+
+
+@contextmanager
+def _entered(new: World) -> Iterator[None]:
+    global _current
+    before, _current = _current, new
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def _store() -> Any:
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore("qatrun", _get_default_store())
+
+
+def _wait_for(key: str) -> None:
+    """However long it takes; signals are heard."""
+    while not _store().check([key]):
+        time.sleep(POLL)
+
+
+def _comes(key: str, seconds: float) -> bool:
+    """Whether it is there by then."""
+    return _all_come([key], seconds)
+
+
+def _all_come(keys: list[str], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not (there := _store().check(keys)) and time.monotonic() < until:
+        time.sleep(POLL)
+    return bool(there)
+
+
+def _loss(said: str) -> str:
+    """A sentence on who is missing: all that live come here."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what a launcher sends to those that are left
+    others = [rank for rank in range(_started.size) if rank != _started.rank]
+    try:
+        _store().set(f"alive/{_started.rank}", b"")
+        _all_come([f"alive/{rank}" for rank in others], GRACE)
+        missing = [rank for rank in others if not _store().check([f"alive/{rank}"])]
+    except RuntimeError:
+        missing = []
+    who = f"process {', '.join(map(str, missing))} of {_started.size}" if missing else "another process of the run"
+    how = "does not answer" if "imed out" in said or "imeout" in said else "has ended"
+    return f"{who} {how} (counted from 0): {' '.join(said.split())[:200]}"
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """An exception that can be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a library's exception is made of
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
