@@ -6,6 +6,7 @@ Nothing here changes a number of the training, and all of it is as resumable as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from qatrun.errors import AlarmStop, DamagedFileError
 from qatrun.files import ALARMS_FILE
 from qatrun.quant import Mode
+from qatrun.ranks import world
 from qatrun.records.training import AlarmRow
 from qatrun.train.alarms import AlarmWatch
 from qatrun.train.metrics import RowsFile, surviving_alarms
@@ -72,8 +74,8 @@ class Monitor(Stateful):
         file = (trunk or folder) / FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
-            self.probe.save(file)
-        elif file.is_file():
+            world().first(partial(self.probe.save, file))
+        elif world().first(file.is_file):
             try:
                 self.probe = Probe.load(file)
             except DamagedFileError as error:

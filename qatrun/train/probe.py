@@ -9,11 +9,11 @@ off the probe shows what training forgot, or learned instead; with quantizers on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from qatrun.files import reading, whole_file
 from qatrun.model import text_config
+from qatrun.ranks import world
 
+T = TypeVar("T")
 FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
@@ -46,12 +48,13 @@ class Probe:
         cls, model: Any, input_ids: Tensor, top_k: int, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Probe:
         """Ask the start model, computing as training does; leaves it in the mode it was in."""
-        kept = [
-            logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-            for logits in _logits(model, input_ids, autocast)
-        ]
-        likeliest = torch.cat([top.indices.int().cpu() for top in kept])
-        return cls(input_ids, likeliest, torch.cat([top.values.cpu() for top in kept]))
+
+        def kept(logits: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+            top = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+            return top.indices.int().cpu(), top.values.cpu()
+
+        likeliest, log_probs = zip(*_asked(model, input_ids, autocast, kept), strict=True)
+        return cls(input_ids, torch.cat(likeliest), torch.cat(log_probs))
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
@@ -70,25 +73,33 @@ class Probe:
     @torch.no_grad()
     def divergence(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
         """KL from the start model, nats per token, of the model as it computes now; leaves its mode as it was."""
-        total, done = 0.0, 0
-        for logits in _logits(model, self.input_ids, autocast):
-            rows = slice(done, done + len(logits))
-            total += float(_kl(logits, self.likeliest[rows], self.log_probs[rows]).double().sum())
-            done += len(logits)
-        return total / self.input_ids.numel()
+
+        def nats(logits: Tensor, rows: slice) -> float:
+            return float(_kl(logits, self.likeliest[rows], self.log_probs[rows]).double().sum())
+
+        return sum(_asked(model, self.input_ids, autocast, nats)) / self.input_ids.numel()
 
 
-def _logits(model: Any, input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Iterator[Tensor]:
-    """[batch, seq_len, vocab] float32 of as many sequences at once as memory permits."""
-    device = next(model.parameters()).device
+def _asked(
+    model: Any,
+    input_ids: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    keep: Callable[[Tensor, slice], T],
+) -> list[T]:
+    """What is kept of the logits, [batch, seq_len, vocab] float32, of some rows of the text; as many at once as memory
+    permits, shared out over the processes."""
+    device, num = next(model.parameters()).device, len(input_ids)
     at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * text_config(model).vocab_size))
     was_training = model.training
+
+    def ask(rows: slice) -> T:
+        with autocast():
+            logits = model(input_ids=input_ids[rows].to(device), use_cache=False).logits
+        return keep(logits.float(), rows)
+
     model.eval()
     try:
-        for batch in input_ids.split(at_once):
-            with autocast():
-                logits = model(input_ids=batch.to(device), use_cache=False).logits
-            yield logits.float()
+        return world().shared_out([slice(first, first + at_once) for first in range(0, num, at_once)], ask)
     finally:
         model.train(was_training)
 

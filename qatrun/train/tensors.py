@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qatrun.files import TENSORS, by_step, reading, whole_file
 from qatrun.quant import STATISTICS
+from qatrun.ranks import world
 
 UNFINISHED = "unfinished.parquet"
 ENDING = ".parquet"
@@ -37,7 +38,8 @@ SCHEMA = pa.schema(
 
 
 class TensorFile:
-    """Collects the rows of a segment and writes them a part at a time."""
+    """Collects the rows of a segment and writes them a part at a time; of several processes, which collect the same, the
+    first writes."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """
@@ -47,11 +49,12 @@ class TensorFile:
         """
         self._folder, self._names = folder / TENSORS, list(names)
         self._rows: list[tuple[int, Table]] = []
+        self._leads = world().leads
 
     def begin(self, from_step: int) -> None:
         """Go on after so many steps: parts that say something of later ones are dropped."""
         for last_step, part in by_step(self._folder, ENDING).items():
-            if last_step > from_step:
+            if last_step > from_step and self._leads:
                 part.unlink()
 
     def add(self, step: int, table: Table) -> None:
@@ -74,7 +77,8 @@ class TensorFile:
         if self._rows:
             self._write(self._folder / f"step-{step:06d}{ENDING}")
             self._rows.clear()
-        (self._folder / UNFINISHED).unlink(missing_ok=True)
+        if self._leads:
+            (self._folder / UNFINISHED).unlink(missing_ok=True)
 
     def show(self) -> None:
         """Write what was added since the last part for readers of a run that is stopped here."""
@@ -82,6 +86,8 @@ class TensorFile:
             self._write(self._folder / UNFINISHED)
 
     def _write(self, file: Path) -> None:
+        if not self._leads:
+            return
         steps = np.repeat(np.array([step for step, _ in self._rows], dtype=np.int32), len(self._names))
         indices = np.tile(np.arange(len(self._names), dtype=np.int32), len(self._rows))
         values = np.concatenate([table for _, table in self._rows])
