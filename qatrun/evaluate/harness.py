@@ -2,8 +2,10 @@
 
 Each task is run by itself, so that its score depends on nothing but the model, the task and the settings, and equals
 what the `lm_eval` command line gives for that task with `softmax_dtype=float32` and the same dtype and batch size.
-lm-eval's model class is used as it is, but for three things: it does not tie the embeddings of the model it is given
-(an artifact's output layer may rightly differ), it reports progress, and it stops at the first NaN or Inf.
+lm-eval's model class is used as it is, but for four things: it does not tie the embeddings of the model it is given
+(an artifact's output layer may rightly differ), it reports progress, it stops at the first NaN or Inf, and several
+processes, each of which runs all of lm-eval as if alone, share out the forwards: whole batches of lm-eval's own order, so
+that each keeps its neighbours and its padding, and scores are to the bit those of one process.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,14 @@ from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
 from qatrun.evaluate.templates import sandboxed_templates
 from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL, replace_file
+from qatrun.ranks import world
 from qatrun.recipe import EvalConfig
 
 SOFTMAX_DTYPE = "float32"
 
 # Task, requests done, requests in all; a request is one choice of one item.
 Progress = Callable[[str, int, int], None]
+_Request = tuple[Any, list[int], list[int]]  # text, tokens of the prompt, tokens of the choice
 
 
 def score(
@@ -63,6 +68,7 @@ def score(
     """
     results: dict[str, Any] = {}
     scores: dict[str, TaskScore] = {}
+    output_dir = output_dir if world().leads else None
     with quiet(), sandboxed_templates(), evaluation_mode(model):
         tasks = _build(config)
         lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
@@ -121,13 +127,35 @@ class _InMemoryLM(HFLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+    def _loglikelihood_tokens(self, requests: Sequence[_Request], **options: Any) -> Any:
         if not all(context and choice for _, context, choice in requests):
             message = "it asks with a prompt or a choice that has no token in this tokenizer (empty, or blanks)"
             raise InputError(Problem(message, f"eval.tasks.{self._task}"))
         self.num_truncated += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
         self.num_tokens |= {text: len(choice) for text, _, choice in requests}
-        return super()._loglikelihood_tokens(requests, **options)
+        answer = super()._loglikelihood_tokens
+        if world().size == 1:
+            return answer(requests, **options)
+        parts = _batches(requests, int(self.batch_size))
+        answered = world().shared_out(parts, lambda part: answer([requests[i] for i in part], **options))
+        order = [i for part in parts for i in part]
+        by_request = dict(zip(order, chain.from_iterable(answered), strict=True))
+        return [by_request[i] for i in range(len(requests))]
+
+
+def _batches(requests: Sequence[_Request], size: int) -> list[list[int]]:
+    """Indices of the requests of each batch that lm-eval would make of them: requests that differ in their last token alone
+    need one forward, the longest come first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (_, context, choice) in enumerate(requests):
+        groups.setdefault(tuple(context + choice[:-1]), []).append(i)
+
+    def order(group: list[int]) -> tuple[int, tuple[int, ...]]:
+        _, context, choice = max((requests[i] for i in group), key=lambda request: len(request[2]))
+        return -len(context + choice), tuple(context + choice)
+
+    ordered = sorted(groups.values(), key=order)
+    return [[i for group in ordered[at : at + size] for i in group] for at in range(0, len(ordered), size)]
 
 
 class _AnswerHook:
@@ -142,7 +170,7 @@ class _AnswerHook:
     def add_partial(self, _method: str, _request: tuple[str, str], answer: tuple[float, bool]) -> None:
         if not math.isfinite(answer[0]):
             raise NonFiniteError(f"the model's logits are NaN or infinite (scoring {self.task})")
-        self.num_done += 1
+        self.num_done = min(self.num_done + world().size, self.num_requests)
         if self.on_progress is not None:
             self.on_progress(self.task, self.num_done, self.num_requests)
 

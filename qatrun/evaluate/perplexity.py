@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from qatrun.data import IGNORE_INDEX
 from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
+from qatrun.ranks import world
 
 
 @torch.no_grad()
 def mean_nll(model: PreTrainedModel, sequences: Tensor, *, batch_size: int, labels: Tensor | None = None) -> float:
     """Mean negative log-likelihood of each token of each sequence given those before it, nats; log-softmax in float32.
+    Several processes share the batches.
 
     Args:
         model: put in eval mode meanwhile; runs in its own dtype, on its own device.
@@ -25,8 +27,8 @@ def mean_nll(model: PreTrainedModel, sequences: Tensor, *, batch_size: int, labe
     """
     labels = sequences if labels is None else labels
     with evaluation_mode(model):
-        batches = zip(sequences.split(batch_size), labels.split(batch_size), strict=True)
-        nll = torch.cat([_token_nll(model, *batch) for batch in batches])
+        batches = list(zip(sequences.split(batch_size), labels.split(batch_size), strict=True))
+        nll = torch.cat(world().shared_out(batches, lambda batch: _token_nll(model, *batch)))
     if not torch.isfinite(nll).all():
         raise NonFiniteError("the model's logits are NaN or infinite on the held-out text")
     return float(nll.sum(dim=1).sum() / int((labels[:, 1:] != IGNORE_INDEX).sum()))

@@ -12,19 +12,22 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from qatrun import advice
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
-from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES
-from qatrun.quant import calibrated_plan, freeze, input_histograms
+from qatrun.quant import QuantPlan, calibrated_plan, freeze, input_histograms
+from qatrun.ranks import world
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records.diagnosis import ArmDiagnosis, Effect, StudyDiagnosis, TensorRecord
 from qatrun.records.training import ArmResult, Result
@@ -32,6 +35,7 @@ from qatrun.scheme import Slot
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
+from qatrun.study.joint import score_together
 from qatrun.study.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated
@@ -139,18 +143,21 @@ class _Diagnosis:
         tokenizer = load_tokenizer(self.arm.model)
         data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
         sequences, valid = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids, data.valid
-        model = calibrated(self.arm, weights, plan, sequences.split(batch_size))
         slots = [(Slot.parse(record.tensor), record.scale) for record in records]
         scales = {slot.linear: scale for slot, scale in slots if slot.role == "input" and scale is not None}
-        if scales:
-            shown = dict(list(scales.items())[:SHOWN])
-            tensors = input_histograms(model, valid.input_ids[:batch_size], shown, plan)
-            write_json(mine.histograms, {"tensors": tensors})
-        freeze(model, DTYPES[self.arm.model.compute_dtype])
+        shown = dict(list(scales.items())[:SHOWN])
+        opened = partial(
+            _open_calibrated,
+            self.arm,
+            weights,
+            plan,
+            sequences.split(batch_size),
+            mine,
+            shown,
+            valid.input_ids[:batch_size],
+        )
         items = self.recipe.diagnose.items
-        score(model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items)
-        nats = mean_nll(model, valid.input_ids, batch_size=self.recipe.eval.batch_size, labels=valid.labels)
-        del model
+        _, nats = score_together(opened, self.recipe.eval, place, self.display, held_out=valid, at_most=items)
         gc.collect()
         return nats
 
@@ -200,6 +207,28 @@ class _Diagnosis:
     def _against_saturation(self, worst: TensorRecord) -> str:
         schemes = artifact.read_plan(self.folder.arm(self.arm.name).quantized).slots()
         return advice.against_saturation(schemes.get(Slot.parse(worst.tensor)), worst.overshoot)
+
+
+def _open_calibrated(
+    arm: Arm,
+    weights: ArmFolder,
+    plan: QuantPlan,
+    batches: Sequence[Tensor],
+    mine: ArmFolder,
+    scales: Mapping[str, float],
+    shown: Tensor,
+) -> tuple[Any, Any]:
+    """A calibrated model, frozen, and its tokenizer.
+
+    Args:
+        mine: the arm's folder, which keeps how the inputs of these linears, with these scales, spread over the grid on the
+            text that is shown.
+    """
+    model = calibrated(arm, weights, plan, batches)
+    if scales and world().leads:
+        write_json(mine.histograms, {"tensors": input_histograms(model, shown, scales, plan)})
+    freeze(model, DTYPES[arm.model.compute_dtype])
+    return model, load_tokenizer(arm.model)
 
 
 def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:

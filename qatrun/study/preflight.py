@@ -95,8 +95,12 @@ class Preflight:
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name], detectable_drop_pp=detectable)
 
 
-def preflight(recipe: Recipe) -> Preflight:
-    """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising."""
+def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
+    """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising.
+
+    Args:
+        processes: that are to train together.
+    """
     arms = recipe.arm_by_name
     problems: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
@@ -127,6 +131,9 @@ def preflight(recipe: Recipe) -> Preflight:
             checked_data.add(data)
             problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key])]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
+    problems += [
+        _named(problem, name, recipe) for name, arm in arms.items() for problem in _sharing_problems(arm, processes)
+    ]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
     problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
@@ -163,6 +170,19 @@ def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and 0 < context < arm.data.seq_len:  # -1: any number will do
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
+
+
+def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
+    """Batches that processes cannot share: all must make the same number of forwards."""
+    train, at_once = arm.train, arm.train.micro_batch_size * processes
+    if train.global_batch_size % at_once:
+        below = train.global_batch_size // at_once * at_once
+        nearest = " or ".join(str(size) for size in (below, below + at_once) if size)
+        yield Problem(
+            f"{train.global_batch_size} sequences are no whole number of micro-batches of {train.micro_batch_size} for each "
+            f"of {processes} processes; {nearest} would be",
+            "train.global_batch_size",
+        )
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qatrun.errors import InputError, Problem
-from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
 from qatrun.export import artifact
-from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
+from qatrun.model import TRUST_KEY, TRUSTED, load_config
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ScoredModel, ScoredTask
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.joint import open_plain, score_together
 from qatrun.study.layout import StudyFolder
 from qatrun.tokenizer import load_tokenizer
 
@@ -63,12 +64,12 @@ def score_path(
         raise InputError(problems)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # a path that cannot be is known before minutes of scoring
-    try:
-        model, tokenizer, what = _open(source)
-    except InputError as error:
-        raise InputError([_without_key(problem) for problem in error.problems]) from error
     display.begin_scoring(Path(path).name)
-    scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
+    quantized = artifact.find(Path(path))
+    scores, _ = score_together(partial(_open, source, quantized), config, output, display)
+    what = f"{quantized} (quantizers on, scales frozen)"
+    if quantized is None:
+        what = f"{path} (plain model, {scores.settings['dtype']})"
     tasks = [
         ScoredTask(
             name=name,
@@ -112,11 +113,10 @@ def _without_key(problem: Problem) -> Problem:
     return Problem(problem.message)
 
 
-def _open(source: ModelConfig) -> tuple[Any, Any, str]:
-    """(model, tokenizer, what they are in words)."""
-    quantized = artifact.find(Path(source.path))
-    if quantized is not None:
-        opened = artifact.load(quantized, trust_remote_code=source.trust_remote_code)
-        return *opened, f"{quantized} (quantizers on, scales frozen)"
-    model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
-    return model, tokenizer, f"{source.path} (plain model, {str(model.dtype).removeprefix('torch.')})"
+def _open(source: ModelConfig, quantized: Path | None) -> tuple[Any, Any]:
+    try:
+        if quantized is not None:
+            return artifact.load(quantized, trust_remote_code=source.trust_remote_code)
+        return open_plain(source, "auto")
+    except InputError as error:
+        raise InputError([_without_key(problem) for problem in error.problems]) from error

@@ -7,18 +7,19 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
-from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
-from qatrun.model import DTYPES, load_model, on_device, save_model
+from qatrun.model import DTYPES, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Arm
+from qatrun.recipe import Arm, EvalConfig
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Outcome, Result
@@ -27,6 +28,7 @@ from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
+from qatrun.study.joint import Opener, open_plain, score_together, train_together
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
@@ -35,8 +37,7 @@ from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
-from qatrun.train.loop import train
-from qatrun.train.segment import Segment, Watched
+from qatrun.train.segment import Segment
 
 
 def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
@@ -65,8 +66,8 @@ class _Study:
         if record.result.is_file():
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
-        model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
-        value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
+        opened = partial(open_plain, arm.model, arm.model.compute_dtype)
+        value = self._score(opened, self._held_out(arm, tokenizer), record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
 
     def train_arm(self, segments: ArmSegments) -> None:
@@ -89,7 +90,7 @@ class _Study:
         arm, own, trunk = segments.own.arm, segments.own, segments.trunk
         if trunk is not None and not has_checkpoint(folder.checkpoints):
             self._train_trunk(trunk)
-        model, outcome = self._train(own)
+        model, outcome = self._train(own, keep=True)
         sizes = self._export(model, load_tokenizer(arm.model), own, folder)
         del model
         gc.collect()
@@ -107,7 +108,7 @@ class _Study:
         except DamagedFileError as error:
             if result.is_file():
                 self.display.on_warning(f"{error}; made again")
-        outcome = self._train(trunk)[1]
+        outcome = self._train(trunk, keep=False)[1]
         gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
         write_json(result, outcome)
 
@@ -134,35 +135,27 @@ class _Study:
         write_comparison(self.folder, answered)
         return answered
 
-    def _train(self, segment: Segment) -> tuple[Any, Outcome]:
+    def _train(self, segment: Segment, *, keep: bool) -> tuple[Any, Outcome]:
         arm = segment.arm
         check_inputs(self.folder, self.recipe)
         tokenizer = load_tokenizer(arm.model)
-        model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         self.display.begin_training(segment.name, first_step, segment.last_step)
-        outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
-        return model, outcome
+        watched = self._watched(arm, tokenizer)
+        return train_together(segment, data.train, self.display, self.trackers, *watched, keep=keep)
 
     def _held_out(self, arm: Arm, tokenizer: Any) -> Batch:
         check_inputs(self.folder, self.recipe)
         return open_data(arm.data, tokenizer, arm.train.seed).valid
 
-    def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
+    def _watched(self, arm: Arm, tokenizer: Any) -> tuple[Tensor | None, EvalConfig | None]:
         """The probe's text, and its mini-benchmark if the recipe wants one."""
         probe = arm.monitor.probe
         if probe is None:
-            return Watched()
-        text = open_probe(arm.data, tokenizer, probe.sequences)
-        if probe.items is None:
-            return Watched(text)
+            return None, None
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
-
-        def benchmark(model: Any) -> dict[str, float]:
-            return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
-
-        return Watched(text, benchmark)
+        return open_probe(arm.data, tokenizer, probe.sequences), None if probe.items is None else few
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
@@ -185,17 +178,14 @@ class _Study:
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
-            model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
-            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
+            opened = partial(artifact.load, folder.path, trust_remote_code=arm.model.trust_remote_code)
+            values["on"] = self._score(opened, valid, folder.eval, f"{arm.name}, quantizers on")
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
-        model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
-        return values | {state: self._score(on_device(model), tokenizer, valid, place, what)}
+        return values | {state: self._score(partial(open_plain, plain, arm.model.compute_dtype), valid, place, what)}
 
-    def _score(self, model: Any, tokenizer: Any, valid: Batch, output: Path, what: str) -> float:
+    def _score(self, opened: Opener, valid: Batch, output: Path, what: str) -> float:
         self.display.begin_scoring(what)
-        score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
-        batch_size = self.recipe.eval.batch_size
-        nats = mean_nll(model, valid.input_ids, batch_size=batch_size, labels=valid.labels)
+        _, nats = score_together(opened, self.recipe.eval, output, self.display, held_out=valid)
         return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
 
     def _record(

@@ -1,0 +1,130 @@
+"""What a study does on all processes together: train a segment, score a saved model. All else the leader does alone.
+
+Every process opens the model for itself, from what lies on disk. To train it is then shared out (see `train.sharding`), and
+comes back whole to the process that leads; to score it stays whole, and the work is shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qatrun.data import Batch, PackedStream
+from qatrun.evaluate.harness import score
+from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.scores import Scores
+from qatrun.model import DTYPES, load_model, on_device
+from qatrun.quant import ResumableState, attach
+from qatrun.ranks import together, world
+from qatrun.recipe import EvalConfig, ModelConfig
+from qatrun.records.training import Outcome
+from qatrun.study.display import SILENT, Display, ScoringDisplay
+from qatrun.tokenizer import load_tokenizer
+from qatrun.train.loop import train
+from qatrun.train.segment import Segment, Watched
+from qatrun.train.sharding import whole_state
+
+# Gives a model, on the CPU, and its tokenizer; goes to other processes by pickle.
+Opener = Callable[[], tuple[Any, Any]]
+
+
+def open_plain(model: ModelConfig, dtype: str) -> tuple[Any, Any]:
+    """A Hugging Face folder's or hub id's model, in this dtype ("auto": its config's)."""
+    return load_model(model, DTYPES.get(dtype, "auto")), load_tokenizer(model)
+
+
+def train_together(
+    segment: Segment,
+    stream: PackedStream,
+    display: Display,
+    trackers: Sequence[str],
+    text: Tensor | None,
+    items: EvalConfig | None,
+    *,
+    keep: bool,
+) -> tuple[Any, Outcome]:
+    """Train a segment; raises as `train`.
+
+    Args:
+        text: of the forgetting probe.
+        items: its mini-benchmark.
+        keep: whether the trained model is wanted.
+    Returns:
+        (the model, whole and with quantizers attached, or None; what is known of the run).
+    """
+    act = partial(_train, segment, trackers, text, items, keep)
+    return together(act, (stream, display), (None, SILENT))
+
+
+def _train(
+    segment: Segment,
+    trackers: Sequence[str],
+    text: Tensor | None,
+    items: EvalConfig | None,
+    keep: bool,
+    own: tuple[PackedStream | None, Display],
+) -> tuple[Any, Outcome]:
+    stream, display = own
+    model, tokenizer = open_plain(segment.arm.model, segment.arm.model.param_dtype)
+
+    def benchmark(model: Any) -> dict[str, float]:
+        assert items is not None
+        return {name: task.accuracy for name, task in score(model, tokenizer, items).tasks.items()}
+
+    outcome = train(segment, model, stream, display, trackers, Watched(text, None if items is None else benchmark))
+    if not keep:
+        return None, outcome
+    return (model if world().size == 1 else _whole(model, segment)), outcome
+
+
+def _whole(sharded: Any, segment: Segment) -> Any:
+    """A model that several processes trained as one would have trained it, where it is needed; else None."""
+    scales = None if segment.plan is None else ResumableState(sharded.quant_state).state_dict()
+    weights = whole_state(sharded)
+    if not world().leads:
+        return None
+    model, _ = open_plain(segment.arm.model, segment.arm.model.param_dtype)
+    model.load_state_dict(weights)
+    if segment.plan is not None and scales is not None:
+        ResumableState(attach(model, segment.plan)).load_state_dict(scales)
+    return model
+
+
+def score_together(
+    opened: Opener,
+    config: EvalConfig,
+    output: Path | None,
+    display: ScoringDisplay,
+    *,
+    held_out: Batch | None = None,
+    at_most: int | None = None,
+) -> tuple[Scores, float]:
+    """Score a model as `score` does.
+
+    Args:
+        held_out: text to take the mean NLL of, too.
+    Returns:
+        (scores, mean NLL in nats a token; 0 without text).
+    """
+    return together(partial(_score, opened, config, output, held_out, at_most), display, SILENT)
+
+
+def _score(
+    opened: Opener,
+    config: EvalConfig,
+    output: Path | None,
+    held_out: Batch | None,
+    at_most: int | None,
+    display: ScoringDisplay,
+) -> tuple[Scores, float]:
+    model, tokenizer = opened()
+    model = on_device(model)
+    scores = score(model, tokenizer, config, output_dir=output, on_progress=display.on_scored, at_most=at_most)
+    nats = 0.0
+    if held_out is not None:
+        nats = mean_nll(model, held_out.input_ids, batch_size=config.batch_size, labels=held_out.labels)
+    return scores, nats
