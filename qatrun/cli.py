@@ -13,7 +13,7 @@ import typer
 
 from qatrun import boundary, ranks, terminal
 from qatrun.errors import InputError
-from qatrun.launch import run_in_processes
+from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
     JsonOption,
     OutputDirOption,
@@ -105,6 +105,7 @@ def check(
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
+    processes: Annotated[str | None, typer.Option(metavar="N", help="What it would be with so many.")] = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
@@ -120,7 +121,7 @@ def check(
     from qatrun.report import dry_run
     from qatrun.study import preflight
 
-    checked = preflight(loaded)
+    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes))
     if json_:
         out.print_data(checked.dry_run().to_dict())
     else:

@@ -189,13 +189,6 @@ def test_arms_start_from_one_model(world: Path) -> None:
     assert (ran.code, ran.err) == (2, f"--set {arms}: arms.other.model.path -- {message}\n")
 
 
-def test_several_processes_are_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ran = run_qatrun("train", "tiny.yaml", "--set", "name=two", cwd=world)
-    assert ran.code == 2
-    assert "several processes are not supported yet" in ran.err
-
-
 def test_a_study_of_bf16_alone_has_nothing_to_compare(world: Path) -> None:
     options = ("--set", "name=plain", "--set", "qat=null", "--set", "arms={bf16: {}}", *SHORT)
     ran = run_qatrun("train", "tiny.yaml", *options, "--fail-on-verdict", "--strict", cwd=world)

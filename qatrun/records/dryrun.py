@@ -52,6 +52,7 @@ class DryRun(Record):
 
     Attributes:
         num_parameters: None where the model cannot be looked at, as is `disk_bytes`, phase -> estimate.
+        processes: that are to train together; memory is that of each.
         assumed_discordance: share of the items on which two models are taken to differ.
     """
 
@@ -66,3 +67,4 @@ class DryRun(Record):
     tasks: list[DryRunTask]
     assumed_discordance: float
     problems: list[str]
+    processes: int = 1

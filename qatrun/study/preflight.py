@@ -40,6 +40,7 @@ class Preflight:
         num_parameters: of the recipe's model, tied ones counted once.
         tasks: what would be scored.
         problems: what stands in the way; empty where the recipe can run here and now.
+        processes: that are to train together.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Preflight:
     config: Any
     tasks: list[TaskPlan]
     problems: list[Problem]
+    processes: int
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -67,13 +69,15 @@ class Preflight:
             tasks=[self._dry_run_of_task(task) for task in self.tasks],
             assumed_discordance=paired.TYPICAL_DISCORDANCE,
             problems=[str(problem) for problem in self.problems],
+            processes=self.processes,
         )
 
     def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
         covered = self.coverages.get(name)
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
-            memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
+            num_quantized = covered.quantized_weights if covered else 0
+            memory = memory_bytes(arm, self.num_parameters, num_quantized, self.config, self.processes)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
@@ -147,6 +151,7 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         config=text_config(first) if first is not None else None,
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
+        processes=processes,
     )
 
 
@@ -180,7 +185,7 @@ def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
         nearest = " or ".join(str(size) for size in (below, below + at_once) if size)
         yield Problem(
             f"{train.global_batch_size} sequences are no whole number of micro-batches of {train.micro_batch_size} for each "
-            f"of {processes} processes; {nearest} would be",
+            f"of {processes} processes; {nearest} would be, or a smaller train.micro_batch_size",
             "train.global_batch_size",
         )
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -150,13 +151,13 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, str]
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint in a folder, and a sentence on each newer one that is damaged."""
-    warnings: list[str] = []
+    complaints: list[str] = []
     for candidate in reversed(world().first(partial(by_step, folder)).values()):
         try:
-            return read_checkpoint(candidate), warnings
+            return read_checkpoint(candidate), complaints
         except CheckpointError as error:
-            warnings.append(f"{error}; going back to the checkpoint before it")
-    return None, warnings
+            complaints.append(f"{error}; going back to the checkpoint before it")
+    return None, complaints
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -204,7 +205,9 @@ def fill(folder: Path, parts: Mapping[str, State]) -> None:
     for part, state in parts.items():
         prefix = f"{part}/" if _in_shards(folder) else ""
         tensors |= {f"{prefix}{key}": tensor.detach() for key, tensor in state.items()}
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world().size == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world().size == 1)
 
 
 def large_shapes(folder: Path, part: str) -> dict[str, torch.Size]:
