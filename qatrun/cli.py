@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qatrun import boundary, ranks, terminal
+from qatrun import boundary, followers, ranks, terminal
 from qatrun.errors import InputError
 from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
@@ -265,17 +265,17 @@ def main() -> None:
     if (lost := terminal.finish()) is not None:
         err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
         code = code or 3
-    ranks.end(code)
+    followers.end(code)
     raise SystemExit(code)
 
 
 def _command() -> Any:
-    with ranks.losses_named():
+    with followers.losses_named():
         if ranks.start().leads:
             return app(prog_name="qatrun", standalone_mode=False)
         try:
             _quiet_libraries()
-            return ranks.follow()
+            return followers.follow()
         except KeyboardInterrupt:  # the first was interrupted too, and says so
             raise SystemExit(boundary.INTERRUPTED) from None
 

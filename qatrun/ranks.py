@@ -1,35 +1,26 @@
-"""The world: the processes that work on one command together. torch is imported where there are several.
+"""The world: the processes that work on one command together, and what they exchange. torch is imported where there are
+several.
 
-Process 0 leads: it runs the command as if it were alone, reads and writes files, decides and prints, and what takes all of
-them it calls `together`. The others do nothing else. So only what is called together ever runs on more than one process,
-and a verb that calls nothing together is right in any world.
+    start()     the world that torchrun, accelerate launch or qatrun started this process in
+    world()     the one that the code at hand runs in: that, within `followers.together`; else this process alone
 
-    start()                      the world that torchrun, accelerate launch or qatrun started this process in
-    world()                      the one that the code at hand runs in: that, within `together`; else this process alone
-    together(act, own, others)   from the leader: act(own) here and act(others) on all others
-    follow()                     what the others do meanwhile
-    end(outcome)                 the leader lets them go
-
-Within `together` nothing may raise on one process alone between two exchanges, or the others would wait: what can, such as
-reading a file, goes through `first` or `shared_out`, which carry exceptions. One that comes all the same ends its process,
-and with it, as connections break, the run.
+Where several processes run the same code nothing may raise on one of them alone between two exchanges, or the others would
+wait: what can, such as reading a file, goes through `first` or `shared_out`, which carry exceptions. One that comes all the
+same ends its process, and with it, as connections break, the run.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qatrun.errors import InputError, LostProcessError
+from qatrun.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +29,8 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# How long an exchange waits for a process that does not come.
-PATIENCE = timedelta(seconds=float(os.environ.get("QATRUN_TIMEOUT", 30 * 60)))
-GRACE = 3.0  # seconds within which all that live have noticed that one does not
-POLL = 0.1  # seconds; between two looks for a command, signals are heard
+PATIENCE = "QATRUN_TIMEOUT"  # seconds that an exchange waits for a process that does not come; from the environment
+PATIENT_FOR = 30 * 60
 
 
 @dataclass(frozen=True)
@@ -160,7 +149,6 @@ class _Processes(World):
 
 _started: World = ALONE
 _current: World | None = None
-_num_commands = 0
 
 
 def start() -> World:
@@ -190,10 +178,17 @@ def start() -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_patience())
         _started = _Processes(dist.get_rank(), dist.get_world_size())
         _current = ALONE
     return _started
+
+
+def _patience() -> timedelta:
+    given = os.environ.get(PATIENCE, str(PATIENT_FOR))
+    if not given.isascii() or not given.isdigit() or not int(given):
+        raise InputError(f"{PATIENCE}={given}: must be a number of seconds")
+    return timedelta(seconds=int(given))
 
 
 def started() -> World:
@@ -211,128 +206,15 @@ def world() -> World:
     return _Processes(dist.get_rank(), dist.get_world_size())
 
 
-def together(act: Callable[[T], R], own: T, others: T) -> R:
-    """What `act(own)` returns or raises, called on this process, the leader, while `act(others)` runs on each of the others.
-
-    Args:
-        act: goes there by pickle, as do `others` and what it is a partial of.
-    """
-    if _started.size == 1 or world().size > 1:  # already together: all are here
-        return act(own)
-    global _num_commands
-    _store().set(f"command/{_num_commands}", pickle.dumps(partial(act, others)))
-    number, _num_commands = _num_commands, _num_commands + 1
-    try:
-        with _entered(_started):
-            return act(own)
-    except BaseException:
-        _store().set(f"failed/{number}", b"")
-        raise
-
-
-def follow() -> Any:
-    """Do what the leader calls this process to, until it ends; returns what it ended with."""
-    global _num_commands
-    while True:
-        number, _num_commands = _num_commands, _num_commands + 1
-        _wait_for(f"command/{number}")
-        command = pickle.loads(_store().get(f"command/{number}"))
-        if isinstance(command, _End):
-            _store().set(f"left/{number}/{_started.rank}", b"")
-            return command.outcome
-        try:
-            with _entered(_started):
-                command()
-        except Exception:
-            _store().set(f"alive/{_started.rank}", b"")
-            # The leader's own, which it says, where it fails too; else this process's, which is the end of the run.
-            if not _comes(f"failed/{number}", 10 * GRACE):
-                raise
-
-
-def end(outcome: Any) -> None:
-    """From the leader: nothing more is done together; `follow` returns the outcome on the others."""
-    global _num_commands
-    if _started.size == 1 or not _started.leads:
-        return
-    _store().set(f"command/{_num_commands}", pickle.dumps(_End(outcome)))
-    number, _num_commands = _num_commands, _num_commands + 1
-    # This process may hold the store that they read.
-    _all_come([f"left/{number}/{rank}" for rank in range(1, _started.size)], GRACE)
-
-
 @contextmanager
-def losses_named() -> Iterator[None]:
-    """Say which process is missing where an exchange with it broke off.
-
-    Raises:
-        LostProcessError: an exchange broke off.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if _started.size == 1 or not any(sign in f"{type(error)} {error}" for sign in _BROKEN):
-            raise
-        raise LostProcessError(_loss(str(error))) from error
-
-
-_BROKEN = ("gloo", "NCCL", "DistBackendError", "DistNetworkError", "DistStoreError", "Connection reset", "Broken pipe")
-
-
-@dataclass(frozen=True)
-class _End:
-    """The last command."""
-
-    outcome: Any
-
-
-@contextmanager
-def _entered(new: World) -> Iterator[None]:
+def entered(new: World) -> Iterator[None]:
+    """Let code run in another world."""
     global _current
     before, _current = _current, new
     try:
         yield
     finally:
         _current = before
-
-
-def _store() -> Any:
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
-
-    return PrefixStore("qatrun", _get_default_store())
-
-
-def _wait_for(key: str) -> None:
-    """However long it takes; signals are heard."""
-    while not _store().check([key]):
-        time.sleep(POLL)
-
-
-def _comes(key: str, seconds: float) -> bool:
-    """Whether it is there by then."""
-    return _all_come([key], seconds)
-
-
-def _all_come(keys: list[str], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while not (there := _store().check(keys)) and time.monotonic() < until:
-        time.sleep(POLL)
-    return bool(there)
-
-
-def _loss(said: str) -> str:
-    """A sentence on who is missing: all that live come here."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what a launcher sends to those that are left
-    others = [rank for rank in range(_started.size) if rank != _started.rank]
-    try:
-        _store().set(f"alive/{_started.rank}", b"")
-        _all_come([f"alive/{rank}" for rank in others], GRACE)
-        missing = [rank for rank in others if not _store().check([f"alive/{rank}"])]
-    except RuntimeError:
-        missing = []
-    who = f"process {', '.join(map(str, missing))} of {_started.size}" if missing else "another process of the run"
-    how = "does not answer" if "imed out" in said or "imeout" in said else "has ended"
-    return f"{who} {how} (counted from 0): {' '.join(said.split())[:200]}"
 
 
 def _portable(error: Exception | None) -> Exception | None:

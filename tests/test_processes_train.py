@@ -228,7 +228,7 @@ def lost(folder: Path) -> str:
         if world().rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    from qatrun.ranks import losses_named
+    from qatrun.followers import losses_named
 
     with losses_named():
         return arm_trained(folder, {4: die})

@@ -100,7 +100,7 @@ def _together(act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     from qatrun import ranks
 
     started = ranks.start()
-    with ranks._entered(started):
+    with ranks.entered(started):
         return act(*arguments)
 
 

@@ -18,6 +18,7 @@ from qatrun.model.load import (
     from_tensors,
     load_model,
     on_device,
+    without_weights,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "save_description",
     "save_model",
     "text_config",
+    "without_weights",
 ]

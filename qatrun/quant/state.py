@@ -96,8 +96,9 @@ class QuantState(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantState:
         device = fn(torch.empty(0, device=self.scales.scale.device)).device
-        self.scales.to(device)
-        self.tally.to(device)
+        if device.type != "meta":
+            self.scales.to(device)
+            self.tally.to(device)
         return self
 
 

@@ -1,7 +1,7 @@
 """What a study does on all processes together: train a segment, score a saved model. All else the leader does alone.
 
-Every process opens the model for itself, from what lies on disk. To train it is then shared out (see `train.sharding`), and
-comes back whole to the process that leads; to score it stays whole, and the work is shared out.
+To train, the leader opens the model, from which each process gets its part (see `train.sharding`), and at the end it comes
+back whole. To score, every process opens the model for itself, from what lies on disk, and the work is shared out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from qatrun.data import Batch, PackedStream
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
-from qatrun.model import DTYPES, load_model, on_device
+from qatrun.followers import together
+from qatrun.model import DTYPES, load_model, on_device, without_weights
 from qatrun.quant import ResumableState, attach
-from qatrun.ranks import together, world
+from qatrun.ranks import world
 from qatrun.recipe import EvalConfig, ModelConfig
 from qatrun.records.training import Outcome
 from qatrun.study.display import SILENT, Display, ScoringDisplay
@@ -69,7 +70,9 @@ def _train(
     own: tuple[PackedStream | None, Display],
 ) -> tuple[Any, Outcome]:
     stream, display = own
-    model, tokenizer = open_plain(segment.arm.model, segment.arm.model.param_dtype)
+    source, dtype = segment.arm.model, segment.arm.model.param_dtype
+    model = load_model(source, DTYPES[dtype]) if world().leads else without_weights(source, DTYPES[dtype])
+    tokenizer = load_tokenizer(source)
 
     def benchmark(model: Any) -> dict[str, float]:
         assert items is not None

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from qatrun.errors import InputError, WriteError
 from qatrun.files import replace_file
-from qatrun.ranks import end, follow, start, started
+from qatrun.followers import end, follow
+from qatrun.ranks import start, started
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.seeds_table import seeds_text

@@ -14,22 +14,22 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
-from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, RunError, SourceError
+from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
 from qatrun.files import CHECKPOINTS, METRICS_FILE
 from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
-from qatrun.ranks import World, world
+from qatrun.ranks import world
 from qatrun.records.training import Outcome
-from qatrun.train.checkpoint import LARGE, Checkpoint, fill, large_shapes, latest_checkpoint, write_checkpoint
+from qatrun.train.checkpoint import Checkpoint, latest_checkpoint
 from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
-from qatrun.train.parts import Clock, Moments, RandomNumbers, State, Stateful, Weights
+from qatrun.train.parts import Clock, Moments, RandomNumbers, Stateful, Weights
+from qatrun.train.savepoint import Savepoint
 from qatrun.train.schedule import learning_rate_at, mode_at
 from qatrun.train.segment import Listener, Segment, Watched
 from qatrun.train.signals import StopRequest, stop_on_signals
@@ -74,7 +74,7 @@ class Session:
     Attributes:
         stepper: what computes a step.
         step: optimizer steps done.
-        parts: what its checkpoints hold.
+        savepoint: what its checkpoints hold.
         metrics: open while it runs.
     """
 
@@ -102,18 +102,14 @@ class Session:
         self.monitor = Monitor(segment, self.stepper, watched)
         micro_batches = arm.train.global_batch_size // arm.train.micro_batch_size // self.world.size
         self.observed_steps = _observed_steps(self.quant, micro_batches)
-        self.weights, self.moments = Weights(model), Moments(model, self.stepper.optimizer)
         self.consumed = hashlib.sha256()  # what this process was given since it started
-        self.parts: dict[str, Stateful] = {
-            "model": self.weights,
-            "optimizer": self.moments,
-            "rng": RandomNumbers(),
-            **({} if stream is None else {"data": stream}),
-            "monitor": self.monitor,
-            "clock": self.clock,
-        }
+        parts: dict[str, Stateful] = {"rng": RandomNumbers()}
+        if stream is not None:
+            parts["data"] = stream
+        parts |= {"monitor": self.monitor, "clock": self.clock}
         if self.quant is not None:
-            self.parts["quant"] = ResumableState(self.quant)
+            parts["quant"] = ResumableState(self.quant)
+        self.savepoint = Savepoint(segment, Weights(model), Moments(model, self.stepper.optimizer), parts)
 
     def run(self, request: StopRequest) -> Outcome:
         """To the segment's end; raises as `train`."""
@@ -184,24 +180,8 @@ class Session:
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint, *, from_trunk: bool) -> None:
-        if not self.weights.fit(self._shapes(checkpoint)):
-            raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model"
-            )
+        self.savepoint.restore(checkpoint, from_trunk=from_trunk)
         self.step = self.saved_step = checkpoint.step
-        if checkpoint.folder is not None and self.world.size > 1:
-            self.moments.begin()
-            fill(checkpoint.folder, {part: self.parts[part].state_dict() for part in LARGE})
-        for name, state in checkpoint.parts.items():
-            if name in self.parts and state:  # a trunk's quantizers are nothing to a BF16 arm
-                part = self.parts[name]
-                (part.adopt if from_trunk else part.load_state_dict)(state)
-
-    def _shapes(self, checkpoint: Checkpoint) -> dict[str, torch.Size]:
-        """Of the parameters in a checkpoint."""
-        if checkpoint.folder is not None and self.world.size > 1:
-            return large_shapes(checkpoint.folder, "model")
-        return {name: tensor.shape for name, tensor in checkpoint.parts["model"].items()}
 
     def _open_metrics(self) -> None:
         file, of_trunk = self.segment.folder / METRICS_FILE, self.segment.trunk
@@ -293,13 +273,7 @@ class Session:
         self._flush()
         self.metrics.sync()  # a checkpoint must never be ahead of the metrics that led to it
         self.monitor.write(self.step, due=self._due)
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        refuse_differences(
-            self.world, {"data": {"consumed": self.consumed.hexdigest()}, "quant": parts.get("quant", {})}
-        )
-        checkpoint = Checkpoint(self.step, self.segment.identity, parts)
-        folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
-        write_checkpoint(folder, checkpoint, config.keep_last, config.save_every)
+        self.savepoint.write(self.step, self.consumed.hexdigest())
         self.saved_step = self.step
 
     def _stop_on_nonfinite(self, row: Mapping[str, Any], batch: Batch) -> NoReturn:
@@ -318,28 +292,6 @@ class Session:
                 f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only "
                 "guesses. Check that model and tokenizer belong together and that its weights are pretrained"
             )
-
-
-def refuse_differences(world: World, parts: Mapping[str, State]) -> None:
-    """Make sure that all processes hold the same of what is not shared out.
-
-    Raises:
-        RunError: they do not, with the names of what differs.
-    """
-    if world.size == 1:
-        return
-    own = {f"{part}/{name}": _digest(value) for part, state in parts.items() for name, value in state.items()}
-    everywhere = world.gather(own)
-    if differing := [name for name in own if len({digests.get(name) for digests in everywhere}) > 1]:
-        raise RunError(
-            f"the processes do not agree on {', '.join(differing)}, which all of them must hold alike: not saved; an "
-            "error of qatrun's own or of the machine's, please report it. The last checkpoint is good"
-        )
-
-
-def _digest(value: Any) -> str:
-    content = value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-    return hashlib.sha256(content).hexdigest()
 
 
 def _observed_steps(quant: QuantState | None, micro_batches: int) -> int:

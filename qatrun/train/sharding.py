@@ -8,15 +8,16 @@ divided by the targets of the whole batch already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qatrun.ranks import World
 
@@ -25,9 +26,11 @@ def shard(model: nn.Module, world: World, device: torch.device, *, reshard_after
     """Leave on each process its part of the model, on this device.
 
     Args:
+        model: on the process that leads, with its weights; on others its architecture will do, on the meta device.
         reshard_after_forward: give a block's weights back between its forward and its backward.
     """
     mesh = init_device_mesh(device.type, (world.size,))
+    weights = {name: p.detach() for name, p in model.named_parameters()} if world.leads else {}
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)  # what is left, in one group: tied weights must not lie in two
@@ -35,6 +38,32 @@ def shard(model: nn.Module, world: World, device: torch.device, *, reshard_after
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # else a scaled sum, which gloo does not have
+    if any(world.gather(next(model.parameters()).is_meta)):
+        _hand_out(model, weights, world, device)
+
+
+@torch.no_grad()
+def _hand_out(model: nn.Module, weights: Mapping[str, Tensor], world: World, device: torch.device) -> None:
+    """Give each process its part of what the first has whole, a tensor at a time."""
+    buffers = world.first(lambda: {name: (buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()})
+    if not world.leads:
+        model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        full = _from_first(weights.get(name), parameter.shape, parameter.dtype, world, device)
+        part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+    for name, (shape, dtype) in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[leaf] = _from_first(module._buffers.get(leaf), shape, dtype, world, device)
+
+
+def _from_first(x: Tensor | None, shape: torch.Size, dtype: torch.dtype, world: World, device: torch.device) -> Tensor:
+    """The first process's tensor on all of them."""
+    full = x.to(device) if world.leads and x is not None else torch.empty(shape, dtype=dtype, device=device)
+    dist.broadcast(full, src=0)
+    return full
 
 
 def own_part(x: Tensor) -> Tensor:
