@@ -70,7 +70,7 @@ class Tally:
         overshoot and scale are the same on all of them (see `QuantState.push`)."""
         if world.size == 1:
             return
-        num_values = torch.tensor(self.num_values, dtype=torch.float64).to(self.counts.device)
+        num_values = torch.as_tensor(self.num_values, dtype=torch.float64).to(self.counts.device)
         parts = [self.counts.double(), num_values.unsqueeze(1), self.energies]
         counts, of_values, self.energies = world.total(torch.cat(parts, dim=1)).split([2, 1, 2], dim=1)
         self.counts, self.num_values = counts.long(), of_values.flatten().long()
