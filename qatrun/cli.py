@@ -266,6 +266,8 @@ def main() -> None:
         err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
         code = code or 3
     followers.end(code)
+    if code == 0:
+        ranks.leave()
     raise SystemExit(code)
 
 

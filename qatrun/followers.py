@@ -62,10 +62,11 @@ def follow() -> Any:
         try:
             with entered(started()):
                 command()
-        except Exception:
-            _store().set(f"alive/{started().rank}", b"")
+        except Exception as error:
+            if _is_broken(error):
+                _store().set(f"alive/{started().rank}", b"")
             # The leader's own, which it says, where it fails too; else this process's, which is the end of the run.
-            if not _comes(f"failed/{number}", 10 * GRACE):
+            if not _comes(f"failed/{number}", 3 * GRACE):
                 raise
 
 
@@ -90,7 +91,7 @@ def losses_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if started().size == 1 or not any(sign in f"{type(error)} {error}" for sign in _BROKEN):
+        if started().size == 1 or not _is_broken(error):
             raise
         raise LostProcessError(_loss(str(error))) from error
 
@@ -100,6 +101,11 @@ class _End:
     """The last command."""
 
     outcome: Any
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether it is of an exchange that another process did not come to."""
+    return isinstance(error, RuntimeError) and any(sign in f"{type(error)} {error}" for sign in _BROKEN)
 
 
 def _store() -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,28 +160,49 @@ def start() -> World:
     global _started, _current
     if _started.size > 1:
         return _started
-    environment = os.environ
-    if (
-        environment.get("ACCELERATE_USE_CPU") == "True"
-        and "MASTER_PORT" in environment
-        and "WORLD_SIZE" not in environment
-    ):
-        raise InputError(
-            "accelerate launch starts one process with --cpu, whatever --num_processes says: use `torchrun "
-            "--nproc_per_node N -m qatrun ...`, or qatrun's own --processes N"
-        )
-    size = int(environment.get("WORLD_SIZE", "1"))
+    size = _size(os.environ)
     if size > 1:
         import torch
         import torch.distributed as dist
 
+        backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+            backend, local_rank = "cpu:gloo,cuda:nccl", int(os.environ.get("LOCAL_RANK", "0"))
+            if local_rank >= torch.cuda.device_count():
+                raise InputError(
+                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
+                )
+            torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_patience())
+            dist.init_process_group(backend, timeout=_patience())
         _started = _Processes(dist.get_rank(), dist.get_world_size())
         _current = ALONE
     return _started
+
+
+def leave() -> None:
+    """At the end of a program that went well."""
+    if _started.size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _size(environment: Mapping[str, str]) -> int:
+    """How many processes a launcher says that it has started.
+
+    Raises:
+        InputError: it says too little, or started one where several were asked for.
+    """
+    size = environment.get("WORLD_SIZE", "")
+    if size.isdigit() and int(size) > 1 and (missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - environment.keys()):
+        raise InputError(f"WORLD_SIZE is {size}, but {', '.join(sorted(missing))} is not set: start it with torchrun")
+    if not size and environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in environment:
+        raise InputError(
+            "accelerate launch starts one process with --cpu, whatever --num_processes says: use `torchrun "
+            "--nproc_per_node N -m qatrun ...`, or qatrun's own --processes N"
+        )
+    return int(size) if size.isdigit() else 1
 
 
 def _patience() -> timedelta:

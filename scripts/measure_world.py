@@ -88,20 +88,22 @@ def measure(arguments: argparse.Namespace, world: ranks.World) -> None:
         stepper.quant.tally.take()
         reset_peak_memory()
         world.gather(None)
-        sent, began = _sent(), time.perf_counter()
+        sent, began, busy = _sent(), time.perf_counter(), time.process_time()
         for _ in range(arguments.steps):
             stepper.step(Batch(ids, ids), 1e-4)
             stepper.quant.tally.take()
         seconds = (time.perf_counter() - began) / arguments.steps
+        cpu_seconds = sum(world.gather(time.process_time() - busy)) / arguments.steps
     peaks = world.gather(peak_memory_bytes() - before)
     if world.leads:
         traffic = (_sent() - sent) / arguments.steps
+        print(f"{num_parameters:,} parameters, {world.size} processes")
+        print(f"  {arguments.micro_batches} micro-batches of {arguments.micro_batch} x {arguments.seq_len} a step")
+        print(f"  {seconds:.2f} s a step, {cpu_seconds:.2f} s of CPU time together")
+        print(f"  {size * arguments.seq_len / seconds:,.0f} tokens/s")
+        print(f"  peak {', '.join(map(readable_size, peaks))} (estimate {readable_size(estimated)})")
         print(
-            f"{num_parameters:,} parameters, {world.size} processes, {arguments.micro_batches} micro-batches of "
-            f"{arguments.micro_batch} x {arguments.seq_len}: {seconds:.2f} s a step, "
-            f"{size * arguments.seq_len / seconds:,.0f} tokens/s; peak {', '.join(map(readable_size, peaks))} "
-            f"(estimate {readable_size(estimated)}); sent {readable_size(int(traffic))} a step, "
-            f"{traffic / (4 * num_parameters):.2f} x the float32 weights"
+            f"  sent {readable_size(int(traffic))} a step, {traffic / (4 * num_parameters):.2f} x the float32 weights"
         )
 
 

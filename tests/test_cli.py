@@ -98,7 +98,7 @@ def test_a_tokenizer_that_cannot_be_read_is_known_before_weights_are(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qatrun.export.artifact.load_file", None)
-    monkeypatch.setattr("qatrun.study.scoring.load_model", None)
+    monkeypatch.setattr("qatrun.study.joint.load_model", None)
     for folder in ("model", "runs/tiny/hif8/quantized"):
         (world / folder / "tokenizer.json").write_text("[]", encoding="utf-8")
         ran = run_qatrun("eval", folder, "--tasks", "demo_fact", cwd=world)

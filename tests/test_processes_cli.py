@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import checksums, outcome, read
 from tiny_world import run_qatrun, write_world
-from worlds import cli_in_world
+from worlds import Worlds, cli, cli_in_world
+
+from qatrun.train.stepper import Stepper
 
 PROBE = ("--set", "monitor.probe.items=4", "--set", "monitor.probe.every=6")  # a benchmark of the model in parts
 SHORT = ("--set", "train.steps=12", "--set", "warmup.steps=4", "--set", "eval.limit=20", *PROBE)
@@ -115,6 +118,9 @@ def test_accelerate_that_dropped_the_processes_is_not_taken_for_one(two: Path, m
     ran = run_qatrun("recipes", cwd=two)
     assert ran.code == 2
     assert "accelerate launch starts one process with --cpu" in ran.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = run_qatrun("recipes", cwd=two)
+    assert (ran.code, ran.err) == (2, "WORLD_SIZE is 2, but MASTER_ADDR, RANK is not set: start it with torchrun\n")
 
 
 def test_a_killed_process_ends_the_run_and_is_named(two: Path) -> None:
@@ -122,6 +128,35 @@ def test_a_killed_process_ends_the_run_and_is_named(two: Path) -> None:
     run.wait_for(lambda: "training hif8 step 9" in run.log(0))
     run.kill(1)
     assert run.codes() == [3, -signal.SIGKILL]
+    assert "process 1 of 2 has ended" in run.log(0)
+
+
+def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(two: Path) -> None:
+    run = cli_in_world(2, "train", "tiny.yaml", *SHORT, "--set", "name=hanging", cwd=two, QATRUN_TIMEOUT="20")
+    run.wait_for(lambda: "training bf16 step 6" in run.log(0))
+    run.kill(1, signal.SIGSTOP)
+    run.wait_for(lambda: not run.processes[0].is_alive())
+    run.kill(1)
+    assert run.codes() == [3, -signal.SIGKILL]
+    assert "process 1 of 2 does not answer" in run.log(0)
+
+
+def out_of_memory(arguments: list[str], cwd: str) -> None:
+    """The second process has too little of it."""
+
+    def step(self: Stepper, *given: Any) -> Any:
+        if self.world.rank == 1 and self.num_steps == 5:
+            raise MemoryError("7 GiB")
+        return original(self, *given)
+
+    original, Stepper.step = Stepper.step, step
+    cli(arguments, cwd)
+
+
+def test_a_process_whose_memory_runs_out_says_so(two: Path) -> None:
+    run = Worlds(2, out_of_memory, ["train", "tiny.yaml", *SHORT, "--set", "name=full"], str(two))
+    assert run.codes() == [3, 3], run.log()
+    assert "process 1 of 2: memory ran out (7 GiB)" in run.log(1)
     assert "process 1 of 2 has ended" in run.log(0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from training import Recorder, TinyStudy, differences, final_state, gpt2_with_dropout
-from worlds import Worlds, _together, in_world
+from worlds import Worlds, in_world, together
 
 from qatrun.data import open_data, open_probe
 from qatrun.errors import QatrunError
@@ -206,9 +206,17 @@ def planted_amax() -> tuple[float, float]:
     return float(quantizers.scales.history[0, 0]), own
 
 
+def in_a_loop_of_ones_own() -> tuple[float, float]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    return planted_amax()
+
+
 def test_the_largest_amax_of_all_processes_is_pushed() -> None:
     """In a user's own loop, too: nothing but `attach` and `push` is called."""
     assert in_world(2, planted_amax) == [(6.0, 5.0), (6.0, 6.0)]
+    assert Worlds(2, in_a_loop_of_ones_own).results() == [(6.0, 5.0), (6.0, 6.0)]
 
 
 def dropout_arm(folder: Path) -> str:
@@ -236,7 +244,7 @@ def lost(folder: Path) -> str:
 
 def test_a_process_that_is_killed_is_named_and_the_last_checkpoint_good(alone: Path) -> None:
     folder = alone.parent / "lost"
-    run = Worlds(2, _together, lost, (folder,))
+    run = Worlds(2, together, lost, (folder,))
     assert run.codes() == [1, -signal.SIGKILL]
     assert "LostProcessError: process 1 of 2 has ended (counted from 0)" in run.log(0)
     assert in_world(2, arm_trained, folder) == ["", ""]

@@ -93,10 +93,10 @@ class Worlds:
 
 def in_world(size: int, act: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `act(*arguments)` returns on each process of a world, in which it is called on all together."""
-    return Worlds(size, _together, act, arguments).results()
+    return Worlds(size, together, act, arguments).results()
 
 
-def _together(act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def together(act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     from qatrun import ranks
 
     started = ranks.start()
@@ -106,15 +106,15 @@ def _together(act: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 def cli_in_world(size: int, *arguments: str, cwd: Path, **environment: str) -> Worlds:
     """`torchrun --nproc_per_node SIZE -m qatrun ARGUMENTS` in a folder, without torchrun."""
-    return Worlds(size, _cli, list(arguments), str(cwd), **environment)
+    return Worlds(size, cli, list(arguments), str(cwd), **environment)
 
 
-def _cli(arguments: list[str], cwd: str) -> None:
-    from qatrun import cli
+def cli(arguments: list[str], cwd: str) -> None:
+    from qatrun.cli import main
 
     os.chdir(cwd)
     sys.argv = ["qatrun", *arguments]
-    cli.main()
+    main()
 
 
 def _run(act: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, environment: Mapping[str, str]) -> None:

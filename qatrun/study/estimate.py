@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qatrun.recipe import Arm
-from qatrun.train.objective import CHUNK, CHUNKED_FROM
+from qatrun.train.chunks import CHUNK, CHUNKED_FROM
 
 BYTES = {"float32": 4, "bfloat16": 2}
 ADAMW_MOMENTS = 2

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatrun.data import IGNORE_INDEX, Batch
-
-CHUNKED_FROM = 2**28  # logits; a gigabyte in float32, of which there would be three
-CHUNK = 2**26  # logits
+from qatrun.train.chunks import CHUNK, CHUNKED_FROM
 
 
 class Objective(Protocol):
