@@ -104,6 +104,15 @@ def test_two_processes_are_one(on_two: list[list[dict[str, Tensor]]], number: in
     assert alone["statistics"][SWITCH:, :, 3].ge(0).all()
 
 
+def trained_by_rounds() -> dict[str, Tensor]:
+    return trained(qat={"scaling": {"unit": "microbatch", "window": 3}})
+
+
+def test_a_unit_of_micro_batches_is_a_round_of_all_processes(one_thread: None) -> None:
+    """Of one each, which are a step."""
+    assert differing(trained(), in_world(2, trained_by_rounds)[0]) == set()
+
+
 # ------------------------------------------------------------------------------------------------------- planted faults
 def no_fault() -> None: ...
 

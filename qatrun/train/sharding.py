@@ -22,17 +22,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qatrun.ranks import World
 
 
-def shard(model: nn.Module, world: World, device: torch.device, *, reshard_after_forward: bool) -> None:
+def shard(model: nn.Module, world: World, device: torch.device) -> None:
     """Leave on each process its part of the model, on this device.
 
     Args:
         model: on the process that leads, with its weights; on others its architecture will do, on the meta device.
-        reshard_after_forward: give a block's weights back between its forward and its backward.
     """
     mesh = init_device_mesh(device.type, (world.size,))
     weights = {name: p.detach() for name, p in model.named_parameters()} if world.leads else {}
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # what is left, in one group: tied weights must not lie in two
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -61,7 +61,7 @@ class Stepper:
         self.quant: QuantState | None = attach(model, plan) if plan is not None else None
         self.prepared = model if self.sharded else accelerator.prepare_model(model)
         if self.sharded:
-            shard(model, self.world, accelerator.device, reshard_after_forward=True)
+            shard(model, self.world, accelerator.device)
         if self.sharded and self.quant is not None:
             self.quant.to(accelerator.device).keeps_grids = False
         groups = list(_parameter_groups(model, train.weight_decay))
@@ -91,7 +91,8 @@ class Stepper:
         micro_batches = self.world.mine(batch.split(self.train.micro_batch_size))
         for number, micro in enumerate(micro_batches, start=1):
             if self.sharded:  # by the micro-batch, whichever process it is on
-                torch.manual_seed(_seed(self.train.seed, self.num_steps, number * self.world.size + self.world.rank))
+                of_all = (number - 1) * self.world.size + self.world.rank
+                torch.manual_seed(_seed(self.train.seed, self.num_steps, of_all))
             if self.quant is not None:
                 self.quant.last_micro_batch = number == len(micro_batches)
             loss = self.loss(micro, size)
