@@ -5,6 +5,8 @@ from __future__ import annotations
 from qatrun.scheme import Scheme
 
 FORGETTING = "lower train.learning_rate"
+INPUT = "look at data.train: other text than meant, or tokens of another tokenizer"
+DIVERGENCE = "compare more seeds (train.seeds) before blaming the format"
 QUANTIZATION = "look for saturated or coarse tensors, or leave sensitive layers in BF16"
 RESOLUTION = (
     "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "

@@ -22,7 +22,7 @@ T = TypeVar("T")
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
 CHECKPOINTS, TENSORS = "checkpoints", "tensors"
-SCORES_FILE, ITEMS_FILE = "scores.json", "items.parquet"
+SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
 SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 
 UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed

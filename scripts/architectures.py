@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatrun import demo
 from qatrun.data import open_data, open_probe
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import mean_nll
 from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze

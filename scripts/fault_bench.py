@@ -55,7 +55,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qatrun import demo
 from qatrun.data import IGNORE_INDEX, open_data, open_probe
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import mean_nll
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES, load_model, save_model

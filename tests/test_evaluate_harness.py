@@ -21,7 +21,7 @@ from qatrun import demo
 from qatrun.data import IGNORE_INDEX
 from qatrun.errors import InputError, NonFiniteError
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import mean_nll
 from qatrun.evaluate.registry import find_task
 from qatrun.evaluate.scores import ItemScores, Scores
 from qatrun.evaluate.sources import local_folder

@@ -142,6 +142,45 @@ def t_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Interval |
     return float(numbers.mean()) - half, float(numbers.mean()) + half
 
 
+@dataclass(frozen=True)
+class Rate:
+    """A sum over clusters (sequences of a text) for each of the units in them (its tokens), with its standard error.
+
+    Attributes:
+        num_clusters: how many have any unit; the interval is Student's t over them, infinite for fewer than two.
+    """
+
+    mean: float
+    stderr: float
+    num_clusters: int
+
+    @classmethod
+    def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike) -> Rate:
+        """Ratio of the totals; its variance is that of the residuals `sums - mean * sizes`, clusters being independent.
+
+        Args:
+            sums, sizes: [num_clusters].
+        Source: Cochran, Sampling Techniques (3rd ed., 1977), equation 6.10.
+        """
+        total, units = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+        total, units = total[units > 0], units[units > 0]
+        n = len(units)
+        if n == 0:
+            return cls(0.0, math.inf, 0)
+        mean = float(total.sum() / units.sum())
+        if n == 1:
+            return cls(mean, math.inf, n)
+        residuals = total - mean * units
+        return cls(mean, float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / units.sum()), n)
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Two-sided."""
+        if self.num_clusters < 2:
+            return -math.inf, math.inf
+        half = float(t.ppf((1.0 + confidence) / 2.0, self.num_clusters - 1)) * self.stderr
+        return self.mean - half, self.mean + half
+
+
 def mcnemar_p(flips: Flips) -> float:
     """Exact two-sided p-value that flips either way are equally likely; 1 where nothing flips.
 

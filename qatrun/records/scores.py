@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qatrun.files import Record
-from qatrun.records.values import Step
+from qatrun.records.values import Number, Step
 
 
 class TaskSummary(Record):
@@ -35,6 +35,40 @@ class ScoresSummary(Record):
     settings: dict[str, Any]
     tasks: dict[str, TaskSummary]
     items_sha256: str
+
+
+STRATA = (
+    "common",
+    "middling",
+    "rare",
+)  # of a text's targets, about a third each, by how often their token occurs there
+
+
+class TextScore(Record):
+    """One model on one text; a row is a sequence.
+
+    Attributes:
+        text: SHA-256 of its tokens and of which of them count: equal where two models read the same.
+        nats: [num_sequences, len(STRATA)], negative log-likelihood of the targets of each stratum, summed.
+        num_targets: [num_sequences, len(STRATA)], how many those are.
+        entropy: nats a token of the frequencies of the text's tokens: what guessing by frequency alone would take.
+    """
+
+    text: str
+    nats: list[list[Number]]
+    num_targets: list[list[int]]
+    entropy: Number
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return sum(map(sum, self.nats)) / sum(map(sum, self.num_targets))
+
+
+class TextScores(Record):
+    """text.json: one model on every text that it was asked about: "held-out", and "known" of what the start model knew."""
+
+    texts: dict[str, TextScore]
 
 
 class ScoredTask(Record):

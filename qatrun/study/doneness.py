@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.evaluate.scores import Scores
+from qatrun.evaluate.text import load_texts
 from qatrun.export import artifact
 from qatrun.files import read_json, sha256
 from qatrun.records.training import ArmResult, Result
@@ -50,9 +51,9 @@ def scores_lost(folder: ArmFolder) -> str:
     """Why the scores of the start model or of an arm must be made again; empty where they need not."""
     try:
         perplexity = read_json(folder.result, Result).perplexity
-        Scores.load(folder.eval)
-        if "off" in perplexity:
-            Scores.load(folder.eval_off)
+        for place in (folder.eval, *([folder.eval_off] if "off" in perplexity else [])):
+            Scores.load(place)
+            load_texts(place)
     except InputError as error:
         return str(error)
     return ""

@@ -49,7 +49,7 @@ OF_AN_ARM = (
     *(f"{files.CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", "progress.json", "manifest.json")),
     *(f"{files.CHECKPOINTS}/.incomplete/*", "**/.*.partial", f"**/{files.UNFINISHED}"),
     *("**/events.out.tfevents*", "**/hparams.yml"),
-    *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL)),
+    *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL, files.TEXT_FILE)),
     *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
     *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
 )

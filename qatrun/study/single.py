@@ -4,7 +4,6 @@ goes on with the first part that is missing."""
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
+from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
@@ -32,6 +32,7 @@ from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
+from qatrun.study.texts import study_texts
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
@@ -66,7 +67,8 @@ class _Study:
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
-        value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
+        texts = study_texts(self.folder, self.recipe, arm, tokenizer)
+        value = self._score(model, tokenizer, texts, record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
 
     def train_arm(self, segments: ArmSegments) -> None:
@@ -80,9 +82,9 @@ class _Study:
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
-        valid = self._held_out(arm, load_tokenizer(arm.model))
-        perplexity = self._score_arm(arm, folder, valid)
-        write_json(folder.result, record.model_copy(update={"perplexity": perplexity}))
+        texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model))
+        perplexities = self._score_arm(arm, folder, texts)
+        write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
@@ -145,10 +147,6 @@ class _Study:
         outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
         return model, outcome
 
-    def _held_out(self, arm: Arm, tokenizer: Any) -> Batch:
-        check_inputs(self.folder, self.recipe)
-        return open_data(arm.data, tokenizer, arm.train.seed).valid
-
     def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
         """The probe's text, and its mini-benchmark if the recipe wants one."""
         probe = arm.monitor.probe
@@ -179,24 +177,24 @@ class _Study:
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
         return sizes
 
-    def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
+    def _score_arm(self, arm: Arm, folder: ArmFolder, texts: Mapping[str, Batch]) -> dict[str, float]:
         """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
             model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
-            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
+            values["on"] = self._score(on_device(model), tokenizer, texts, folder.eval, f"{arm.name}, quantizers on")
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
         model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
-        return values | {state: self._score(on_device(model), tokenizer, valid, place, what)}
+        return values | {state: self._score(on_device(model), tokenizer, texts, place, what)}
 
-    def _score(self, model: Any, tokenizer: Any, valid: Batch, output: Path, what: str) -> float:
+    def _score(self, model: Any, tokenizer: Any, texts: Mapping[str, Batch], output: Path, what: str) -> float:
+        """Returns the perplexity of held-out text."""
         self.display.begin_scoring(what)
         score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
-        batch_size = self.recipe.eval.batch_size
-        nats = mean_nll(model, valid.input_ids, batch_size=batch_size, labels=valid.labels)
-        return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
+        read = score_texts(model, texts, batch_size=self.recipe.eval.batch_size, output_dir=output)
+        return perplexity(read.texts[HELD_OUT].mean)
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]
