@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qatrun.formats import Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
-from qatrun.recipe.schema import START, Arm, Recipe, Source
+from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
 
@@ -122,8 +122,8 @@ def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
 def study_findings(recipe: Recipe) -> Iterator[Finding]:
     """Every rule that the shared sections break."""
     for task in recipe.budget:
-        if task not in recipe.eval.tasks:
-            message = f"no such task in eval.tasks{suggestion(task, recipe.eval.tasks)}"
+        if task not in (choices := (*recipe.eval.tasks, PERPLEXITY, TRAINING)):
+            message = f"no such task in eval.tasks{suggestion(task, choices)}"
             yield Finding((("budget", task), ("eval", "tasks", task)), message)
     yield from _seed_findings(recipe)
     for name, (first, second) in recipe.contrasts.items():

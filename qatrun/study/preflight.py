@@ -92,7 +92,7 @@ class Preflight:
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
         detectable = 100 * paired.detectable_drop(task.num_items) if task.num_items else None
-        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name], detectable_drop_pp=detectable)
+        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
 def preflight(recipe: Recipe) -> Preflight:

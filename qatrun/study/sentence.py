@@ -107,7 +107,7 @@ class Said:
         parts = []
         if (text := self.texts.get(name, {}).get("held-out")) is not None:
             low, high = text.ci95
-            parts.append(f"{text.rise:+.3f} nats a token [{low:.3f}, {high:.3f}]")
+            parts.append(f"{text.rise:.3f} nats a token [{low:.3f}, {high:.3f}]")
         if (effect := self.effects.get(name)) is not None:
             low, high = effect.ci95_pp
             parts.append(f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}]")
