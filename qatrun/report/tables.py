@@ -134,9 +134,12 @@ def _footer(pair: Pair) -> list[RenderableType]:
     lines.append(Text(f"scored: {scored}"))
     if comparison.perplexity is not None:
         read = comparison.perplexity
-        lines.append(
-            Text(f"perplexity: of held-out text, {read.num_sequences:,} sequences, {read.num_tokens:,} tokens")
-        )
+        size = f"{read.num_sequences:,} sequences, {read.num_tokens:,} tokens"
+        lines.append(Text(f"perplexity: of held-out text, {size}"))
+    elif pair.perplexity:
+        names = {"start": "start", "twin": pair.twin, "arm": pair.arm, "arm_off": f"{pair.arm} quantizers off"}
+        values = ", ".join(f"{names[key]} {value:.3f}" for key, value in pair.perplexity.items())
+        lines.append(Text(f"held-out perplexity: {values}"))
     if pair.loss_ape_percent:
         names = {"all_steps": "all steps", "after_switch": "after the switch"}
         values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair.loss_ape_percent.items())
