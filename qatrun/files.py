@@ -177,6 +177,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def content_sha256(file: Path) -> str:
+    """`sha256`, taken once for as long as the file stays as it is: nobody can set back the time of its last change."""
+    stat = file.stat()
+    return _sha256_of(file, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _sha256_of(file: Path, *_signature: int) -> str:
+    return sha256(file)
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or what a folder lists, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

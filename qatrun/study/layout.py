@@ -2,6 +2,7 @@
 
 runs/<study>/
   recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
+  fix.json             remedies that were tried, and what each gave back
   report.html          the page; report/ the CSV of its figures
   start/               scores of the model before training
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
@@ -36,7 +37,16 @@ FIRST_FILES = {ENVIRONMENT_FILE, files.RECIPE_FILE}  # written before anything i
 
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.
 OF_A_STUDY = (
-    *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv", "diagnosis.json"),
+    *(
+        *FIRST_FILES,
+        "comparison.json",
+        "comparison.csv",
+        "comparison.txt",
+        "seeds.json",
+        "seeds.csv",
+        "diagnosis.json",
+        "fix.json",
+    ),
     *(PAGE_FILE, f"{CSV_FOLDER}/*.csv", ".*.partial", f"{CSV_FOLDER}/.*.partial"),
 )
 _OF_A_MODEL = (
@@ -102,6 +112,7 @@ class StudyFolder:
     comparison = _Below("comparison.json")
     seeds = _Below("seeds.json")  # what the seeds say together, and the contrasts
     diagnosis = _Below("diagnosis.json")
+    fix = _Below("fix.json")
     page = _Below(PAGE_FILE)
     csv = _Below(CSV_FOLDER)  # the numbers of the page's figures
 

@@ -22,6 +22,7 @@ from qatrun.records.quantized import Histograms
 from qatrun.records.seeds import Seeds
 from qatrun.records.training import Result
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
+from qatrun.study.doneness import changed_since_scored
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
@@ -57,6 +58,7 @@ def read_study(folder: StudyFolder) -> StudyContent:
         arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
         model=_model(recipe),
         summary=_optional(folder.seeds, Seeds),
+        changed=tuple(text for name in _arm_names(folder, recipe) for text in changed_since_scored(folder.arm(name))),
     )
 
 

@@ -16,6 +16,7 @@ from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING
 from qatrun.records.comparison import Pair
 from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
+from qatrun.study.doneness import changed_since_scored
 from qatrun.study.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.study.records import losses
 
@@ -36,7 +37,8 @@ def compare_arms(
         anyway: compare although they differ in more than quantization; the differences are kept in the result.
     Raises:
         InputError: no scores there.
-        MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
+        MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, answered other items, or are
+            not what was scored any more.
     """
     twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
     of_twin, of_arm = _record(twin), _record(arm)
@@ -45,6 +47,7 @@ def compare_arms(
     off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
     problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
+    problems += [Problem(f"{text}: its scores are of other weights") for text in _changed(twin, arm)]
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
     unknown = [task for task in twin_scores.tasks if not budgets.get(task)]
@@ -73,6 +76,10 @@ def compare_arms(
         coverage=of_arm.coverage if of_arm else None,
         mismatches=[str(problem) for problem in problems],
     )
+
+
+def _changed(*folders: ArmFolder) -> list[str]:
+    return [text for folder in folders for text in changed_since_scored(folder)]
 
 
 def _texts(folder: ArmFolder | None) -> TextScores | None:

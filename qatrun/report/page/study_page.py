@@ -137,6 +137,7 @@ def _verdict(content: StudyContent) -> Verdict:
         (
             VERDICT_CHIPS[overall],
             *(_cause_chips(diagnosed.values()) if content.diagnosis else (Chip("Not diagnosed", "none"),)),
+            *((Chip("Weights changed since", "bad"),) if content.changed else ()),
             *_training_chip(content),
             *_alarm_chip(content.arms),
         ),
@@ -229,7 +230,8 @@ def _scores_section(content: StudyContent) -> Section:
         for pair in content.pairs
         for text in pair.mismatches
     )
-    return Section("scores", "Scores", (figure,), tables, notes)
+    changed = tuple(printable(f"{text}: these scores are of other weights.") for text in content.changed)
+    return Section("scores", "Scores", (figure,), tables, (*changed, *notes))
 
 
 def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
