@@ -11,7 +11,7 @@ import pytest
 from qatrun.errors import InputError, MismatchError
 from qatrun.evaluate.comparison import compare, setting_mismatches
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
-from qatrun.files import ITEMS_FILE, SCORES_FILE
+from qatrun.layout import ITEMS_FILE, SCORES_FILE
 
 SETTINGS = {"tasks": {"facts": 0}, "limit": None, "batch_size": 16}
 

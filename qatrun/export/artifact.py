@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import GRIDS, Grid
 from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, quantized_linears, replace_linear
@@ -30,9 +31,7 @@ from qatrun.records.quantized import Quantized, Versioned
 from qatrun.scheme import GRANULARITIES
 from qatrun.tokenizer import load_tokenizer
 
-FOLDER = "quantized"
-PLAN_FILE = "plan.json"
-WEIGHTS_FILE = "model.safetensors"
+FOLDER = QUANTIZED
 FORMAT_VERSION = 2
 SHOWN = 5  # wrong tensors that are named one by one
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
@@ -121,7 +120,7 @@ def read_plan(folder: Path) -> QuantPlan:
 
 def size_bytes(folder: Path) -> int:
     """Size of the weights in a model folder, quantized or plain."""
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob(WEIGHTS_FILES))
 
 
 def _description(folder: Path) -> Quantized:

@@ -23,6 +23,7 @@ from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
 from qatrun.model import DTYPES
 from qatrun.quant import calibrated_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
@@ -32,7 +33,6 @@ from qatrun.scheme import Slot
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import LOG_PERPLEXITY_FILE, ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.variants import calibrated
 from qatrun.tokenizer import load_tokenizer

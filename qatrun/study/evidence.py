@@ -12,12 +12,12 @@ from qatrun.evaluate import paired
 from qatrun.evaluate.replication import Correct, Difference, LossGap, correct_of_seeds, difference, loss_gap
 from qatrun.evaluate.scores import Scores
 from qatrun.files import read_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.schema import START
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds
 from qatrun.records.training import ArmResult, MetricsRow, Result
-from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import losses
 from qatrun.text import interval
 

@@ -10,10 +10,10 @@ from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.files import read_json
+from qatrun.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.records.comparison import Pair
 from qatrun.records.training import ArmResult, Result
-from qatrun.study.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.study.records import losses
 
 

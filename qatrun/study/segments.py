@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qatrun.layout import TRUNK
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm
 from qatrun.scheme import Scheme, Slot
@@ -100,7 +101,7 @@ def _trunk_segment(key: str, arms: list[Arm], plans: Mapping[str, QuantPlan | No
     return Segment(
         name="trunk",
         arm=arms[0],
-        folder=folder / f"trunk-{identity[:8]}",
+        folder=folder / f"{TRUNK}{identity[:8]}",
         plan=plan,
         quantizes=False,
         last_step=arms[0].warmup.steps,
