@@ -66,7 +66,8 @@ def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
         for slot, scheme in plan.slots().items():
             first = observed.get(observed_as[slot], replace(scheme, clip="format", ste="clipped"))
             window = max(first.scaling.window, scheme.scaling.window)
-            observed[observed_as[slot]] = replace(first, scaling=replace(first.scaling, window=window))
+            scaling, symmetric = replace(first.scaling, window=window), first.symmetric and scheme.symmetric
+            observed[observed_as[slot]] = replace(first, scaling=scaling, symmetric=symmetric)
     groups = {name: group for plan in plans for name, group in plan.input_group.items()}
     names = dict.fromkeys(name for plan in plans for name in plan.linears)
     roles = {name: {role: None for plan in plans for role in plan.schemes.get(name, {})} for name in names}
