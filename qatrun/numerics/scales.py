@@ -13,9 +13,8 @@ from torch import Tensor
 from qatrun.numerics.grid import as_float32
 from qatrun.scheme import ASYMMETRIC_STEPS, GRANULARITIES, Scheme
 
-Fit = tuple[
-    Tensor, Tensor, Tensor | None
-]  # scale, its inverse and the zero-point, if there is one: float32, of one shape
+# Scale, its inverse, and the zero-point if there is one: float32, of one shape.
+Fit = tuple[Tensor, Tensor, Tensor | None]
 
 # Between these, a scale and its reciprocal are both normal float32 numbers: finite, and safe from flushing to zero.
 _MIN_SCALE = 2.0**-126

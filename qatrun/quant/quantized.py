@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
             QTensor(weight.grid, weight.values_in(dtype), None, weight.scale.clone()),
             None if linear.bias is None else linear.bias.detach().to(dtype),
             of_input.scheme,
-            linear.quant.state.scales.fit(of_input.slot),
+            linear.quant.state.scales.fit(of_input.index),
             of_input.latest,
         )
 

@@ -51,7 +51,7 @@ class Quantizer:
         if takes_own_scale(self.slot, self.scheme, primed=state.primed, training=state.training):
             fit = own_fit(x, self.scheme)
         else:
-            fit = state.scales.fit(self.slot)
+            fit = state.scales.fit(self.index)
         result, seen = to_grid(x, self.scheme, fit, values, codes=codes, takes_gradient=takes_gradient)
         if state.training:
             self._observe(x, seen.amax)
@@ -67,9 +67,7 @@ class Quantizer:
         return self.latest.get(key, make, values, codes, self.state.generation())
 
     def _observe(self, x: Tensor, amax: Tensor) -> None:
-        self.state.scales.observe(self.index, amax)
-        if not self.scheme.symmetric:
-            self.state.scales.observe_reach(self.slot, amax, reach(x, "per_tensor"))
+        self.state.scales.observe(self.index, amax, None if self.scheme.symmetric else reach(x, "per_tensor"))
 
 
 class Latest:

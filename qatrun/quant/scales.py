@@ -58,8 +58,8 @@ class Scales:
         self.names = tuple(str(slot) for slot in slots)
         self.index: Mapping[Slot, int] = {slot: i for i, slot in enumerate(slots)}
         ranged = [slot for slot, scheme in slots.items() if not scheme.symmetric]
-        self._sides = {slot: slice(num + 2 * i, num + 2 * i + 2) for i, slot in enumerate(ranged)}
-        self._ranged = torch.tensor([self.index[slot] for slot in ranged], dtype=torch.int64)
+        self._sides = {self.index[slot]: slice(num + 2 * i, num + 2 * i + 2) for i, slot in enumerate(ranged)}
+        self._ranged = torch.tensor(list(self._sides), dtype=torch.int64)
         self.columns, self._observed_as = (
             [*map(str, of.values()), *(f"{of[slot]}{side}" for slot in ranged for side in ("<0", ">0"))]
             for of in ({slot: slot for slot in slots}, observed_as)
@@ -91,22 +91,18 @@ class Scales:
                 setattr(self, name, value.to(device))
 
     @torch.no_grad()
-    def observe(self, slot: int, amax: Tensor) -> None:
-        """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible)."""
+    def observe(self, slot: int, amax: Tensor, reach: Tensor | None = None) -> None:
+        """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible); of an asymmetric
+        one, too, how far it reaches below zero and above it ([2] float32)."""
         seen = self.amax[slot]
         torch.maximum(seen, amax, out=seen)
+        if reach is not None:  # where it has no value on a side, that is not nothing seen
+            seen = self.amax[self._sides[slot]]
+            torch.maximum(seen, torch.maximum(reach, amax.clamp(max=_NEXT_TO_ZERO)), out=seen)
 
-    @torch.no_grad()
-    def observe_reach(self, slot: Slot, amax: Tensor, reach: Tensor) -> None:
-        """The same of how far ([2] float32) an asymmetric slot's tensor with this amax reaches below zero and above. Where
-        it has no value on a side, that is no longer nothing seen."""
-        seen = self.amax[self._sides[slot]]
-        torch.maximum(seen, torch.maximum(reach, amax.clamp(max=_NEXT_TO_ZERO)), out=seen)
-
-    def fit(self, slot: Slot) -> Fit:
+    def fit(self, slot: int) -> Fit:
         """What a slot's tensors are scaled with now."""
-        i = self.index[slot]
-        return self.scale[i], self.inv_scale[i], self.zero[i] if slot in self._sides else None
+        return self.scale[slot], self.inv_scale[slot], self.zero[slot] if slot in self._sides else None
 
     @torch.no_grad()
     def push(self) -> None:
