@@ -58,6 +58,7 @@ from qatrun.data import IGNORE_INDEX, open_data, open_probe
 from qatrun.evaluate.text import mean_nll
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import StudyFolder
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.numerics import bfloat16_products, inverse_scale
 from qatrun.quant import Scales
@@ -69,7 +70,6 @@ from qatrun.study import preflight, run_study
 from qatrun.study.claim import claimed
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
-from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
 from qatrun.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from qatrun.errors import InputError, MismatchError
 from qatrun.evaluate.comparison import Scored, setting_mismatches
 from qatrun.evaluate.comparison import compare as compare_scored
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
-from qatrun.files import ITEMS_FILE, SCORES_FILE
+from qatrun.layout import ITEMS_FILE, SCORES_FILE
 from qatrun.records.comparison import ArmComparison
 from qatrun.records.scores import TextScore, TextScores
 

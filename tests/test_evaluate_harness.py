@@ -25,7 +25,7 @@ from qatrun.evaluate.registry import find_task
 from qatrun.evaluate.scores import ItemScores, Scores
 from qatrun.evaluate.sources import local_folder
 from qatrun.evaluate.text import mean_nll
-from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL
+from qatrun.layout import SAMPLES, SCORES_OF_LM_EVAL
 from qatrun.recipe import EvalConfig
 
 DEMO = EvalConfig(tasks=dict.fromkeys(demo.TASKS, 0), limit=8, batch_size=4)

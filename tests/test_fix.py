@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_world import run_qatrun
 
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, parse_recipe

@@ -18,6 +18,7 @@ from page_seeds import write_seeds
 from page_study import Shape, write_study
 
 from qatrun.errors import InputError
+from qatrun.layout import StudyFolder
 from qatrun.report.page.coverage import ranges
 from qatrun.report.page.histograms import grid_counts, grid_magnitudes
 from qatrun.report.page.scores import scores_figure
@@ -25,7 +26,6 @@ from qatrun.report.page.series import step_bins
 from qatrun.report.page.study_page import figure_key
 from qatrun.report.page.table import csv_text, shown, table
 from qatrun.report.page.tensors import TensorStats
-from qatrun.study.layout import StudyFolder
 from qatrun.study.page import read_study, write_page
 from qatrun.train.metrics import read_metrics
 from qatrun.train.tensors import read_tensor_stats

@@ -15,11 +15,11 @@ from tiny_world import Ran, run_qatrun, write_world
 
 from qatrun.evaluate.paired import t_interval
 from qatrun.files import read_json
+from qatrun.layout import StudyFolder, newest_study
 from qatrun.recipe import load_recipe
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.seeds import Seeds
 from qatrun.report.seeds_table import seeds_table
-from qatrun.study.layout import StudyFolder, newest_study
 from qatrun.study.preflight import preflight
 
 SHORT = ("--set", "train.steps=6", "--set", "warmup.steps=2", "--set", "qat.scaling.window=2")

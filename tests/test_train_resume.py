@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "qat": {"scaling": {"window": 4, "algorithm": "most_recent", "update_interval": 2}}
     },
     "dynamic": {"qat": {"format": "int8", "scaling": {"type": "dynamic"}}},
+    "asymmetric": {"qat": {"format": "int8", "input": {"symmetric": False}, "scaling": {"window": 2}}},
     "late switch": {"qat": {"start_step": 5, "scaling": {"window": 2}}},
     "no warmup": {"warmup": {"steps": 0}},
     "gradient checkpointing": {"train": {"gradient_checkpointing": True}},

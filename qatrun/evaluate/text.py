@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from qatrun.data import IGNORE_INDEX, Batch
 from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
-from qatrun.files import TEXT_FILE, read_json, write_json
+from qatrun.files import read_json, write_json
+from qatrun.layout import TEXT_FILE
 from qatrun.records.scores import STRATA, TextScore, TextScores
 
 

@@ -114,7 +114,10 @@ def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
     if role == "grad_output" and scheme.format == "int8":
         message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
         yield _finding(message, f"{section}.format", "qat.format")
-    elif scheme.target_amax > largest:
+    elif problem := scheme.asymmetry_problem(role):
+        keys = (f"{section}.{key}" for key in ("symmetric", "format", "target_amax", "scaling.type"))
+        yield _finding(problem, *keys, "qat.format", "qat.scaling.type")
+    elif scheme.symmetric and scheme.target_amax > largest:
         message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
         yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
 

@@ -26,6 +26,7 @@ from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity, score_texts
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES
 from qatrun.quant import QuantPlan, calibrated_plan, finest_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
@@ -34,7 +35,6 @@ from qatrun.records.training import ArmResult
 from qatrun.scheme import Slot
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
-from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.sentence import Said
 from qatrun.study.texts import study_texts

@@ -5,14 +5,12 @@ from __future__ import annotations
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
-from qatrun.export import artifact
 from qatrun.files import content_sha256, read_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES, ArmFolder
 from qatrun.records.training import ArmResult, Result
 from qatrun.study.display import Display
-from qatrun.study.layout import ArmFolder
 
-_FILES = "model*.safetensors"
-WEIGHTS = (_FILES, f"{artifact.FOLDER}/{_FILES}", f"{artifact.FOLDER}/{artifact.PLAN_FILE}")
+WEIGHTS = (WEIGHTS_FILES, f"{QUANTIZED}/{WEIGHTS_FILES}", f"{QUANTIZED}/{PLAN_FILE}")
 FROM = "from the newest checkpoint that is whole"
 
 

@@ -26,13 +26,13 @@ from qatrun.evaluate.replication import (
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.files import read_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.schema import PERPLEXITY, START
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds, TextOfSeeds
 from qatrun.records.training import ArmResult, MetricsRow, Result
 from qatrun.records.values import Verdict
-from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.records import losses
 from qatrun.text import interval
 

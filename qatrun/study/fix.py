@@ -16,12 +16,12 @@ from qatrun.evaluate.attribution import rise
 from qatrun.evaluate.text import load_texts
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe, load_recipe, parse_recipe
 from qatrun.recipe.document import deep_merge
 from qatrun.records.diagnosis import ArmDiagnosis, Cause, StudyDiagnosis
 from qatrun.records.fix import FixedArm, Fixes, Gain
 from qatrun.study.display import Display
-from qatrun.study.layout import StudyFolder
 from qatrun.study.named import named_study
 from qatrun.study.records import tensor_records
 from qatrun.study.remedies import Remedy, remedies

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import content_sha256, read_json
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.environment import StudyEnvironment
-from qatrun.study.layout import StudyFolder
 
 # What a model's folder is read for. That of another study's arm holds more, which may change.
 MODEL_FILES = (

@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from qatrun.errors import InputError, Problem
 from qatrun.export import artifact
 from qatrun.files import read_json, reading, replace_file
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.environment import Environment
@@ -23,7 +24,6 @@ from qatrun.records.seeds import Seeds
 from qatrun.records.training import Result
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
 from qatrun.study.doneness import changed_since_scored
-from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 

@@ -10,14 +10,14 @@ from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Scored, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
-from qatrun.files import TEXT_FILE, read_json
+from qatrun.files import read_json
+from qatrun.layout import EVAL, RESULT_FILE, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
 from qatrun.records.comparison import Pair
 from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
 from qatrun.study.doneness import changed_since_scored
-from qatrun.study.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.study.records import losses
 
 

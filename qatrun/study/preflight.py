@@ -146,7 +146,10 @@ def preflight(recipe: Recipe) -> Preflight:
 def _role_text(role: Role, scheme: Scheme) -> str:
     scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    return f"{role} {scheme.format} {scheme.granularity}, amax to {scheme.target_amax:g}, {how}"
+    onto = (
+        f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
+    )
+    return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
 
 
 def tracker_problems(names: Sequence[str]) -> list[Problem]:

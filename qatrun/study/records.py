@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from qatrun.layout import ArmFolder
 from qatrun.recipe import AlarmConfig
 from qatrun.records.diagnosis import TensorRecord
 from qatrun.records.training import MetricsRow
-from qatrun.study.layout import ArmFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 

@@ -71,12 +71,11 @@ def _against_saturation(arm: Arm) -> Iterator[Remedy]:
     if any(_lags(scheme.scaling) for scheme in schemes):
         words = f"delayed scaling by the max of {Scaling.window} steps, renewed each step"
         yield Remedy(words, {"qat": {key: {"scaling": fitting} for key in roles}})
-    if any(scheme.edge < FORMATS[scheme.format].max_finite for scheme in schemes):
+    if any(scheme.limit is not None and scheme.limit < FORMATS[scheme.format].max_finite for scheme in schemes):
         yield Remedy("clip: format, the format's own edge", {"qat": {"clip": "format"}})
-    if any(scheme.target_amax > FORMATS[scheme.format].target_amax[role] for role, scheme in qat.schemes.items()):
-        defaults = {
-            role: {"target_amax": FORMATS[scheme.format].target_amax[role]} for role, scheme in qat.schemes.items()
-        }
+    own = {role: FORMATS[scheme.format].target_amax[role] for role, scheme in qat.schemes.items() if scheme.symmetric}
+    if any(qat.schemes[role].target_amax > target for role, target in own.items()):
+        defaults = {role: {"target_amax": None} for role in own}
         yield Remedy("target_amax as the format has it by default", {"qat": defaults})
     if any(scheme.scaling.type != "dynamic" for scheme in schemes):
         dynamic = {"scaling": {"type": "dynamic"}}
@@ -101,7 +100,7 @@ def _against_resolution(arm: Arm, plan: QuantPlan, tensors: list[TensorRecord]) 
         finer = {role: {"granularity": granularity, "scaling": None} for role, granularity in coarse.items()}
         yield Remedy(words, {"qat": finer})
     if qat.format != "hif8":
-        defaults = {key: {"format": None, "target_amax": None} for key in qat.schemes}
+        defaults = {key: {"format": None, "target_amax": None, "symmetric": True} for key in qat.schemes}
         yield Remedy("format hif8, whose range is wider", {"qat": {"format": "hif8", **defaults}})
     measured = [record for record in tensors if record.sqnr_db is not None]
     worst = sorted(measured, key=lambda record: record.sqnr_db or 0.0)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qatrun.files import read_json, write_json, writing
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.training import Result
 from qatrun.study.doneness import scores_lost
-from qatrun.study.layout import StudyFolder
 from qatrun.study.preflight import Preflight
 
 

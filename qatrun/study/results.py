@@ -12,13 +12,13 @@ from typing import Any
 
 from qatrun.evaluate.paired import worst_verdict
 from qatrun.files import replace_file, write_json
+from qatrun.layout import StudyFolder
 from qatrun.records.comparison import ArmComparison, Pair, StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
 from qatrun.records.values import Verdict
 from qatrun.report import comparison_text
 from qatrun.report.seeds_table import seeds_text
-from qatrun.study.layout import StudyFolder
 
 
 @dataclass(frozen=True)

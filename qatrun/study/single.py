@@ -16,6 +16,7 @@ from qatrun.evaluate.harness import score
 from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm
@@ -27,7 +28,6 @@ from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary

@@ -6,9 +6,9 @@ from typing import Any
 
 from qatrun.data import Batch, open_data, open_probe
 from qatrun.evaluate.attribution import HELD_OUT, KNOWN
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import StudyFolder
 
 
 def study_texts(folder: StudyFolder, recipe: Recipe, arm: Arm, tokenizer: Any) -> dict[str, Batch]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
-from qatrun.files import CHECKPOINTS, METRICS_FILE
+from qatrun.layout import CHECKPOINTS, METRICS_FILE
 from qatrun.model import text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState

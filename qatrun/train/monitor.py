@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from qatrun.errors import AlarmStop, DamagedFileError
-from qatrun.files import ALARMS_FILE
+from qatrun.layout import ALARMS_FILE, PROBE_FILE
 from qatrun.quant import Mode
 from qatrun.records.training import AlarmRow
 from qatrun.train.alarms import AlarmWatch
 from qatrun.train.metrics import RowsFile, surviving_alarms
 from qatrun.train.parts import State, Stateful
-from qatrun.train.probe import FILE, Probe
+from qatrun.train.probe import Probe
 from qatrun.train.segment import Segment, Watched
 from qatrun.train.stepper import Stepper
 from qatrun.train.tensors import TensorFile
@@ -69,7 +69,7 @@ class Monitor(Stateful):
         self._tensors.begin(step)
         if self.config.probe is None or self.watched.text is None:
             return problems
-        file = (trunk or folder) / FILE
+        file = (trunk or folder) / PROBE_FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)

@@ -22,7 +22,6 @@ from torch import Tensor
 from qatrun.files import reading, whole_file
 from qatrun.model import text_config
 
-FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
 
