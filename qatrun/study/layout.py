@@ -3,7 +3,7 @@
 runs/<study>/
   recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
   report.html          the page; report/ the CSV of its figures
-  start/               scores of the model before training
+  start/               scores of the model before training, and known_text.safetensors: text of what it knew
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
@@ -29,6 +29,7 @@ from qatrun.text import suggestion
 
 EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
 RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE = "result.json", "histograms.json", "log_perplexity.json"
+KNOWN_TEXT_FILE = "known_text.safetensors"
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", ".lock"
@@ -80,6 +81,7 @@ class ArmFolder:
     alarms = _Below(files.ALARMS_FILE)
     histograms = _Below(HISTOGRAMS_FILE)
     result = _Below(RESULT_FILE)
+    known_text = _Below(KNOWN_TEXT_FILE)  # of the start model only
 
     @property
     def eval(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qatrun.data import Batch, open_data, open_probe
+from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import mean_nll
@@ -27,6 +27,7 @@ from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
+from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
@@ -43,6 +44,7 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
     recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
     study.score_start_model()
+    study.keep_known_text()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(segments)
     result = study.compare()
@@ -55,6 +57,7 @@ class _Study:
     def __init__(self, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> None:
         self.checked, self.folder, self.display, self.trackers = checked, folder, display, trackers
         self.recipe = checked.recipe
+        self.known: KnownText | None = None
 
     def score_start_model(self) -> None:
         """Score the model before training, so that what all arms lost shows."""
@@ -68,6 +71,10 @@ class _Study:
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
         value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
+
+    def keep_known_text(self) -> None:
+        """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.known = known_text(self.folder, self.recipe, self.display)
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
@@ -150,19 +157,21 @@ class _Study:
         return open_data(arm.data, tokenizer, arm.train.seed).valid
 
     def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
-        """The probe's text, and its mini-benchmark if the recipe wants one."""
-        probe = arm.monitor.probe
-        if probe is None:
-            return Watched()
-        text = open_probe(arm.data, tokenizer, probe.sequences)
+        """The probe's text, its mini-benchmark if the recipe wants one, and what the first loss is held against."""
+        probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
+        same_source = valid is None or valid.path == arm.data.train.path
+        nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
+        if probe is None or known is None:
+            return Watched(held_out_nll=nll)
+        text = known.input_ids[: probe.sequences]
         if probe.items is None:
-            return Watched(text)
+            return Watched(text, held_out_nll=nll)
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
 
         def benchmark(model: Any) -> dict[str, float]:
             return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
 
-        return Watched(text, benchmark)
+        return Watched(text, benchmark, nll)
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
