@@ -65,11 +65,8 @@ class ProbeWatch:
         if lost:
             yield self._lost(step, rise, quantizes=quantizes)
         elif moved:
-            text = (
-                f"with quantizers off the model is {kl:.3f} nats per token from the start model (alarm above "
-                f"{self.config.forgetting_kl:g}), its loss on what that knew {rise:+.3f}{self._not_lost('forgetting_nats', rise)}"
-            )
-            yield "moved", text
+            how = self._how_it_moved("forgetting", rise)
+            yield "moved", f"with quantizers off the model is {kl:.3f} nats per token from the start model {how}"
         if not quantizes:
             return
         added, kl_added = probed["nll_on"] - probed["nll_off"], probed["kl_on"] - kl
@@ -81,11 +78,8 @@ class ProbeWatch:
             )
             yield "quantization", text
         elif moves:
-            text = (
-                f"quantizers move the model {kl_added:.3f} nats per token further from the start model (alarm above "
-                f"{self.config.quantization_kl:g}), its loss on what that knew {added:+.3f}{self._not_lost('quantization_nats', added)}"
-            )
-            yield "moved", text
+            how = self._how_it_moved("quantization", added)
+            yield "moved", f"quantizers move the model {kl_added:.3f} nats per token further from the start model {how}"
 
     def _above(self, key: str, value: float) -> bool:
         """Whether it is above its threshold, and was at the probe before."""
@@ -94,8 +88,10 @@ class ProbeWatch:
         self.in_a_row[key] = self.in_a_row[key] + 1 if holds else 0
         return self.in_a_row[key] >= IN_A_ROW
 
-    def _not_lost(self, key: str, value: float) -> str:
-        return ": moved, not lost" if value <= (getattr(self.config, key) or 0.0) else ""
+    def _how_it_moved(self, kind: str, rise: float) -> str:
+        limit, harmless = getattr(self.config, f"{kind}_kl"), getattr(self.config, f"{kind}_nats") or 0.0
+        lost = ": moved, not lost" if rise <= harmless else ""
+        return f"(alarm above {limit:g}), its loss on what that knew {rise:+.3f}{lost}"
 
     def _lost(self, step: int, rise: float, *, quantizes: bool) -> tuple[str, str]:
         text = (
