@@ -125,7 +125,7 @@ def another_kind(folder: Path) -> dict[str, str]:
 class TestChoice:
     def choose(self, folder: Path, **data: Any) -> tuple[KnownText, Recipe]:
         recipe = recipe_of(folder, **data)
-        chosen = known_text(StudyFolder(folder / "a"), recipe, Recorder())
+        chosen = known_text(StudyFolder(folder / "a"), recipe, Recorder().on_warning)
         assert chosen is not None
         kept = KnownText.load(StudyFolder(folder / "a").start)
         assert torch.equal(kept.input_ids, chosen.input_ids)
@@ -158,7 +158,7 @@ class TestChoice:
         content[-5] ^= 1  # a token id
         file.write_bytes(content)
         listener = Recorder()
-        again = known_text(StudyFolder(tmp_path / "a"), recipe, listener)
+        again = known_text(StudyFolder(tmp_path / "a"), recipe, listener.on_warning)
         assert again is not None
         assert torch.equal(again.input_ids, chosen.input_ids)
         (warning,) = listener.warnings
@@ -175,7 +175,7 @@ class TestChoice:
 
         monkeypatch.setattr(known_text_module, "write_text", refuse)
         listener = Recorder()
-        assert known_text(StudyFolder(tmp_path / "a"), recipe_of(tmp_path), listener) is None
+        assert known_text(StudyFolder(tmp_path / "a"), recipe_of(tmp_path), listener.on_warning) is None
         (warning,) = listener.warnings
         assert warning.startswith("the start model writes no text of its own (it cannot write text: no cache)")
         assert "give data.probe" in warning

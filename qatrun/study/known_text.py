@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,6 @@ from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.tokenizer import load_tokenizer
-from qatrun.train.segment import Listener
 
 Source = Literal["given", "held-out", "own writing"]
 
@@ -93,7 +93,7 @@ class KnownText:
             return cls(ids.long(), **about)
 
 
-def known_text(folder: StudyFolder, recipe: Recipe, say: Listener) -> KnownText | None:
+def known_text(folder: StudyFolder, recipe: Recipe, warn: Callable[[str], None]) -> KnownText | None:
     """The study's; chosen, and kept, where that has not been done or it is damaged, which gives the same. None where there
     is none to be had, and why is said.
 
@@ -104,29 +104,15 @@ def known_text(folder: StudyFolder, recipe: Recipe, say: Listener) -> KnownText 
         return KnownText.load(folder.start)
     except DamagedFileError as error:
         if folder.start.known_text.is_file():
-            say.on_warning(f"{error}; made again")
+            warn(f"{error}; made again")
     check_inputs(folder, recipe)
-    try:
-        chosen = _choose(recipe.arm_by_name[recipe.arm_names[0]], recipe.eval.batch_size)
-    except _CannotWrite as error:
-        say.on_warning(
-            f"the start model writes no text of its own ({error}), so that what it forgets is not watched: give data.probe, "
-            "text of the kind that it was pretrained on"
-        )
-        return None
-    chosen.save(folder.start.known_text)
+    chosen = _choose(recipe.arm_by_name[recipe.arm_names[0]], recipe.eval.batch_size, warn)
+    if chosen is not None:
+        chosen.save(folder.start.known_text)
     return chosen
 
 
-class _CannotWrite(InputError):
-    """The start model cannot generate text."""
-
-
-def _choose(arm: Arm, batch_size: int) -> KnownText:
-    """
-    Raises:
-        _CannotWrite: there is neither given text nor own writing.
-    """
+def _choose(arm: Arm, batch_size: int, warn: Callable[[str], None]) -> KnownText | None:
     data, tokenizer = arm.data, load_tokenizer(arm.model)
     given = open_probe(data, tokenizer, data.valid_sequences)
     if given is not None:
@@ -139,7 +125,11 @@ def _choose(arm: Arm, batch_size: int) -> KnownText:
     try:
         own = write_text(model, first, data.valid_sequences, data.seq_len, seed=SEED, batch_size=batch_size)
     except InputError as error:
-        raise _CannotWrite(str(error)) from error
+        warn(
+            f"the start model writes no text of its own ({error}), so that what it forgets is not watched: give data.probe, "
+            "text of the kind that it was pretrained on"
+        )
+        return None
     compared = kinship(own, held_out, tokenizer.all_special_ids)
     if compared is None:
         return KnownText(own, "own writing")

@@ -74,7 +74,7 @@ class _Study:
 
     def keep_known_text(self) -> None:
         """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
-        self.known = known_text(self.folder, self.recipe, self.display)
+        self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
