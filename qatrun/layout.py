@@ -4,7 +4,7 @@ runs/<study>/
   recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
   fix.json             remedies that were tried, and what each gave back
   report.html          the page; report/ the CSV of its figures
-  start/               scores of the model before training
+  start/               scores of the model before training, and known_text.safetensors: text of what it knew
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
@@ -41,6 +41,7 @@ QUANTIZED, PLAN_FILE, WEIGHTS_FILE, WEIGHTS_FILES = "quantized", "plan.json", "m
 EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
 SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
 LOG_PERPLEXITY_FILE = "log_perplexity.json"  # of an earlier version
+KNOWN_TEXT_FILE = "known_text.safetensors"
 SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.
@@ -90,6 +91,7 @@ class ArmFolder:
     alarms = _Below(ALARMS_FILE)
     histograms = _Below(HISTOGRAMS_FILE)
     result = _Below(RESULT_FILE)
+    known_text = _Below(KNOWN_TEXT_FILE)  # of the start model only
 
     @property
     def eval(self) -> Path:

@@ -266,7 +266,9 @@ class Measure:
     def __init__(self, folder: StudyFolder, recipe: Recipe) -> None:
         self.folder, self.arm = folder, recipe.arm_by_name[recipe.arm_names[0]]
         self.tokenizer = load_tokenizer(self.arm.model)
-        self.text = open_probe(self.arm.data, self.tokenizer, 64)
+        text = open_probe(self.arm.data, self.tokenizer, 64)
+        assert text is not None
+        self.text = text
         self.asked = self._questions()
         self.bf16 = cache(self._bf16)
 

@@ -76,6 +76,17 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
         yield _finding(message, "qat.start_step", "train.steps")
 
 
+def arm_warnings(arm: Arm) -> Iterator[Finding]:
+    """What one arm's sections say together that can be run, but is hardly meant."""
+    steps, rise = arm.train.steps, arm.train.lr_warmup_steps
+    if rise >= steps:
+        message = f"the learning rate rises over all {steps} steps: it reaches train.learning_rate in the last"
+        yield _finding(message, "train.lr_warmup_steps", "train.steps")
+    elif 2 * rise > steps:
+        message = f"the learning rate still rises when most of the training is over ({rise} of {steps} steps)"
+        yield _finding(message, "train.lr_warmup_steps", "train.steps")
+
+
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:
     if source.messages_column is not None and source.text_column is not None:
         message = "text_column and messages_column exclude each other: give one"

@@ -146,9 +146,12 @@ class DataConfig(Section):
     )
     probe: Source | None = Field(
         None,
-        description="held-out text of the kind the model was pretrained on, for the forgetting probe; null: `valid`",
+        description="text of the kind the model was pretrained on, for the forgetting probe; null: what the start model "
+        "writes itself, or the held-out text where that is of the same kind",
     )
-    valid_sequences: Count = Field(64, description="packed sequences held out for perplexity")
+    valid_sequences: Count = Field(
+        64, description="packed sequences held out for perplexity, and of text for the forgetting probe"
+    )
     seq_len: int = Field(1024, ge=2, description="tokens per packed sequence")
 
 

@@ -61,6 +61,8 @@ def run_study(
         raise InputError(problems)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
+    for warning in checked.warnings:
+        display.on_warning(str(warning))
     with (
         claimed(folder, recipe, resume=resume, overwrite=overwrite, warn=display.on_warning),
         _saying_how_to_go_on(folder),

@@ -122,6 +122,7 @@ def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder
         last_step=arm.train.steps,
         switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
         trunk=trunk.folder if trunk else None,
+        twin=folder / arm.twin if arm.twin is not None else None,
         identity=_digest([_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None]),
     )
 

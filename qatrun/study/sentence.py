@@ -78,7 +78,7 @@ class Said:
         worst = self.worst[0] if self.worst else None
         where = (
             f"worst {worst.tensor} clips {100 * worst.clip_fraction:.2g} % (overshoot up to {worst.overshoot:.1f}x): "
-            f"{advice.against_saturation(self.scheme, worst.overshoot)}"
+            f"{advice.against_saturation(self.scheme, worst.overshoot, worst.typical_overshoot)}"
             if worst is not None
             else ""
         )
@@ -99,7 +99,7 @@ class Said:
     def _divergence(self, cause: Cause) -> str:
         return (
             f"training under quantization lost {_seen(cause)} against {self.twin}, which neither clipping nor the grid "
-            f"explains; {advice.DIVERGENCE}"
+            f"explains; {advice.UNEXPLAINED}"
         )
 
     def _cost(self, name: str) -> str:
