@@ -173,7 +173,7 @@ def compare(
     arm: Annotated[str, argument("ARM", "The arm to judge, or a folder with scores.")],
     study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
     output_dir: OutputDirOption = Path("runs"),
-    budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; perplexity=PERCENT, training=PP; repeatable.")] = None,
     anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
     json_: JsonOption = False,

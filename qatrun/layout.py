@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatrun.errors import InputError
-from qatrun.files import PARTIAL, UNFINISHED
 from qatrun.text import suggestion
 
+PARTIAL = ".*.partial"  # a file of this name is written first
+UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE = "recipe.yaml", "environment.json", ".lock"

@@ -85,7 +85,8 @@ class Models:
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
-            surprise=self._surprise(),
+            beyond_frequency={name: _nats(score, less=score.entropy) for name, score in self._held_out.items()},
+            beyond_guessing={name: _nats(score, less=score.uniform) for name, score in self._held_out.items()},
         )
 
     def nats(self, text: str) -> dict[str, float]:
@@ -128,13 +129,9 @@ class Models:
             log_perplexity=None if of_text is None else rise(*of_text).mean,
         )
 
-    def _surprise(self) -> Measured | None:
-        """Of the start model on held-out text, beyond the entropy of its token frequencies."""
-        score = self.texts["start"].texts.get(HELD_OUT) if "start" in self.texts else None
-        if score is None:
-            return None
-        rate = Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1))
-        return _measured(rate, less=score.entropy)
+    @property
+    def _held_out(self) -> dict[str, TextScore]:
+        return {name: found.texts[HELD_OUT] for name, found in self.texts.items() if HELD_OUT in found.texts}
 
 
 @dataclass(frozen=True)
@@ -226,6 +223,11 @@ def _text_effect(before: TextScore, after: TextScore) -> TextEffect:
         num_tokens=int(np.sum(before.num_targets)),
         strata={name: [of.mean, *of.interval(together)] for name, of in strata.items()},
     )
+
+
+def _nats(score: TextScore, less: float) -> Measured:
+    """Nats a token of a model on a text, beyond so many."""
+    return _measured(Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1)), less)
 
 
 def _measured(rate: Rate, less: float = 0.0) -> Measured:

@@ -52,12 +52,14 @@ class TextScore(Record):
         nats: [num_sequences, len(STRATA)], negative log-likelihood of the targets of each stratum, summed.
         num_targets: [num_sequences, len(STRATA)], how many those are.
         entropy: nats a token of the frequencies of the text's tokens: what guessing by frequency alone would take.
+        uniform: nats a token of guessing any token of the vocabulary.
     """
 
     text: str
     nats: list[list[Number]]
     num_targets: list[list[int]]
     entropy: Number
+    uniform: Number
 
     @property
     def mean(self) -> float:

@@ -60,11 +60,7 @@ class Said:
         return [name for name, cause in self.causes.items() if cause.answer == answer]
 
     def _input(self, cause: Cause) -> str:
-        look = cause.looks[0]
-        return (
-            f"the training text is none to this model: before training it takes {look.values[0]:.2f} nats a token more than "
-            f"guessing by the frequency of tokens alone; {advice.INPUT}"
-        )
+        return f"the training text is none to this model, which before training takes {_seen(cause)}; {advice.INPUT}"
 
     def _forgetting(self, cause: Cause) -> str:
         input_ = self.causes.get("input")
