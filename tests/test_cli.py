@@ -32,7 +32,7 @@ def accuracy(scored: dict[str, Any], task: str = LIKES) -> float:
 
 NO_MODEL = "no model folder 'nope' here, and the hub did not give one (offline: HF_HUB_OFFLINE is set)"
 NO_BUDGET = "must be TASK=PP, PP a positive number of percentage points"
-NO_TASK = "no such task (scored: likes.yaml, demo_facts)"
+NO_TASK = "no such task (scored: likes.yaml, demo_facts, perplexity)"
 MISTAKES = {
     "train nope.yaml": "nope.yaml: no such file",
     "train dem": "no file or shipped recipe named 'dem' (did you mean 'demo'?)",
