@@ -43,6 +43,7 @@ EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrate
 SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
 LOG_PERPLEXITY_FILE = "log_perplexity.json"  # of an earlier version
 KNOWN_TEXT_FILE = "known_text.safetensors"
+SCORED_FILE = "scored.json"  # of `qatrun eval --output`
 SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.

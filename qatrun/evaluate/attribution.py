@@ -85,8 +85,12 @@ class Models:
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
-            beyond_frequency={name: _nats(score, less=score.entropy) for name, score in self._held_out.items()},
-            beyond_guessing={name: _nats(score, less=score.uniform) for name, score in self._held_out.items()},
+            beyond_frequency={
+                name: _measured(nats_a_token(score), less=score.entropy) for name, score in self._held_out.items()
+            },
+            beyond_guessing={
+                name: _measured(nats_a_token(score), less=score.uniform) for name, score in self._held_out.items()
+            },
         )
 
     def nats(self, text: str) -> dict[str, float]:
@@ -225,17 +229,23 @@ def _text_effect(before: TextScore, after: TextScore) -> TextEffect:
     )
 
 
-def _nats(score: TextScore, less: float) -> Measured:
-    """Nats a token of a model on a text, beyond so many."""
-    return _measured(Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1)), less)
+def nats_a_token(score: TextScore) -> Rate:
+    """What a model takes on a text."""
+    return Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1))
 
 
-def _measured(rate: Rate, less: float = 0.0) -> Measured:
+def _beyond(score: TextScore, nats: float) -> Measured:
+    rate = nats_a_token(score)
+
     def interval(confidence: float) -> Interval:
         low, high = rate.interval(confidence)
-        return low - less, high - less
+        return low - nats, high - nats
 
-    return Measured(rate.mean - less, interval)
+    return Measured(rate.mean - nats, interval)
+
+
+def _measured(rate: Rate) -> Measured:
+    return Measured(rate.mean, rate.interval)
 
 
 def _points(flips: Flips) -> Measured:

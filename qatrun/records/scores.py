@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from qatrun.files import Record
-from qatrun.records.values import Number, Step
+from qatrun.records.values import Interval, Number, Step
 
 
 class TaskSummary(Record):
@@ -85,10 +87,26 @@ class ScoredTask(Record):
     num_truncated: int
 
 
+class ReadText(Record):
+    """A text that `qatrun eval` read: its perplexity, and the interval of that over its sequences."""
+
+    perplexity: float
+    ci95: Interval
+    num_sequences: int
+    num_tokens: int
+
+
 class ScoredModel(Record):
-    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept."""
+    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept.
+
+    Attributes:
+        text: None where there was none to read.
+        weights: weights file or plan, as it was named -> SHA-256 of what was scored.
+    """
 
     model: str
+    text: ReadText | None = None
+    weights: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None
