@@ -85,12 +85,8 @@ class Models:
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
-            beyond_frequency={
-                name: _measured(nats_a_token(score), less=score.entropy) for name, score in self._held_out.items()
-            },
-            beyond_guessing={
-                name: _measured(nats_a_token(score), less=score.uniform) for name, score in self._held_out.items()
-            },
+            beyond_frequency={name: _beyond(score, score.entropy) for name, score in self._held_out.items()},
+            beyond_guessing={name: _beyond(score, score.uniform) for name, score in self._held_out.items()},
         )
 
     def nats(self, text: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import artifact
 from qatrun.files import content_sha256, write_json
 from qatrun.layout import PLAN_FILE, SCORED_FILE, WEIGHTS_FILES, StudyFolder
-from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device, text_config
+from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ReadText, ScoredModel, ScoredTask, TextScore
 from qatrun.study.display import ScoringDisplay
@@ -115,7 +115,7 @@ def _text_to_read(source: ModelConfig, text: str | None, display: ScoringDisplay
     """Before weights are loaded: a text that cannot be read is known at once."""
     quantized = artifact.find(Path(source.path))
     opened = source if quantized is None else source.model_copy(update={"path": str(quantized)})
-    context = getattr(text_config(load_config(opened)), "max_position_embeddings", None)
+    context = getattr(load_config(opened).get_text_config(decoder=True), "max_position_embeddings", None)
     return text_to_read(Path(source.path), text, load_tokenizer(opened), context, display)
 
 
