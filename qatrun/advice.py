@@ -19,15 +19,17 @@ def against_saturation(scheme: Scheme | None, overshoot: float) -> str:
     """What to change where tensors of this scheme saturate, their amax `overshoot` times its estimate."""
     if scheme is None:
         return "scale estimates do not fit"
-    scaling, edge = scheme.scaling, "; or clip: format, a wider edge" if scheme.clip == "target" else ""
+    scaling, edge = (
+        scheme.scaling,
+        "; or clip: format, a wider edge" if scheme.clip == "target" and scheme.symmetric else "",
+    )
     if scaling.type != "delayed":
         return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
     if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
         if overshoot > NOT_A_TREND:
             return f"scales are too small by a factor that no trend explains; check where they come from{edge}"
-        return (
-            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
-        )
+        lower = "train.learning_rate or target_amax" if scheme.symmetric else "train.learning_rate"
+        return f"amax grows faster than a window of {scaling.window} sees; lower {lower}{edge}"
     changes = [
         "use algorithm max" if scaling.algorithm != "max" else "",
         f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",
