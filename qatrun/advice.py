@@ -29,7 +29,8 @@ def against_saturation(scheme: Scheme | None, overshoot: float, typical: float |
     """
     if scheme is None:
         return "scale estimates do not fit"
-    scaling, edge = scheme.scaling, "; or clip: format, a wider edge" if scheme.clip == "target" else ""
+    scaling = scheme.scaling
+    edge = "; or clip: format, a wider edge" if scheme.clip == "target" and scheme.symmetric else ""
     if scaling.type != "delayed":
         return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
     if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
@@ -37,9 +38,8 @@ def against_saturation(scheme: Scheme | None, overshoot: float, typical: float |
             return f"scales are too small by a steady factor, which no trend explains; check where they come from{edge}"
         if overshoot > NOT_A_TREND:
             return f"amax jumps above all that a window of {scaling.window} has seen; use dynamic scaling{edge}"
-        return (
-            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
-        )
+        lower = "train.learning_rate or target_amax" if scheme.symmetric else "train.learning_rate"
+        return f"amax grows faster than a window of {scaling.window} sees; lower {lower}{edge}"
     changes = [
         "use algorithm max" if scaling.algorithm != "max" else "",
         f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import VOCAB_SIZE, tiny_gpt2, tiny_llama
-from qatrun.study.layout import StudyFolder
+from qatrun.layout import StudyFolder
 from torch.nn import functional as F
 from training import Recorder
 from transformers import GenerationConfig
