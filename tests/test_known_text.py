@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from builders import VOCAB_SIZE, tiny_gpt2, tiny_llama
-from qatrun.layout import StudyFolder
 from torch.nn import functional as F
 from training import Recorder
 from transformers import GenerationConfig
@@ -19,6 +18,7 @@ from transformers import GenerationConfig
 from qatrun import demo
 from qatrun.data import open_data, open_probe
 from qatrun.errors import DamagedFileError, InputError
+from qatrun.layout import StudyFolder
 from qatrun.model import write_text
 from qatrun.recipe import Recipe, parse_recipe
 from qatrun.study import known_text as known_text_module
