@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_llama, word_tokenizer
-from qatrun.evaluate.perplexity import mean_nll
 from safetensors.torch import save_file
 from training import Recorder, TinyStudy
 
 from qatrun.data import open_probe
 from qatrun.errors import AlarmStop, DamagedFileError
+from qatrun.evaluate.text import mean_nll
 from qatrun.numerics import round_to_format
 from qatrun.quant import STATISTICS, Mode, attach, make_plan
 from qatrun.recipe import AlarmConfig, QatConfig

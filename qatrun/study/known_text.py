@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qatrun.data import open_data, open_probe
 from qatrun.errors import DamagedFileError, InputError
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import mean_nll
 from qatrun.files import reading, whole_file
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, load_model, on_device, write_text
