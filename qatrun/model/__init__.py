@@ -20,6 +20,7 @@ from qatrun.model.load import (
     on_device,
     without_weights,
 )
+from qatrun.model.writing import write_text
 
 __all__ = [
     "DTYPES",
@@ -39,4 +40,5 @@ __all__ = [
     "save_model",
     "text_config",
     "without_weights",
+    "write_text",
 ]

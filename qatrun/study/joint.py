@@ -6,22 +6,22 @@ back whole. To score, every process opens the model for itself, from what lies o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qatrun.data import Batch, PackedStream
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
 from qatrun.evaluate.scores import Scores
+from qatrun.evaluate.text import score_texts
 from qatrun.followers import together
 from qatrun.model import DTYPES, load_model, on_device, without_weights
 from qatrun.quant import ResumableState, attach
 from qatrun.ranks import world
 from qatrun.recipe import EvalConfig, ModelConfig
+from qatrun.records.scores import TextScores
 from qatrun.records.training import Outcome
 from qatrun.study.display import SILENT, Display, ScoringDisplay
 from qatrun.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def train_together(
     stream: PackedStream,
     display: Display,
     trackers: Sequence[str],
-    text: Tensor | None,
+    watched: Watched,
     items: EvalConfig | None,
     *,
     keep: bool,
@@ -51,20 +51,20 @@ def train_together(
     """Train a segment; raises as `train`.
 
     Args:
-        text: of the forgetting probe.
-        items: its mini-benchmark.
+        watched: without the benchmark.
+        items: what the mini-benchmark asks.
         keep: whether the trained model is wanted.
     Returns:
         (the model, whole and with quantizers attached, or None; what is known of the run).
     """
-    act = partial(_train, segment, trackers, text, items, keep)
+    act = partial(_train, segment, trackers, watched, items, keep)
     return together(act, (stream, display), (None, SILENT))
 
 
 def _train(
     segment: Segment,
     trackers: Sequence[str],
-    text: Tensor | None,
+    watched: Watched,
     items: EvalConfig | None,
     keep: bool,
     own: tuple[PackedStream | None, Display],
@@ -78,7 +78,9 @@ def _train(
         assert items is not None
         return {name: task.accuracy for name, task in score(model, tokenizer, items).tasks.items()}
 
-    outcome = train(segment, model, stream, display, trackers, Watched(text, None if items is None else benchmark))
+    if items is not None:
+        watched = replace(watched, benchmark=benchmark)
+    outcome = train(segment, model, stream, display, trackers, watched)
     if not keep:
         return None, outcome
     return (model if world().size == 1 else _whole(model, segment)), outcome
@@ -103,31 +105,32 @@ def score_together(
     output: Path | None,
     display: ScoringDisplay,
     *,
-    held_out: Batch | None = None,
+    texts: Mapping[str, Batch],
+    answers: bool = True,
     at_most: int | None = None,
-) -> tuple[Scores, float]:
-    """Score a model as `score` does.
+) -> tuple[Scores, TextScores]:
+    """Score a model as `score` and `score_texts` do.
 
     Args:
-        held_out: text to take the mean NLL of, too.
-    Returns:
-        (scores, mean NLL in nats a token; 0 without text).
+        texts: to read, by name.
+        answers: whether it answers items, too; else its scores are of no task.
     """
-    return together(partial(_score, opened, config, output, held_out, at_most), display, SILENT)
+    return together(partial(_score, opened, config, output, texts, answers, at_most), display, SILENT)
 
 
 def _score(
     opened: Opener,
     config: EvalConfig,
     output: Path | None,
-    held_out: Batch | None,
+    texts: Mapping[str, Batch],
+    answers: bool,
     at_most: int | None,
     display: ScoringDisplay,
-) -> tuple[Scores, float]:
+) -> tuple[Scores, TextScores]:
     model, tokenizer = opened()
-    model = on_device(model)
-    scores = score(model, tokenizer, config, output_dir=output, on_progress=display.on_scored, at_most=at_most)
-    nats = 0.0
-    if held_out is not None:
-        nats = mean_nll(model, held_out.input_ids, batch_size=config.batch_size, labels=held_out.labels)
-    return scores, nats
+    model, output, scores = on_device(model), output if world().leads else None, Scores({}, {})
+    if answers:
+        scores = score(model, tokenizer, config, output_dir=output, on_progress=display.on_scored, at_most=at_most)
+    if not texts:
+        return scores, TextScores(texts={})
+    return scores, score_texts(model, texts, batch_size=config.batch_size, output_dir=output)

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from qatrun.data import Batch, open_data, open_probe
+from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
+from qatrun.evaluate.attribution import HELD_OUT
+from qatrun.evaluate.text import perplexity
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm, EvalConfig
@@ -29,20 +30,22 @@ from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
 from qatrun.study.joint import Opener, open_plain, score_together, train_together
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
+from qatrun.study.texts import study_texts
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
-from qatrun.train.segment import Segment
+from qatrun.train.segment import Segment, Watched
 
 
 def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
     """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
     recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
+    study.keep_known_text()
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(segments)
@@ -56,6 +59,7 @@ class _Study:
     def __init__(self, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> None:
         self.checked, self.folder, self.display, self.trackers = checked, folder, display, trackers
         self.recipe = checked.recipe
+        self.known: KnownText | None = None
 
     def score_start_model(self) -> None:
         """Score the model before training, so that what all arms lost shows."""
@@ -67,8 +71,13 @@ class _Study:
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
         opened = partial(open_plain, arm.model, arm.model.compute_dtype)
-        value = self._score(opened, self._held_out(arm, tokenizer), record.eval, "start model")
+        texts = study_texts(self.folder, self.recipe, arm, tokenizer, self.known)
+        value = self._score(opened, texts, record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
+
+    def keep_known_text(self) -> None:
+        """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
@@ -81,9 +90,9 @@ class _Study:
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
-        valid = self._held_out(arm, load_tokenizer(arm.model))
-        perplexity = self._score_arm(arm, folder, valid)
-        write_json(folder.result, record.model_copy(update={"perplexity": perplexity}))
+        texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model), self.known)
+        perplexities = self._score_arm(arm, folder, texts)
+        write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
@@ -142,20 +151,17 @@ class _Study:
         data = open_data(arm.data, tokenizer, arm.train.seed)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         self.display.begin_training(segment.name, first_step, segment.last_step)
-        watched = self._watched(arm, tokenizer)
-        return train_together(segment, data.train, self.display, self.trackers, *watched, keep=keep)
+        return train_together(segment, data.train, self.display, self.trackers, *self._watched(arm), keep=keep)
 
-    def _held_out(self, arm: Arm, tokenizer: Any) -> Batch:
-        check_inputs(self.folder, self.recipe)
-        return open_data(arm.data, tokenizer, arm.train.seed).valid
-
-    def _watched(self, arm: Arm, tokenizer: Any) -> tuple[Tensor | None, EvalConfig | None]:
-        """The probe's text, and its mini-benchmark if the recipe wants one."""
-        probe = arm.monitor.probe
-        if probe is None:
-            return None, None
+    def _watched(self, arm: Arm) -> tuple[Watched, EvalConfig | None]:
+        """The probe's text, what the first loss is held against, and what the probe's mini-benchmark asks."""
+        probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
+        same_source = valid is None or valid.path == arm.data.train.path
+        nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
+        if probe is None or known is None:
+            return Watched(held_out_nll=nll), None
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
-        return open_probe(arm.data, tokenizer, probe.sequences), None if probe.items is None else few
+        return Watched(known.input_ids[: probe.sequences], held_out_nll=nll), None if probe.items is None else few
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
@@ -172,21 +178,22 @@ class _Study:
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
         return sizes
 
-    def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
+    def _score_arm(self, arm: Arm, folder: ArmFolder, texts: Mapping[str, Batch]) -> dict[str, float]:
         """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
             opened = partial(artifact.load, folder.path, trust_remote_code=arm.model.trust_remote_code)
-            values["on"] = self._score(opened, valid, folder.eval, f"{arm.name}, quantizers on")
+            values["on"] = self._score(opened, texts, folder.eval, f"{arm.name}, quantizers on")
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
-        return values | {state: self._score(partial(open_plain, plain, arm.model.compute_dtype), valid, place, what)}
+        return values | {state: self._score(partial(open_plain, plain, arm.model.compute_dtype), texts, place, what)}
 
-    def _score(self, opened: Opener, valid: Batch, output: Path, what: str) -> float:
+    def _score(self, opened: Opener, texts: Mapping[str, Batch], output: Path, what: str) -> float:
+        """Returns the perplexity of held-out text."""
         self.display.begin_scoring(what)
-        _, nats = score_together(opened, self.recipe.eval, output, self.display, held_out=valid)
-        return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
+        _, read = score_together(opened, self.recipe.eval, output, self.display, texts=texts)
+        return perplexity(read.texts[HELD_OUT].mean)
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]

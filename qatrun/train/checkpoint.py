@@ -41,18 +41,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
-from qatrun.files import by_step, filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.layout import INCOMPLETE, MANIFEST_FILE, PROGRESS_FILE, SHARDS, by_step, step_name
 from qatrun.ranks import world
 from qatrun.records.training import Progress
 from qatrun.train.parts import State
 
-MANIFEST = "manifest.json"
-INCOMPLETE = ".incomplete"
 LARGE = ("model", "optimizer")  # parts with a file of their own, or in shards
 SHARED = "state"
-SMALL_FILES = {f"{SHARED}.safetensors", "progress.json"}
+SMALL_FILES = {f"{SHARED}.safetensors", PROGRESS_FILE}
 FILES = {*(f"{name}.safetensors" for name in LARGE), *SMALL_FILES}
-SHARDS = "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_
     Raises:
         WriteError: a full disk, a missing permission; the earlier ones are as they were.
     """
-    target = folder / f"step-{checkpoint.step:06d}"
+    target = folder / step_name(checkpoint.step)
     temporary = folder / INCOMPLETE
     first = world().first
     with writing(target):
@@ -141,10 +139,10 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, str]
     with filled_folder(folder):
         for name, content in tensors.items():
             save_file(content, folder / f"{name}.safetensors")
-        (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         written = SMALL_FILES if shards else FILES
         manifest = {name: sha256(folder / name) for name in sorted(written)} | dict(shards)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*(file for file in folder.iterdir() if file.name not in shards), folder):
         flush_to_disk(path)
 
@@ -177,7 +175,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         _check_files(folder)
-        progress: Mapping[str, Any] = read_json(folder / "progress.json", Progress)
+        progress: Mapping[str, Any] = read_json(folder / PROGRESS_FILE, Progress)
         parts: dict[str, dict[str, Any]] = {key: value for key, value in progress.items() if isinstance(value, dict)}
         if world().size == 1:
             for part in LARGE:
@@ -187,7 +185,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
-        if progress["step"] != int(folder.name.removeprefix("step-")):
+        if step_name(progress["step"]) != folder.name:
             raise DamagedFileError(Problem(f"it is one of step {progress['step']}"))
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
@@ -249,11 +247,11 @@ def _check_files(folder: Path) -> None:
     Raises:
         DamagedFileError: a file is missing, or is not what the manifest says.
     """
-    manifest = read_json(folder / MANIFEST, dict[str, str])
+    manifest = read_json(folder / MANIFEST_FILE, dict[str, str])
     shards = {name for name in manifest if fnmatch(name, SHARDS)}
     files = sorted(SMALL_FILES | shards if shards else FILES)
     if missing := [name for name in files if name not in manifest]:
-        raise DamagedFileError(Problem(f"{MANIFEST} lacks {', '.join(missing)}"))
+        raise DamagedFileError(Problem(f"{MANIFEST_FILE} lacks {', '.join(missing)}"))
 
     def is_whole(name: str) -> bool:
         with reading(folder / name):

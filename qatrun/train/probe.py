@@ -1,10 +1,12 @@
-"""The forgetting probe: how far a model has moved from the start model on fixed held-out text.
+"""The forgetting probe: what a model has lost of what the start model knew, on fixed text of that.
 
+    rise of the loss = mean over tokens of  log p(token) - log q(token)
     KL(start || now) = mean over tokens of  sum_v p(v) (log p(v) - log q(v))
 
-p are the start model's next-token probabilities, taken once and kept on disk: the top k of each token, all others
-counted as one outcome (which can only make the divergence smaller). So no second model stays in memory. With quantizers
-off the probe shows what training forgot, or learned instead; with quantizers on, what quantization adds.
+p are the start model's next-token probabilities, q those of now. The rise is what is lost; the divergence, which has no
+direction, only says how far the model has moved. Both with quantizers off, which shows what training did, and on, which
+shows what quantization adds. p is taken once and kept on disk, so that no second model stays in memory: of each token the
+top k, all others counted as one outcome (which can only make the divergence smaller).
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from qatrun.model import text_config
 from qatrun.ranks import world
 
 T = TypeVar("T")
-FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
 
@@ -36,11 +37,13 @@ class Probe:
         input_ids: [num, seq_len] int64.
         likeliest: [num, seq_len, k] int32, its likeliest next tokens.
         log_probs: [num, seq_len, k] float32, of those.
+        nll: [num] float32, of each sequence, nats a token.
     """
 
     input_ids: Tensor
     likeliest: Tensor
     log_probs: Tensor
+    nll: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -49,12 +52,13 @@ class Probe:
     ) -> Probe:
         """Ask the start model, computing as training does; leaves it in the mode it was in."""
 
-        def kept(logits: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-            top = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-            return top.indices.int().cpu(), top.values.cpu()
+        def kept(logits: Tensor, ids: Tensor, _: slice) -> tuple[Tensor, Tensor, Tensor]:
+            log_p = logits.log_softmax(-1)
+            top = log_p.topk(min(top_k, logits.shape[-1]), dim=-1)
+            return top.indices.int().cpu(), top.values.cpu(), _nll(log_p, ids).cpu()
 
-        likeliest, log_probs = zip(*_asked(model, input_ids, autocast, kept), strict=True)
-        return cls(input_ids, torch.cat(likeliest), torch.cat(log_probs))
+        found = zip(*_asked(model, input_ids, autocast, kept), strict=True)
+        return cls(input_ids, *(torch.cat(parts) for parts in found))
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
@@ -68,23 +72,34 @@ class Probe:
             DamagedFileError: it is missing, torn or something else.
         """
         with reading(file):
-            return cls(**load_file(file))
+            parts = load_file(file)
+            if "nll" not in parts:
+                raise ValueError("an earlier version wrote it, which kept no loss of the start model")
+            return cls(**parts)
+
+    @property
+    def start_nll(self) -> float:
+        """Of the start model, nats a token."""
+        return float(self.nll.double().mean())
 
     @torch.no_grad()
-    def divergence(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
-        """KL from the start model, nats per token, of the model as it computes now; leaves its mode as it was."""
+    def ask(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
+        """(NLL, KL from the start model), nats a token, of the model as it computes now; leaves its mode as it was."""
 
-        def nats(logits: Tensor, rows: slice) -> float:
-            return float(_kl(logits, self.likeliest[rows], self.log_probs[rows]).double().sum())
+        def nats(logits: Tensor, ids: Tensor, rows: slice) -> tuple[float, float]:
+            log_q = logits.log_softmax(-1)
+            kl = _kl(log_q, self.likeliest[rows], self.log_probs[rows])
+            return float(_nll(log_q, ids).double().sum()), float(kl.double().sum())
 
-        return sum(_asked(model, self.input_ids, autocast, nats)) / self.input_ids.numel()
+        nll, kl = (sum(values) for values in zip(*_asked(model, self.input_ids, autocast, nats), strict=True))
+        return nll / len(self.input_ids), kl / self.input_ids.numel()
 
 
 def _asked(
     model: Any,
     input_ids: Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
-    keep: Callable[[Tensor, slice], T],
+    keep: Callable[[Tensor, Tensor, slice], T],
 ) -> list[T]:
     """What is kept of the logits, [batch, seq_len, vocab] float32, of some rows of the text; as many at once as memory
     permits, shared out over the processes."""
@@ -93,9 +108,10 @@ def _asked(
     was_training = model.training
 
     def ask(rows: slice) -> T:
+        ids = input_ids[rows].to(device)
         with autocast():
-            logits = model(input_ids=input_ids[rows].to(device), use_cache=False).logits
-        return keep(logits.float(), rows)
+            logits = model(input_ids=ids, use_cache=False).logits
+        return keep(logits.float(), ids, rows)
 
     model.eval()
     try:
@@ -104,10 +120,15 @@ def _asked(
         model.train(was_training)
 
 
-def _kl(logits: Tensor, likeliest: Tensor, log_probs: Tensor) -> Tensor:
+def _nll(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """[batch] mean nats of each token given those before it, of [batch, seq_len, vocab] log-probabilities."""
+    return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+
+
+def _kl(log_q: Tensor, likeliest: Tensor, log_probs: Tensor) -> Tensor:
     """[batch, seq_len] nats; one outcome for each of the k, and one for all others together."""
-    p_log = log_probs.to(logits.device)
-    q_log = logits.log_softmax(-1).gather(-1, likeliest.to(logits.device).long())
+    p_log = log_probs.to(log_q.device)
+    q_log = log_q.gather(-1, likeliest.to(log_q.device).long())
     named = (p_log.exp() * (p_log - q_log)).sum(-1)
     p_rest, q_rest = (1 - log.exp().sum(-1) for log in (p_log, q_log))
     tiny = torch.finfo(torch.float32).eps  # sums of float32 probabilities are no better than this

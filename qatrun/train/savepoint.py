@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from qatrun.errors import CheckpointError, RunError
-from qatrun.files import CHECKPOINTS
+from qatrun.layout import CHECKPOINTS
 from qatrun.ranks import world
 from qatrun.train.checkpoint import LARGE, Checkpoint, fill, large_shapes, write_checkpoint
 from qatrun.train.parts import Moments, State, Stateful, Weights
