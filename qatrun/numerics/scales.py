@@ -16,6 +16,7 @@ from qatrun.scheme import GRANULARITIES
 # Between these, a scale and its reciprocal are both normal float32 numbers: finite, and safe from flushing to zero.
 _MIN_SCALE = 2.0**-126
 _MAX_SCALE = 2.0**126
+_MANTISSA = 0x007F_FFFF  # of a float32 pattern
 
 
 def amax(x: Tensor, granularity: str) -> Tensor:
@@ -39,7 +40,12 @@ def amax(x: Tensor, granularity: str) -> Tensor:
     return values.abs().amax(dim=-1, keepdim=True).to(torch.float32)
 
 
-def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor | None = None) -> Tensor:
+def scale_from_amax(
+    amax: Tensor,
+    target_amax: float | Tensor,
+    previous: Tensor | None = None,
+    to_power_of_two: bool | Tensor = False,
+) -> Tensor:
     """The scale that maps amax to target_amax.
 
     An amax that tells nothing (<= 0, Inf or NaN) keeps the previous scale, 1 if there is none.
@@ -48,12 +54,17 @@ def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor 
         amax: any shape, float32.
         target_amax: > 0, a value of the format's grid; a tensor broadcastable to amax where entries differ.
         previous: broadcastable to amax, float32: the scales in use.
+        to_power_of_two: whether the scale is rounded up to the next power of two, so that amax stays within the target; a
+            bool tensor broadcastable to amax where entries differ.
     Returns:
         Shape of amax, float32, kept within 2^-126 .. 2^126 so that its reciprocal is finite and normal too.
     Source: the delayed-scaling rule of Transformer Engine, with the scale inverted to "size of a grid unit".
     """
     values = as_float32(amax)
     fresh = (values.double() / target_amax).clamp(_MIN_SCALE, _MAX_SCALE).to(torch.float32)
+    # The mantissa, unless it is 0, carries into the exponent; 2^126, the largest, is a power of two itself.
+    rounded_up = (fresh.view(torch.int32) + _MANTISSA & ~_MANTISSA).view(torch.float32)
+    fresh = torch.where(torch.as_tensor(to_power_of_two, device=fresh.device), rounded_up, fresh)
     usable = values.isfinite() & (values > 0)
     return torch.where(usable, fresh, 1.0 if previous is None else previous)
 

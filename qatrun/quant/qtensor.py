@@ -58,7 +58,8 @@ class QTensor:
 
 def own_scales(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """(scale, inv_scale), float32, of this very tensor x [..., d], at the scheme's granularity."""
-    scale = scale_from_amax(amax(x, scheme.granularity), scheme.target_amax)
+    found = amax(x, scheme.granularity)
+    scale = scale_from_amax(found, scheme.target_amax, to_power_of_two=scheme.scaling.to_power_of_two)
     return scale, inverse_scale(scale)
 
 

@@ -4,7 +4,8 @@ Delayed tensor scaling (DTS) gives the scale of a step from amaxes seen before i
 
     history  <- [amax of this step; history without its oldest row]
     estimate  = a rule of `scheme.RULES` over the window
-    scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
+    scale     = estimate / target_amax        rounded up to a power of two where the scheme says so; kept as it was where
+                                              the estimate is zero, Inf or NaN
 
 These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and `[num_slots]`
 tensors, so a push is the same few operations however many layers there are. Forward and backward only ever raise `amax`, by
@@ -59,6 +60,7 @@ class Scales:
         self.target = torch.tensor([scheme.target_amax for scheme in schemes])
         self.delayed = torch.tensor([kind.type == "delayed" for kind in kinds])
         self.dynamic = torch.tensor([kind.type == "dynamic" for kind in kinds])
+        self.to_power_of_two = torch.tensor([kind.to_power_of_two for kind in kinds])
         self.scaled = torch.tensor([kind.type != "none" for kind in kinds])
         self._interval = torch.tensor([kind.update_interval for kind in kinds])
         self._own_scale = torch.tensor(
@@ -97,16 +99,14 @@ class Scales:
     @torch.no_grad()
     def move(self, which: Tensor) -> None:
         """Renew the scales of some slots, [num_slots] bool, from the history."""
-        moved = scale_from_amax(self._estimate(), self.target, previous=self.scale)
-        self.scale = torch.where(which, moved, self.scale)
+        self.scale = torch.where(which, self._fitting(self._estimate()), self.scale)
         self.inv_scale = inverse_scale(self.scale)
         self.num_changes += 1
 
     def used(self, *, primed: bool) -> Tensor:
         """[num_slots] float32: the scales that the tensors seen since the last push were quantized with; of a slot whose
         tensors have scales of their own, that of the largest."""
-        fitting = scale_from_amax(self.amax, self.target, previous=self.scale)
-        return torch.where(self._own_scale[int(primed)], fitting, self.scale)
+        return torch.where(self._own_scale[int(primed)], self._fitting(self.amax), self.scale)
 
     def forget(self) -> None:
         """Begin a new history."""
@@ -119,6 +119,10 @@ class Scales:
         columns = torch.tensor([theirs[name] for name in self._observed_as])
         self.history = history[: len(self.history), columns].to(self.history.device)
         self.num_pushes = num_pushes
+
+    def _fitting(self, amax: Tensor) -> Tensor:
+        """[num_slots] the scales that fit these amaxes."""
+        return scale_from_amax(amax, self.target, self.scale, self.to_power_of_two)
 
     def _estimate(self) -> Tensor:
         """[num_slots] amax estimates, each slot's by its own rule."""

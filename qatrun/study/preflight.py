@@ -146,6 +146,8 @@ def preflight(recipe: Recipe) -> Preflight:
 def _role_text(role: Role, scheme: Scheme) -> str:
     scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
+    if scaling.to_power_of_two:
+        how += ", powers of two"
     return f"{role} {scheme.format} {scheme.granularity}, amax to {scheme.target_amax:g}, {how}"
 
 
