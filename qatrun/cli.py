@@ -25,6 +25,7 @@ from qatrun.options import (
     path_option,
     place,
 )
+from qatrun.serving import EXPORT_NAMES, known
 
 app = typer.Typer(
     name="qatrun",
@@ -160,6 +161,34 @@ def evaluate(
         out.print_data(scored.to_dict())
     else:
         out.print(score_table(scored))
+
+
+@app.command()
+def export(
+    arm: Annotated[str, argument("ARM", "A quantized arm's folder.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
+    ] = None,
+    output: Annotated[Path | None, path_option("Folder to write; default: one named after --to in the arm's.")] = None,
+    json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Write a quantized arm as a folder that serving engines read, and prove it equal to what was scored."""
+    _quiet_libraries()
+    from qatrun.report.exported import exported_table, holds
+    from qatrun.study import export_arm
+
+    name = None if to is None else known(to, EXPORT_NAMES, "--to")
+    folder, record = export_arm(Path(arm), name, output, trust_remote_code=trust_remote_code)
+    if json_:
+        out.print_data(record.to_dict())
+    else:
+        out.print(exported_table(folder, record))
+    if not holds(record):
+        raise typer.Exit(1)
 
 
 @app.command()

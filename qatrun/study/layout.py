@@ -7,6 +7,7 @@ runs/<study>/
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
+    compressed-tensors/  and others of `serving.EXPORT_NAMES`: the same for an engine, with what was proven in export.json
     eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-calibrated-<hash>/ those of
                        a diagnosis: these weights with calibrated scales (of a twin: PTQ)
     checkpoints/  metrics.jsonl  alarms.jsonl  tensors/  histograms.json  result.json
@@ -25,10 +26,12 @@ from pathlib import Path
 from qatrun import files
 from qatrun.errors import InputError
 from qatrun.export import artifact
+from qatrun.serving import EXPORT_NAMES
 from qatrun.text import suggestion
 
 EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
 RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE = "result.json", "histograms.json", "log_perplexity.json"
+EXPORT_FILE = "export.json"
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", ".lock"
@@ -52,6 +55,8 @@ OF_AN_ARM = (
     *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL)),
     *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
     *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
+    *(f"{folder}/{name}" for folder in EXPORT_NAMES for name in (EXPORT_FILE, *_OF_A_MODEL)),
+    *(f".{folder}.{state}/*" for folder in EXPORT_NAMES for state in ("partial", "earlier")),
 )
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 

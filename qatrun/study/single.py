@@ -14,7 +14,7 @@ from qatrun.data import Batch, open_data, open_probe
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.perplexity import mean_nll
-from qatrun.export import EXPORTS, artifact
+from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
@@ -172,8 +172,7 @@ class _Study:
         sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
         if segment.plan is not None:
             freeze(model, dtype)
-            for export in EXPORTS:
-                export.save(model, tokenizer, segment.plan, folder.path / export.FOLDER)
+            artifact.save(model, tokenizer, segment.plan, folder.quantized)
             sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
         shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")

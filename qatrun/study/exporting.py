@@ -1,0 +1,229 @@
+"""`qatrun export`: from an arm that was scored to a folder that an engine reads, and the proof that it is the same model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatrun.data import open_data
+from qatrun.errors import InputError, Problem, QatrunError, RunError
+from qatrun.evaluate import equality
+from qatrun.evaluate.engines import ENGINES, Engine, token_scales
+from qatrun.export import EXPORTS, Export, artifact
+from qatrun.export.folder import Stored, stored_linears
+from qatrun.files import sha256, whole_folder, write_json
+from qatrun.model import architecture
+from qatrun.quant import QuantPlan
+from qatrun.recipe import ModelConfig, load_recipe
+from qatrun.records.export import CodesProof, Exported
+from qatrun.study.layout import EXPORT_FILE, StudyFolder
+
+PACKAGES = ("qatrun", "torch", "transformers", "compressed-tensors", "onnx", "onnxruntime")
+TOKENS_OF_LINEARS = 4096  # that the linears are compared on
+UNTOLD_TOKENS = (8, 64)  # sequences of random tokens, where a folder belongs to no study
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A quantized folder, opened: what was scored, and what is exported.
+
+    Attributes:
+        folder: the quantized folder.
+        empty: the architecture on the meta device, its linears as they were.
+        text: that models are compared on.
+        no_text: why it is no held-out text of the study's.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    plan: QuantPlan
+    empty: nn.Module
+    text: equality.Text
+    no_text: str | None
+    batch_size: int
+    trust_remote_code: bool
+
+    @property
+    def attn_implementation(self) -> str:
+        """The attention kernel that it was scored with."""
+        return str(self.model.config._attn_implementation)
+
+
+def export_arm(
+    path: Path, to: str | None, output: Path | None, *, trust_remote_code: bool = False
+) -> tuple[Path, Exported]:
+    """Write a quantized arm as the folder of an engine, prove it equal, and keep the proof in it.
+
+    Args:
+        path: an arm's folder, or the quantized folder in it.
+        to: name of one of `EXPORTS`; None: the one for the arm's formats.
+        output: the folder to write; None: one named after `to` in the arm's.
+    Returns:
+        the folder, and what is in its export.json.
+    Raises:
+        InputError: no quantized arm there, a damaged one, or one that the format cannot express.
+        RunError: the folder's codes or linears are not what was scored; nothing is written then.
+        WriteError: it cannot be written; nothing is then.
+    """
+    quantized = artifact.find(path)
+    if quantized is None:
+        raise InputError(Problem(f"'{path}' is no quantized arm (no {artifact.FOLDER}/{artifact.PLAN_FILE})"))
+    plan = artifact.read_plan(quantized)
+    export = EXPORTS[to or default_export(plan)]
+    target = output or quantized.parent / export.NAME
+    _refuse_strangers(target)
+    source = ModelConfig(path=str(quantized), trust_remote_code=trust_remote_code)
+    empty = architecture(source)
+    if problems := [Problem(text, f"{path} --to {export.NAME}") for text in export.problems(plan, empty)]:
+        raise InputError(problems)
+    model, tokenizer = artifact.load(quantized, trust_remote_code=trust_remote_code)
+    text, no_text, batch_size = _text_of(quantized.parent, tokenizer, model)
+    scored = Scored(quantized, model, tokenizer, plan, empty, text, no_text, batch_size, trust_remote_code)
+    return target, write_export(scored, export, target)
+
+
+def default_export(plan: QuantPlan) -> str:
+    """The name of the export for a plan's formats."""
+    return "hif8" if any(scheme.format == "hif8" for scheme in plan.slots().values()) else "compressed-tensors"
+
+
+def write_export(scored: Scored, export: Export, target: Path) -> Exported:
+    """Write and prove; the folder is whole, or as it was before."""
+    with whole_folder(target) as folder:
+        export.save(scored.model, scored.tokenizer, scored.plan, folder)
+        record = _proven(scored, export, folder, target)
+        write_json(folder / EXPORT_FILE, record)
+    return record
+
+
+def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Exported:
+    stored = stored_linears(scored.model)
+    codes = _compare_codes(stored, export.read(folder))
+    if codes.differing:
+        raise RunError(f"{target}: {codes.differing} codes and scales read back otherwise than they were scored")
+    record = Exported(
+        format=export.NAME,
+        source=os.path.relpath(scored.folder.resolve(), target.resolve()),
+        source_sha256=sha256(scored.folder / artifact.WEIGHTS_FILE),
+        compute_dtype=str(scored.model.dtype).removeprefix("torch."),
+        attn_implementation=scored.attn_implementation,
+        linears=len(stored),
+        schemes=dict(Counter(_scheme_text(scored.plan, name) for name in scored.plan.linears)),
+        packages=_versions(),
+        notes=list(export.notes(scored.plan)),
+        codes=codes,
+    )
+    engine = ENGINES[export.ENGINE] if export.ENGINE else None
+    missing = "no engine for it runs here" if engine is None else engine.missing()
+    if engine is None or missing is not None:
+        return record.model_copy(update={"not_checked": {"linears": missing, "text": missing}})
+    return _with_engine(record, scored, engine, str(export.ENGINE), folder, target, stored)
+
+
+def _with_engine(
+    record: Exported,
+    scored: Scored,
+    engine: Engine,
+    name: str,
+    folder: Path,
+    target: Path,
+    stored: Mapping[str, Stored],
+) -> Exported:
+    settings: Any = {
+        "attn_implementation": scored.attn_implementation,
+        "trust_remote_code": scored.trust_remote_code,
+    }
+    num = max(1, TOKENS_OF_LINEARS // scored.text.input_ids.shape[1])
+    exported = engine.open(folder, torch.float32, **settings)
+    linears = equality.compare_linears(
+        name, equality.in_float32(scored.model), exported, scored.text.input_ids[:num], token_scales
+    )
+    if linears.worst > equality.TOLERANCE:
+        raise RunError(
+            f"{target}: a linear computes otherwise in {name} than it was scored (off by {linears.worst:.1e} of max |y|)"
+        )
+    if scored.model.dtype != torch.float32:
+        exported = engine.open(folder, scored.model.dtype, **settings)
+    must_be_equal = all(linear.is_exact for linear in stored.values()) and not linears.rows_clipped
+    text = equality.compare_text(
+        name, scored.model, exported, scored.text, batch_size=scored.batch_size, must_be_equal=must_be_equal
+    )
+    not_checked = {} if scored.no_text is None else {"perplexity": scored.no_text}
+    return record.model_copy(update={"linears_proof": linears, "text_proof": text, "not_checked": not_checked})
+
+
+def _compare_codes(scored: Mapping[str, Stored], written: Mapping[str, Stored]) -> CodesProof:
+    """Codes and scales of both, bit for bit."""
+    codes = scales = differing = 0
+    for name, ours in scored.items():
+        theirs = written.get(name)
+        codes += ours.codes.numel()
+        scales += len(ours.weight_scale) + (ours.input_scale is not None)
+        if theirs is None or theirs.codes.shape != ours.codes.shape:
+            differing += ours.codes.numel()
+            continue
+        differing += int((theirs.codes.view(torch.int8) != ours.codes.view(torch.int8)).sum())
+        differing += int((theirs.weight_scale != ours.weight_scale).sum())
+        differing += _scale_differs(ours.input_scale, theirs.input_scale)
+    differing += len(written.keys() - scored.keys())
+    return CodesProof(linears=len(scored), codes=codes, scales=scales, differing=differing)
+
+
+def _scale_differs(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is not theirs
+    return not torch.equal(ours, theirs)
+
+
+def _text_of(arm: Path, tokenizer: Any, model: Any) -> tuple[equality.Text, str | None, int]:
+    """The held-out text of an arm's study, or random tokens and why; and how many sequences a forward."""
+    study = StudyFolder(arm.resolve().parent)
+    try:
+        if not study.recipe.is_file():
+            raise InputError("it lies in no study, so there is no held-out text")
+        recipe = load_recipe(study.recipe)
+        settings = recipe.arm_by_name[arm.resolve().name]
+        valid = open_data(settings.data, tokenizer, settings.train.seed).valid
+    except (QatrunError, KeyError) as error:
+        why = str(error).partition("\n")[0] if isinstance(error, QatrunError) else f"no arm of {study.path}"
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        ids = torch.randint(vocabulary, UNTOLD_TOKENS, generator=torch.Generator().manual_seed(0))
+        return equality.Text("random tokens", ids, None), why, UNTOLD_TOKENS[0]
+    labels = valid.input_ids if valid.labels is None else valid.labels
+    return equality.Text("the study's held-out text", valid.input_ids, labels), None, recipe.eval.batch_size
+
+
+def _refuse_strangers(target: Path) -> None:
+    """Raises InputError where a folder holds something that is no export of ours."""
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_export(target))):
+        raise InputError(f"{target} holds something that qatrun did not export; give another --output")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether qatrun exported this folder."""
+    return (folder / EXPORT_FILE).is_file()
+
+
+def _scheme_text(plan: QuantPlan, name: str) -> str:
+    weight, of_input = plan.schemes[name]["weight"], plan.schemes[name]["input"]
+    how = of_input.granularity if of_input.per_row else f"{of_input.granularity}, frozen"
+    return f"{weight.format} weights {weight.granularity}, {of_input.format} inputs {how}"
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
