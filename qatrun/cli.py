@@ -25,7 +25,7 @@ from qatrun.options import (
     path_option,
     place,
 )
-from qatrun.serving import EXPORT_NAMES, known
+from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, known
 
 app = typer.Typer(
     name="qatrun",
@@ -140,6 +140,13 @@ def evaluate(
     num_fewshot: Annotated[int | None, number("Few-shot examples, for every task.", least=0)] = None,
     data_dir: Annotated[str | None, place("PATH", "Folder laid out like the hub to take questions from.")] = None,
     batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Engine to score an exported folder in: {', '.join(ENGINE_NAMES)}; default: the one that opens it.",
+        ),
+    ] = None,
     output: Annotated[Path | None, path_option("Folder for scores and samples, which `compare` reads.")] = None,
     json_: JsonOption = False,
     trust_remote_code: Annotated[
@@ -147,7 +154,9 @@ def evaluate(
     ] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
-    """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
+    """Score any checkpoint: one of ours with its quantizers on, an exported folder in an engine, or a plain Hugging Face
+    model."""
+    chosen = None if engine is None else known(engine, ENGINE_NAMES, "--engine")
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, score_table
     from qatrun.study import eval_config, score_path
@@ -156,7 +165,7 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output, trust_remote_code=trust_remote_code)
+        scored = score_path(path, config, display, output, engine=chosen, trust_remote_code=trust_remote_code)
     if json_:
         out.print_data(scored.to_dict())
     else:

@@ -28,7 +28,7 @@ from qatrun.quant import make_plan
 from qatrun.recipe import RoleConfig
 from qatrun.serving import EXPORT_NAMES
 from qatrun.study import export_arm
-from qatrun.study.exporting import is_export
+from qatrun.study.engine import is_export
 
 DTYPES = (torch.float32, torch.bfloat16)
 

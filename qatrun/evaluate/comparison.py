@@ -12,7 +12,9 @@ import numpy as np
 from qatrun.errors import MismatchError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.scores import Scores, TaskScore
+from qatrun.recipe.schema import DEFAULT_BUDGET_PP
 from qatrun.records.comparison import ArmComparison, TaskComparison
+from qatrun.records.export import EngineMatch, TaskMatch
 
 CONDITIONAL_ON = "these checkpoints, one training seed, these items: another seed may differ by more than the interval"
 
@@ -48,6 +50,41 @@ def compare(
     verdict = paired.worst_verdict(task.verdict for task in tasks)
     assert verdict is not None  # a recipe has a task
     return ArmComparison(tasks=tasks, verdict=verdict, conditional_on=CONDITIONAL_ON)
+
+
+def match_items(engine: str, scored: Scores, exported: Scores, budgets: Mapping[str, float]) -> EngineMatch:
+    """Compare what an engine answered with what the arm did when it was scored, on the same items.
+
+    Args:
+        budgets: task -> largest acceptable drop, percentage points; 1 where there is none.
+    Raises:
+        MismatchError: not the same tasks or items; names the difference.
+    """
+    if problems := _unpaired(scored, exported, engine):
+        raise MismatchError(problems)
+    tasks, verdicts = [], []
+    for name, task in scored.tasks.items():
+        theirs = exported.tasks[name]
+        same = theirs.items.places(task.items.item_id)
+        flips = paired.count_flips(task.items.correct, theirs.items.correct[same])
+        shift = float(np.nanmax(np.abs(theirs.items.choice_loglikelihoods[same] - task.items.choice_loglikelihoods)))
+        budget = budgets.get(name, DEFAULT_BUDGET_PP) / 100.0
+        # The very same answers need no statistics.
+        verdicts.append(paired.judge(paired.drop_interval(flips), budget) if shift else "within")
+        tasks.append(
+            TaskMatch(
+                task=name,
+                items=task.num_items,
+                scored=task.accuracy,
+                engine=theirs.accuracy,
+                flips_to_wrong=flips.to_wrong,
+                flips_to_right=flips.to_right,
+                max_abs_delta_loglikelihood=shift,
+            )
+        )
+    verdict = paired.worst_verdict(verdicts)
+    assert verdict is not None  # there is a task
+    return EngineMatch(engine=engine, tasks=tasks, verdict=verdict)
 
 
 def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:

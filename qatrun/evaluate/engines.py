@@ -13,21 +13,22 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatrun.errors import InputError, RunError
 from qatrun.model import text_config
+from qatrun.model.config import sentence
 
 
 class Open(Protocol):
     """How an engine opens a folder."""
 
     def __call__(
-        self, folder: Path, dtype: torch.dtype, *, attn_implementation: str, trust_remote_code: bool
+        self, folder: Path, dtype: torch.dtype | Literal["auto"], *, attn_implementation: str, trust_remote_code: bool
     ) -> Any: ...
 
 
@@ -63,21 +64,39 @@ def engine(name: str) -> Engine:
     return found
 
 
-def _open_transformers(folder: Path, dtype: torch.dtype, *, attn_implementation: str, trust_remote_code: bool) -> Any:
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # `tokenizers` raises no other type for a file that it does not understand
+        raise InputError(f"{folder}: no tokenizer: {sentence(error)}") from error
+
+
+def _open_transformers(
+    folder: Path, dtype: torch.dtype | Literal["auto"], *, attn_implementation: str, trust_remote_code: bool
+) -> Any:
     """The folder as `AutoModelForCausalLM.from_pretrained` gives it: weights kept compressed until the first forward, inputs
     quantized.
 
     Raises:
+        InputError: it cannot be opened.
         RunError: keys are missing or not expected.
     """
     with _quiet_library():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises whatever files and values lead to
+            raise InputError(f"{folder}: transformers cannot open it: {sentence(error)}") from error
         text_config(model).use_cache = model.config.use_cache = False
         with torch.no_grad():
             model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long))  # the first forward decompresses

@@ -23,11 +23,11 @@ class Export(Protocol):
 
     Attributes:
         NAME: by which a user asks for it; also that of its folder in an arm's.
-        ENGINE: which of `evaluate.engines` opens it here; None: none does.
+        ENGINES: which of `evaluate.engines` open it; the first proves it.
     """
 
     NAME: str
-    ENGINE: str | None
+    ENGINES: tuple[str, ...]
 
     def problems(self, plan: QuantPlan, model: nn.Module) -> Iterator[str]:
         """What of a plan the format cannot say, and what is nearest; the model with its linears as they were, on the meta

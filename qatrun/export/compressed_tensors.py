@@ -30,7 +30,7 @@ from qatrun.quant import QuantPlan, named_linears
 from qatrun.scheme import Scheme
 
 NAME = "compressed-tensors"
-ENGINE: str | None = "transformers"
+ENGINES: tuple[str, ...] = ("transformers",)
 TYPES = {"fp8_e4m3": ("float", torch.float8_e4m3fn), "int8": ("int", torch.int8)}
 LAYOUT = {"fp8_e4m3": "float-quantized", "int8": "int-quantized"}
 NEAREST = {"hif8": "--to hif8 keeps it, or train fp8_e4m3", "fp8_e5m2": "train fp8_e4m3"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from qatrun.files import Record
+from qatrun.records.values import Verdict
 
 
 class CodesProof(Record):
@@ -85,7 +86,7 @@ class EngineMatch(Record):
 
     engine: str
     tasks: list[TaskMatch]
-    verdict: str
+    verdict: Verdict
 
 
 class Exported(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qatrun.files import Record
+from qatrun.records.export import EngineMatch
 from qatrun.records.values import Step
 
 
@@ -50,9 +51,11 @@ class ScoredTask(Record):
 
 
 class ScoredModel(Record):
-    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept."""
+    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept, `match`
+    how an exported folder compares with what its arm scored."""
 
     model: str
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None
+    match: EngineMatch | None

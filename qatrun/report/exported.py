@@ -40,7 +40,7 @@ def proofs(record: Exported) -> Iterator[str]:
     if record.text_proof is not None:
         yield from _of_text(record.text_proof)
     for match in record.scored:
-        yield from _of_scores(match)
+        yield from match_lines(match)
     for what, why in record.not_checked.items():
         yield f"{what}: not checked, {why}"
 
@@ -55,6 +55,19 @@ def holds(record: Exported) -> bool:
     """Whether all that must be equal is."""
     text = record.text_proof
     return text is None or text.equal or not text.must_be_equal
+
+
+def match_lines(match: EngineMatch) -> Iterator[str]:
+    """A sentence on each task that was scored in an engine too."""
+    for task in match.tasks:
+        flips = task.flips_to_wrong + task.flips_to_right
+        same = "all answers the same" if not flips else f"{task.flips_to_wrong}↓ {task.flips_to_right}↑ flips"
+        largest = task.max_abs_delta_loglikelihood
+        shift = "log-likelihoods equal, bit for bit" if largest == 0 else f"log-likelihoods within {largest:.2g} nats"
+        yield (
+            f"scores: {task.task} {100 * task.engine:.2f} in {match.engine}, {100 * task.scored:.2f} as scored: {same} of "
+            f"{task.items:,} items, {shift}"
+        )
 
 
 def _of_linears(proof: LinearsProof) -> str:
@@ -91,15 +104,3 @@ def _of_text(proof: TextProof) -> Iterator[str]:
         yield f"logits: NOT equal, though every scale is a power of two: they differ by up to {proof.max_difference:.2g}"
     else:
         yield f"logits: they differ by up to {proof.max_difference:.2g}, as scales that are no powers of two allow"
-
-
-def _of_scores(match: EngineMatch) -> Iterator[str]:
-    for task in match.tasks:
-        flips = task.flips_to_wrong + task.flips_to_right
-        same = "all answers the same" if not flips else f"{task.flips_to_wrong}↓ {task.flips_to_right}↑ flips"
-        largest = task.max_abs_delta_loglikelihood
-        shift = "log-likelihoods equal, bit for bit" if largest == 0 else f"log-likelihoods within {largest:.2g} nats"
-        yield (
-            f"scores: {task.task} {100 * task.engine:.2f} in {match.engine}, {100 * task.scored:.2f} as scored: {same} of "
-            f"{task.items:,} items, {shift}"
-        )

@@ -11,6 +11,7 @@ from rich.text import Text
 from qatrun.records.comparison import Pair, TaskComparison
 from qatrun.records.scores import ScoredModel
 from qatrun.records.values import Verdict
+from qatrun.report.exported import match_lines
 from qatrun.report.grid import Grid
 from qatrun.text import interval, readable_size
 
@@ -64,6 +65,8 @@ def score_table(scored: ScoredModel) -> RenderableType:
         for task in scored.tasks
         if task.num_truncated
     ]
+    if scored.match is not None:
+        notes += [Text(line) for line in match_lines(scored.match)]
     return Group(table, *notes)
 
 

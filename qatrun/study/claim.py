@@ -18,11 +18,11 @@ from qatrun.records.environment import StudyEnvironment
 from qatrun.study.contents import is_free, is_study, own_files, saved_recipe, strangers
 from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
-from qatrun.study.layout import LOCK_FILE, StudyFolder
+from qatrun.study.layout import EXPORT_FILE, LOCK_FILE, StudyFolder
 from qatrun.text import flat
 
-# Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.
-FREE_SECTIONS = {"budget", "contrasts", "diagnose", "monitor"}
+# Sections that no number of an arm depends on: what is watched, asked, judged and exported, not what is trained and scored.
+FREE_SECTIONS = {"budget", "contrasts", "diagnose", "export", "monitor"}
 # Where a study lies: it may be moved to a larger disk.
 PLACE = {"name", "output_dir"}
 
@@ -99,6 +99,9 @@ def _is_finished(folder: StudyFolder) -> bool:
         return False
     if recipe.train.seeds is not None or recipe.contrasts:
         return folder.seeds.is_file()
+    exports = ((folder.arm(arm.name), name) for arm in recipe.arm_by_name.values() if arm.qat for name in arm.export)
+    if not all((arm.path / name / EXPORT_FILE).is_file() for arm, name in exports):
+        return False
     diagnoses = recipe.diagnose.at_end and any(arm.twin for arm in recipe.arm_by_name.values())
     return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
 

@@ -14,17 +14,20 @@ import torch
 from torch import nn
 
 from qatrun.data import open_data
-from qatrun.errors import InputError, Problem, QatrunError, RunError
+from qatrun.errors import DamagedFileError, InputError, Problem, QatrunError, RunError
 from qatrun.evaluate import equality
 from qatrun.evaluate.engines import ENGINES, Engine, token_scales
 from qatrun.export import EXPORTS, Export, artifact
 from qatrun.export.folder import Stored, stored_linears
-from qatrun.files import sha256, whole_folder, write_json
+from qatrun.files import read_json, sha256, whole_folder, write_json
 from qatrun.model import architecture
 from qatrun.quant import QuantPlan
-from qatrun.recipe import ModelConfig, load_recipe
+from qatrun.recipe import Arm, EvalConfig, ModelConfig, load_recipe
 from qatrun.records.export import CodesProof, Exported
-from qatrun.study.layout import EXPORT_FILE, StudyFolder
+from qatrun.report.exported import holds, proofs
+from qatrun.study.display import Display
+from qatrun.study.engine import is_export, score_in_engine
+from qatrun.study.layout import EVAL, EXPORT_FILE, ArmFolder, StudyFolder
 
 PACKAGES = ("qatrun", "torch", "transformers", "compressed-tensors", "onnx", "onnxruntime")
 TOKENS_OF_LINEARS = 4096  # that the linears are compared on
@@ -91,6 +94,32 @@ def export_arm(
     return target, write_export(scored, export, target)
 
 
+def export_trained(arm: Arm, folder: ArmFolder, config: EvalConfig, display: Display) -> None:
+    """Export a finished arm as its recipe says, and score what was exported in its engine, where that is installed; what is
+    there already, of these weights, is left as it is."""
+    for name in arm.export if arm.qat is not None else ():
+        if not is_current(folder, name):
+            display.note(f"{arm.name}: exporting as {name}")
+            export_arm(folder.path, name, None, trust_remote_code=arm.model.trust_remote_code)
+        target, opens = folder.path / name, EXPORTS[name].ENGINES
+        if opens and ENGINES[opens[0]].missing() is None and not read_json(target / EXPORT_FILE, Exported).scored:
+            place = folder.path / f"{EVAL}-{name}"
+            score_in_engine(target, config, opens[0], display, place, trust_remote_code=arm.model.trust_remote_code)
+        record = read_json(target / EXPORT_FILE, Exported)
+        say = display.note if holds(record) else display.on_warning
+        for line in proofs(record):
+            say(f"{arm.name} as {name}: {line}")
+
+
+def is_current(folder: ArmFolder, name: str) -> bool:
+    """Whether an arm's weights as they are now were exported under this name."""
+    try:
+        record = read_json(folder.path / name / EXPORT_FILE, Exported)
+    except DamagedFileError:
+        return False
+    return record.source_sha256 == sha256(folder.quantized / artifact.WEIGHTS_FILE)
+
+
 def default_export(plan: QuantPlan) -> str:
     """The name of the export for a plan's formats."""
     return "hif8" if any(scheme.format == "hif8" for scheme in plan.slots().values()) else "compressed-tensors"
@@ -122,11 +151,11 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
         notes=list(export.notes(scored.plan)),
         codes=codes,
     )
-    engine = ENGINES[export.ENGINE] if export.ENGINE else None
-    missing = "no engine for it runs here" if engine is None else engine.missing()
-    if engine is None or missing is not None:
+    name = next(iter(export.ENGINES), None)
+    missing = "no engine for it runs here" if name is None else ENGINES[name].missing()
+    if name is None or missing is not None:
         return record.model_copy(update={"not_checked": {"linears": missing, "text": missing}})
-    return _with_engine(record, scored, engine, str(export.ENGINE), folder, target, stored)
+    return _with_engine(record, scored, ENGINES[name], name, folder, target, stored)
 
 
 def _with_engine(
@@ -206,11 +235,6 @@ def _refuse_strangers(target: Path) -> None:
     """Raises InputError where a folder holds something that is no export of ours."""
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_export(target))):
         raise InputError(f"{target} holds something that qatrun did not export; give another --output")
-
-
-def is_export(folder: Path) -> bool:
-    """Whether qatrun exported this folder."""
-    return (folder / EXPORT_FILE).is_file()
 
 
 def _scheme_text(plan: QuantPlan, name: str) -> str:

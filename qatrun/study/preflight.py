@@ -15,6 +15,7 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
+from qatrun.export import EXPORTS
 from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
@@ -88,6 +89,7 @@ class Preflight:
             coverage=str(covered) if covered is not None else None,
             roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
             memory_bytes=memory,
+            export=list(arm.export) if arm.qat is not None else [],
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -121,6 +123,7 @@ def preflight(recipe: Recipe) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
+            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
@@ -165,6 +168,13 @@ def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and 0 < context < arm.data.seq_len:  # -1: any number will do
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
+
+
+def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
+    """What a format that an arm is to be exported as cannot say of it."""
+    for name in arm.export:
+        for problem in EXPORTS[name].problems(plan, model):
+            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:

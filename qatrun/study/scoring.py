@@ -7,12 +7,14 @@ from typing import Any
 
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
+from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.tasks import check_available
 from qatrun.export import artifact
 from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ScoredModel, ScoredTask
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.engine import engine_of, exported_from, score_in_engine
 from qatrun.study.layout import StudyFolder
 from qatrun.tokenizer import load_tokenizer
 
@@ -34,6 +36,8 @@ def eval_config(
     arm = Path(path).resolve()
     if artifact.find(Path(path)) == Path(path):  # the quantized folder inside an arm's
         arm = arm.parent
+    elif (source := exported_from(arm)) is not None:
+        arm = source.path
     recipe = StudyFolder(arm.parent).recipe
     base = load_recipe(recipe).eval if recipe.is_file() else EvalConfig(tasks=DEFAULT_TASKS)
     known = {**DEFAULT_TASKS, **base.tasks}
@@ -46,11 +50,19 @@ def eval_config(
 
 
 def score_path(
-    path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None, *, trust_remote_code: bool = False
+    path: str,
+    config: EvalConfig,
+    display: ScoringDisplay,
+    output: Path | None,
+    *,
+    engine: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ScoredModel:
-    """Score a checkpoint. One of ours runs with quantizers on, a plain model in its config's dtype.
+    """Score a checkpoint. One of ours runs with quantizers on, an exported folder in an engine, a plain model in its
+    config's dtype.
 
     Args:
+        engine: one of `evaluate.engines` to open a folder with; None: that of an export, else none.
         trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
             may have come with the model too.
     Raises:
@@ -58,17 +70,20 @@ def score_path(
     """
     source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     data_dir = Path(config.data_dir) if config.data_dir else None
-    problems = _path_problems(source) + check_available(config.tasks, data_dir=data_dir)
-    if problems:
+    opened_by = engine_of(Path(path), engine)
+    problems = [] if opened_by else _path_problems(source)
+    if problems := problems + check_available(config.tasks, data_dir=data_dir):
         raise InputError(problems)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # a path that cannot be is known before minutes of scoring
-    try:
-        model, tokenizer, what = _open(source)
-    except InputError as error:
-        raise InputError([_without_key(problem) for problem in error.problems]) from error
-    display.begin_scoring(Path(path).name)
-    scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
+    match = None
+    if opened_by is not None:
+        scores, match = score_in_engine(
+            Path(path), config, opened_by, display, output, trust_remote_code=trust_remote_code
+        )
+        what = f"{path} (in {opened_by})"
+    else:
+        scores, what = _score_here(source, config, display, output)
     tasks = [
         ScoredTask(
             name=name,
@@ -82,7 +97,19 @@ def score_path(
         for name, task in scores.tasks.items()
     ]
     kept = str(output) if output else None
-    return ScoredModel(model=what, settings=dict(scores.settings), tasks=tasks, output=kept)
+    return ScoredModel(model=what, settings=dict(scores.settings), tasks=tasks, output=kept, match=match)
+
+
+def _score_here(
+    source: ModelConfig, config: EvalConfig, display: ScoringDisplay, output: Path | None
+) -> tuple[Scores, str]:
+    """(scores, what was scored in words) of a model that is opened in this process."""
+    try:
+        model, tokenizer, what = _open(source)
+    except InputError as error:
+        raise InputError([_without_key(problem) for problem in error.problems]) from error
+    display.begin_scoring(Path(source.path).name)
+    return score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored), what
 
 
 def _path_problems(source: ModelConfig) -> list[Problem]:

@@ -26,6 +26,7 @@ from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
+from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
 from qatrun.study.layout import ArmFolder, StudyFolder
 from qatrun.study.pairs import compare_arms
@@ -77,12 +78,14 @@ class _Study:
             record = self._train_and_export(segments, folder)
         elif not (lost := scores_lost(folder)):
             self.display.note(f"{arm.name}: done already")
+            export_trained(arm, folder, self.recipe.eval, self.display)
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
         valid = self._held_out(arm, load_tokenizer(arm.model))
         perplexity = self._score_arm(arm, folder, valid)
         write_json(folder.result, record.model_copy(update={"perplexity": perplexity}))
+        export_trained(arm, folder, self.recipe.eval, self.display)
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
