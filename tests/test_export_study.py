@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from studies import checksums, read
 from tiny_world import run_qatrun, write_world
 
 from qatrun.evaluate.scores import Scores
+from qatrun.recipe import load_recipe
+from qatrun.study.card import card
+from qatrun.study.layout import StudyFolder
 
 ARMS = "arms={bf16: {qat: null}, fp8: {qat: {format: fp8_e4m3, scaling: {rounding: power_of_two}}}, hif8: {export: []}}"
 SHORT = (
@@ -62,6 +66,38 @@ def test_training_ends_with_a_folder_that_is_proven_and_scored(trained_exports: 
     log = (trained_exports / "train.log").read_text()
     assert "fp8 as compressed-tensors: logits: equal, bit for bit" in log
     assert "log-likelihoods equal, bit for bit" in log
+
+
+def test_every_folder_has_a_card_that_the_hub_reads(trained_exports: Path) -> None:
+    study = trained_exports / "runs" / "served"
+    places = ("bf16", "fp8", "fp8/compressed-tensors", "hif8")
+    cards = {place: ModelCard.load(study / place / "README.md") for place in places}
+    exported = cards["fp8/compressed-tensors"]
+    scored = Scores.load(study / "fp8" / "eval").tasks
+    assert {result.dataset_name: result.metric_value for result in exported.data.eval_results or ()} == {
+        name: round(task.accuracy, 6) for name, task in scored.items()
+    }
+    assert exported.data.tags == ["qatrun", "compressed-tensors", "fp8_e4m3"]
+    assert exported.data.base_model is None  # a folder here, which is no id of the hub's
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "Exported folders" in page
+    assert "Logits: equal, bit for bit" in page
+    for said in (
+        "vllm serve runs/served/fp8/compressed-tensors",
+        "- logits: equal, bit for bit",
+        "log-likelihoods equal, bit for bit",
+        read(study / "fp8" / "result.json")["match"]["data_hash"],
+        "| demo_facts | 0 | acc | 20 | ",
+        "rounding: power_of_two",
+    ):
+        assert said in exported.content, said
+    assert "quantizers off" in cards["fp8"].content
+    assert "the twin that quantized arms are compared with" in cards["bf16"].content
+    arm = load_recipe(study / "recipe.yaml").arm_by_name["fp8"]
+    with_id = arm.model_copy(update={"model": arm.model.model_copy(update={"path": "org/model"})})
+    text = card(StudyFolder(study), with_id, study / "fp8" / "compressed-tensors")
+    assert "\nbase_model: org/model\n" in text
+    assert "\nbase_model_relation: quantized\n" in text
 
 
 def test_a_resume_exports_what_is_missing_and_nothing_else(served: Path) -> None:

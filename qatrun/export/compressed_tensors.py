@@ -69,8 +69,8 @@ def notes(plan: QuantPlan) -> Iterator[str]:
     schemes = {scheme for name in plan.linears for scheme in _forward_schemes(plan, name)}
     if any(scheme.format == "fp8_e4m3" for scheme in schemes):
         yield (
-            "vLLM computes FP8 with BF16 inputs, which ignores input scales, on GPUs below compute capability 8.9 and on "
-            "CPUs: a limit of theirs, not checked here"
+            "vLLM leaves inputs in BF16, and ignores their scales, where it has no FP8 product: on CPUs and on GPUs below "
+            "compute capability 8.9; not checked here"
         )
     if any(scheme.per_row and scheme.format == "int8" for scheme in _input_schemes(plan)):
         yield "token scales are the engine's: amax / 127 in vLLM, as scored; amax / 127.5 in transformers"

@@ -71,7 +71,6 @@ def match_lines(match: EngineMatch) -> Iterator[str]:
 
 
 def _of_linears(proof: LinearsProof) -> str:
-    otherwise = proof.rows_tied + proof.rows_clipped
     given = ", with the engine's token scales" if proof.scales_are_the_engines else ""
     if proof.rows_equal == proof.rows:
         return (
@@ -81,11 +80,9 @@ def _of_linears(proof: LinearsProof) -> str:
         f"linears: {proof.rows:,} rows of {proof.linears} linears within {proof.worst:.1e} of max |y| in "
         f"{proof.engine}{given}"
     )
-    if otherwise:
-        text += (
-            f", but for {proof.rows_tied:,} with an input half-way between two codes and {proof.rows_clipped:,} with one "
-            f"below -127.5 s ({proof.worst_otherwise:.1e})"
-        )
+    otherwise = {"an input half-way between two codes": proof.rows_tied, "one below -127.5 s": proof.rows_clipped}
+    if shown := [f"{count:,} with {what}" for what, count in otherwise.items() if count]:
+        text += f", but for {' and '.join(shown)} ({proof.worst_otherwise:.1e})"
     return text
 
 

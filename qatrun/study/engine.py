@@ -15,6 +15,7 @@ from qatrun.files import read_json, write_json
 from qatrun.model import DTYPES
 from qatrun.recipe import EvalConfig, load_recipe
 from qatrun.records.export import EngineMatch, Exported
+from qatrun.study.card import write_card
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.layout import EXPORT_FILE, ArmFolder, StudyFolder
 
@@ -86,6 +87,8 @@ def score_in_engine(
     if record is not None and match is not None:
         others = [other for other in record.scored if other.engine != name]
         write_json(folder / EXPORT_FILE, record.model_copy(update={"scored": [*others, match]}))
+        if (arm := exported_from(folder)) is not None:
+            write_card(arm, folder)
     return scores, match
 
 

@@ -25,6 +25,7 @@ from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, EvalConfig, ModelConfig, load_recipe
 from qatrun.records.export import CodesProof, Exported
 from qatrun.report.exported import holds, proofs
+from qatrun.study.card import write_card
 from qatrun.study.display import Display
 from qatrun.study.engine import is_export, score_in_engine
 from qatrun.study.layout import EVAL, EXPORT_FILE, ArmFolder, StudyFolder
@@ -131,6 +132,7 @@ def write_export(scored: Scored, export: Export, target: Path) -> Exported:
         export.save(scored.model, scored.tokenizer, scored.plan, folder)
         record = _proven(scored, export, folder, target)
         write_json(folder / EXPORT_FILE, record)
+        write_card(ArmFolder(scored.folder.parent), folder, shown_as=target)
     return record
 
 

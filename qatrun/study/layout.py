@@ -31,7 +31,7 @@ from qatrun.text import suggestion
 
 EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
 RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE = "result.json", "histograms.json", "log_perplexity.json"
-EXPORT_FILE = "export.json"
+EXPORT_FILE, CARD_FILE = "export.json", "README.md"
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", ".lock"
@@ -47,7 +47,7 @@ _OF_A_MODEL = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
 )
 OF_AN_ARM = (
-    *(files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
+    *(CARD_FILE, files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
     *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
     *(f"{files.CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", "progress.json", "manifest.json")),
     *(f"{files.CHECKPOINTS}/.incomplete/*", "**/.*.partial", f"**/{files.UNFINISHED}"),
@@ -55,7 +55,7 @@ OF_AN_ARM = (
     *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL)),
     *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
     *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
-    *(f"{folder}/{name}" for folder in EXPORT_NAMES for name in (EXPORT_FILE, *_OF_A_MODEL)),
+    *(f"{folder}/{name}" for folder in EXPORT_NAMES for name in (EXPORT_FILE, CARD_FILE, *_OF_A_MODEL)),
     *(f".{folder}.{state}/*" for folder in EXPORT_NAMES for state in ("partial", "earlier")),
 )
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")

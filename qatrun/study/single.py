@@ -22,6 +22,7 @@ from qatrun.recipe import Arm
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Outcome, Result
+from qatrun.study.card import write_cards
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
@@ -49,7 +50,10 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
-    return study.answer_contrasts(result) if recipe.contrasts else result
+    if recipe.contrasts:
+        result = study.answer_contrasts(result)
+    write_cards(folder)
+    return result
 
 
 class _Study:
