@@ -62,7 +62,7 @@ def test_an_arm_is_exported_and_proven(tmp_path: Path, library: Any, wanted: Any
     assert proof is not None and text is not None  # noqa: PT018 -- for mypy
     assert proof.linears == len(plan.linears)
     assert 0 < proof.worst < 1e-6
-    assert proof.rows_tied + proof.rows_clipped < proof.rows / 2
+    assert (proof.rows_tied + proof.rows_clipped > 0) == (proof.worst_otherwise > 0)
     assert (text.dtype, text.must_be_equal) == (str(dtype).removeprefix("torch."), False)
     assert text.same_top1 > 0.98
     opened(written, dtype)

@@ -6,14 +6,16 @@ bit. Else they differ by float32's rounding, 1e-6 of max |y| at most, and throug
 input over a rounding edge: so linears are compared one by one, on the same inputs, and in float32.
 
 Even then an input may be quantized otherwise: engines divide by s where we multiply by 1 / s, which rounds other values
-half-way between two codes to one of them, and INT8 reaches to -128 there. Rows of y with such an input are counted apart.
+half-way between two codes to one of them, and INT8 reaches to -128 there. So the engine's y is held against the product of
+the engine's codes, and the rows in which these are not ours are counted, with what that changes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,19 +80,17 @@ def in_float32(scored: Any) -> Any:
 
 
 @torch.no_grad()
-def compare_text(
-    engine: str, scored: Any, exported: Any, text: Text, *, batch_size: int, must_be_equal: bool
-) -> TextProof:
+def compare_text(engine: str, scored: Any, exported: Any, text: Text, *, batch_size: int, exact: bool) -> TextProof:
     """Compare what a frozen model and the engine's say of each next token.
 
     Args:
         scored, exported: in one dtype.
-        must_be_equal: whether nothing may differ (see `TextProof`).
+        exact: whether every scale is a power of two that the engine takes from the file.
     """
     labels = text.input_ids if text.labels is None else text.labels
     tokens = same = counted = 0
     equal, largest, nats = True, 0.0, [0.0, 0.0]
-    with evaluation_mode(scored), evaluation_mode(exported):
+    with evaluation_mode(scored), evaluation_mode(exported), _clips_counted(scored) as clips:
         for ids, wanted in zip(text.input_ids.split(batch_size), labels.split(batch_size), strict=True):
             both = [model(input_ids=ids, use_cache=False).logits.float() for model in (scored, exported)]
             equal = equal and torch.equal(*both)
@@ -115,9 +115,35 @@ def compare_text(
         perplexity_exported=perplexities[1],
         same_top1=same / tokens,
         equal=equal,
-        must_be_equal=must_be_equal,
+        values_clipped=sum(clips),
+        must_be_equal=exact and not sum(clips),
         max_difference=largest,
     )
+
+
+@contextmanager
+def _clips_counted(scored: Any) -> Iterator[list[int]]:
+    """Of every input that a frozen model quantizes meanwhile: how many values engines clip at another code."""
+    counts: list[int] = []
+
+    def count(linear: QuantizedLinear, inputs: tuple[Tensor, ...]) -> None:
+        counts.append(int(_clipped_otherwise(linear, inputs[0] * linear.input_inv_scale).sum()))
+
+    handles = [
+        linear.register_forward_pre_hook(count)
+        for linear in quantized_linears(scored).values()
+        if not linear.input_scheme.per_row
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _clipped_otherwise(linear: QuantizedLinear, scaled: Tensor) -> Tensor:
+    """Where inputs, in units of the grid, are clipped at -128 by engines; shape of the inputs, bool."""
+    return (scaled.round() < LEAST_INT8) & (linear.input_scheme.format == "int8")
 
 
 class _Tally:
@@ -135,31 +161,31 @@ def _compare(
     token_scales: TokenScales,
     linear: QuantizedLinear,
     inputs: tuple[Tensor, ...],
-    output: Tensor,
+    _output: Tensor,
 ) -> None:
-    """A forward hook of the frozen linear: its output beside the engine's, row by row."""
-    x = inputs[0]
-    scale, scheme = token_scales(theirs, x), linear.input_scheme
-    if scale is None:
-        scale, ours = linear.input_scale, output
-    else:
+    """A forward hook of the frozen linear: the engine's output beside the product that was scored, of the codes that the
+    engine makes of these inputs, and of those that were scored."""
+    x, grid, limit = inputs[0], linear.input_grid, linear.input_scheme.limit
+    if (scale := token_scales(theirs, x)) is not None:
         tally.scales_are_the_engines = True
-        values = linear.input_grid.round(x * inverse_scale(scale), scheme.limit)
-        on_x = QTensor(linear.input_grid, values, None, scale)
-        ours = scaled_matmul(on_x, linear.weight, linear.bias, x.dtype)
-    both = [linear.input_grid.round(scaled, scheme.limit) for scaled in (x * inverse_scale(scale), x / scale)]
-    tied = (both[0] != both[1]).any(-1)
-    clipped = ((x / scale).round() < LEAST_INT8).any(-1) & (scheme.format == "int8")
+    else:
+        scale = linear.input_scale
+    clipped = _clipped_otherwise(linear, x / scale)
+    codes = grid.round(x * inverse_scale(scale), limit)
+    engine_codes = torch.where(clipped, float(LEAST_INT8 - 1), grid.round(x / scale, limit))
+    ours, expected = (
+        scaled_matmul(QTensor(grid, values, None, scale), linear.weight, linear.bias, x.dtype)
+        for values in (codes, engine_codes)
+    )
     y = theirs(x)
-    error = (y - ours).abs().amax(-1) / ours.abs().max()
-    otherwise = tied | clipped
-    tally.rows += error.numel()
+    tally.rows += y[..., 0].numel()
     tally.rows_equal += int((y == ours).all(-1).sum())
-    tally.rows_tied += int(tied.sum())
-    tally.rows_clipped += int(clipped.sum())
-    tally.worst = max(tally.worst, _largest(error[~otherwise]))
-    tally.worst_otherwise = max(tally.worst_otherwise, _largest(error[otherwise]))
+    tally.rows_clipped += int(clipped.any(-1).sum())
+    tally.rows_tied += int(((codes != engine_codes) & ~clipped).any(-1).sum())
+    tally.worst = max(tally.worst, _error(y, expected))
+    tally.worst_otherwise = max(tally.worst_otherwise, _error(expected, ours))
 
 
-def _largest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
+def _error(y: Tensor, reference: Tensor) -> float:
+    """Largest difference over max |y|."""
+    return float((y - reference).abs().max() / reference.abs().max())

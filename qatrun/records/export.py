@@ -22,10 +22,10 @@ class LinearsProof(Record):
 
     Attributes:
         rows: of outputs compared; `rows_equal` of them bit for bit.
-        rows_tied, rows_clipped: that quantize an input otherwise there: half-way between two codes for one of x / s and
-            x * (1 / s), or below -127.5 s, where INT8 clips at -128 instead of -127.
-        worst: largest |difference| over max |y| in all other rows; must be below 1e-6.
-        worst_otherwise: in the rows that are tied or clipped.
+        worst: largest |difference| over max |y| of the engine's outputs from the scored product of the codes that the
+            engine makes of the inputs; must be below 1e-6.
+        rows_tied, rows_clipped: with an input that is another code there: half-way between two for one of x / s and
+            x * (1 / s), or below -127.5 s, where INT8 clips at -128 instead of -127; `worst_otherwise` is what that changes.
         scales_are_the_engines: token scales that the engine makes by a rule of its own; they were given to both.
     """
 
@@ -47,8 +47,9 @@ class TextProof(Record):
         text: what it is, in words; perplexities are None where it is no text.
         perplexity_scored, perplexity_exported: of the tokens that count.
         same_top1: share of tokens for which both think the same next one likeliest.
+        values_clipped: inputs of linears below -127.5 s, which engines clip at -128 s.
         equal: whether all logits are equal, bit for bit; `must_be_equal` where every scale is a power of two that the
-            engine takes from the file.
+            engine takes from the file, and nothing is clipped otherwise.
         max_difference: of two logits.
     """
 
@@ -59,6 +60,7 @@ class TextProof(Record):
     perplexity_scored: float | None
     perplexity_exported: float | None
     same_top1: float
+    values_clipped: int
     equal: bool
     must_be_equal: bool
     max_difference: float

@@ -80,9 +80,9 @@ def _of_linears(proof: LinearsProof) -> str:
         f"linears: {proof.rows:,} rows of {proof.linears} linears within {proof.worst:.1e} of max |y| in "
         f"{proof.engine}{given}"
     )
-    otherwise = {"an input half-way between two codes": proof.rows_tied, "one below -127.5 s": proof.rows_clipped}
-    if shown := [f"{count:,} with {what}" for what, count in otherwise.items() if count]:
-        text += f", but for {' and '.join(shown)} ({proof.worst_otherwise:.1e})"
+    otherwise = {"half-way between two": proof.rows_tied, "below -127.5 s": proof.rows_clipped}
+    if shown := [f"{count:,} rows ({what})" for what, count in otherwise.items() if count]:
+        text += f"; another code for an input in {' and '.join(shown)}, which changes y by up to {proof.worst_otherwise:.1e}"
     return text
 
 
@@ -100,4 +100,7 @@ def _of_text(proof: TextProof) -> Iterator[str]:
     elif proof.must_be_equal:
         yield f"logits: NOT equal, though every scale is a power of two: they differ by up to {proof.max_difference:.2g}"
     else:
-        yield f"logits: they differ by up to {proof.max_difference:.2g}, as scales that are no powers of two allow"
+        why = "scales that are no powers of two"
+        if proof.values_clipped:
+            why = f"{proof.values_clipped:,} inputs below -127.5 s, or {why},"
+        yield f"logits: they differ by up to {proof.max_difference:.2g}, as {why} allow"
