@@ -7,8 +7,8 @@ from collections.abc import Collection
 from qatrun.errors import InputError
 from qatrun.text import suggestion
 
-EXPORT_NAMES = ("compressed-tensors",)
-ENGINE_NAMES = ("transformers",)
+EXPORT_NAMES = ("compressed-tensors", "onnx")
+ENGINE_NAMES = ("transformers", "onnxruntime")
 
 
 def known(name: str, names: Collection[str], option: str) -> str:

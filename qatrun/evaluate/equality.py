@@ -14,27 +14,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qatrun.data import IGNORE_INDEX
 from qatrun.evaluate.context import evaluation_mode
+from qatrun.evaluate.engines import ENGINES
 from qatrun.numerics import inverse_scale
 from qatrun.quant import QTensor, QuantizedLinear, quantized_linears
 from qatrun.quant.matmul import scaled_matmul
+from qatrun.quant.qtensor import own_scales
 from qatrun.records.export import LinearsProof, TextProof
 
 TOLERANCE = 1e-6  # of max |y|
 LEAST_INT8 = -127  # when scored; -128 in engines
-
-# (linear of the engine, input) -> token scales that the engine finds; None where they are in the file.
-TokenScales = Callable[[nn.Module, Tensor], Tensor | None]
 
 
 class Text(NamedTuple):
@@ -52,26 +50,23 @@ class Text(NamedTuple):
 
 
 @torch.no_grad()
-def compare_linears(
-    engine: str, scored: Any, exported: Any, input_ids: Tensor, token_scales: TokenScales
-) -> LinearsProof:
-    """Compare each quantized linear of a frozen model with the engine's, on the inputs that the frozen one has for a batch.
+def compare_linears(name: str, scored: Any, exported: Any, input_ids: Tensor) -> LinearsProof:
+    """Compare each quantized linear of an engine's model with the frozen one's, on the inputs that it has there.
 
     Args:
+        name: of the engine.
         scored, exported: both in float32 (see `in_float32`).
+        input_ids: [num, seq_len].
     """
-    tally = _Tally()
-    handles = [
-        linear.register_forward_hook(partial(_compare, tally, exported.get_submodule(name), token_scales))
-        for name, linear in quantized_linears(scored).items()
-    ]
-    try:
-        with evaluation_mode(scored), evaluation_mode(exported):
-            scored(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return LinearsProof(engine=engine, linears=len(handles), **vars(tally))
+    engine, linears, tally = ENGINES[name], quantized_linears(scored), _Tally()
+
+    def seen(linear: str, x: Tensor, y: Tensor, scale: Tensor | None) -> None:
+        _compare(tally, linears[linear], x, y, scale, codes_as_scored=engine.codes_as_scored)
+
+    with evaluation_mode(scored), evaluation_mode(exported):
+        widths = {linear: sum(module.q_weight.shape) for linear, module in linears.items()}
+        engine.trace(exported, widths, input_ids, seen)
+    return LinearsProof(engine=name, linears=len(linears), **vars(tally))
 
 
 def in_float32(scored: Any) -> Any:
@@ -80,17 +75,18 @@ def in_float32(scored: Any) -> Any:
 
 
 @torch.no_grad()
-def compare_text(engine: str, scored: Any, exported: Any, text: Text, *, batch_size: int, exact: bool) -> TextProof:
+def compare_text(name: str, scored: Any, exported: Any, text: Text, *, batch_size: int, exact: bool) -> TextProof:
     """Compare what a frozen model and the engine's say of each next token.
 
     Args:
         scored, exported: in one dtype.
+        name: of the engine.
         exact: whether every scale is a power of two that the engine takes from the file.
     """
     labels = text.input_ids if text.labels is None else text.labels
     tokens = same = counted = 0
     equal, largest, nats = True, 0.0, [0.0, 0.0]
-    with evaluation_mode(scored), evaluation_mode(exported), _clips_counted(scored) as clips:
+    with evaluation_mode(scored), evaluation_mode(exported), _clips_counted(scored, name) as clips:
         for ids, wanted in zip(text.input_ids.split(batch_size), labels.split(batch_size), strict=True):
             both = [model(input_ids=ids, use_cache=False).logits.float() for model in (scored, exported)]
             equal = equal and torch.equal(*both)
@@ -107,7 +103,7 @@ def compare_text(engine: str, scored: Any, exported: Any, text: Text, *, batch_s
                 )
     perplexities = [None if text.labels is None else math.exp(total / counted) for total in nats]
     return TextProof(
-        engine=engine,
+        engine=name,
         text=text.what,
         tokens=tokens,
         dtype=str(scored.dtype).removeprefix("torch."),
@@ -116,13 +112,14 @@ def compare_text(engine: str, scored: Any, exported: Any, text: Text, *, batch_s
         same_top1=same / tokens,
         equal=equal,
         values_clipped=sum(clips),
-        must_be_equal=exact and not sum(clips),
+        must_be_equal=exact and ENGINES[name].is_torch and not sum(clips),
+        other_kernels=not ENGINES[name].is_torch,
         max_difference=largest,
     )
 
 
 @contextmanager
-def _clips_counted(scored: Any) -> Iterator[list[int]]:
+def _clips_counted(scored: Any, name: str) -> Iterator[list[int]]:
     """Of every input that a frozen model quantizes meanwhile: how many values engines clip at another code."""
     counts: list[int] = []
 
@@ -132,7 +129,7 @@ def _clips_counted(scored: Any) -> Iterator[list[int]]:
     handles = [
         linear.register_forward_pre_hook(count)
         for linear in quantized_linears(scored).values()
-        if not linear.input_scheme.per_row
+        if not linear.input_scheme.per_row and not ENGINES[name].codes_as_scored
     ]
     try:
         yield counts
@@ -156,32 +153,28 @@ class _Tally:
 
 
 def _compare(
-    tally: _Tally,
-    theirs: nn.Module,
-    token_scales: TokenScales,
-    linear: QuantizedLinear,
-    inputs: tuple[Tensor, ...],
-    _output: Tensor,
+    tally: _Tally, linear: QuantizedLinear, x: Tensor, y: Tensor, scale: Tensor | None, *, codes_as_scored: bool
 ) -> None:
-    """A forward hook of the frozen linear: the engine's output beside the product that was scored, of the codes that the
-    engine makes of these inputs, and of those that were scored."""
-    x, grid, limit = inputs[0], linear.input_grid, linear.input_scheme.limit
-    if (scale := token_scales(theirs, x)) is not None:
-        tally.scales_are_the_engines = True
-    else:
-        scale = linear.input_scale
+    """Hold an engine's output y against the product that was scored: of the codes that the engine makes of x, and of those
+    that were scored."""
+    grid, scheme = linear.input_grid, linear.input_scheme
+    tally.scales_are_the_engines |= scale is not None
+    if scale is None:
+        scale = own_scales(x, scheme)[0] if scheme.per_row else linear.input_scale
+    codes = grid.round(x * inverse_scale(scale), scheme.limit)
     clipped = _clipped_otherwise(linear, x / scale)
-    codes = grid.round(x * inverse_scale(scale), limit)
-    engine_codes = torch.where(clipped, float(LEAST_INT8 - 1), grid.round(x / scale, limit))
+    engine_codes = torch.where(clipped, float(LEAST_INT8 - 1), grid.round(x / scale, scheme.limit))
+    if codes_as_scored:
+        engine_codes = codes
     ours, expected = (
         scaled_matmul(QTensor(grid, values, None, scale), linear.weight, linear.bias, x.dtype)
         for values in (codes, engine_codes)
     )
-    y = theirs(x)
+    different = codes != engine_codes
     tally.rows += y[..., 0].numel()
     tally.rows_equal += int((y == ours).all(-1).sum())
-    tally.rows_clipped += int(clipped.any(-1).sum())
-    tally.rows_tied += int(((codes != engine_codes) & ~clipped).any(-1).sum())
+    tally.rows_clipped += int((different & clipped).any(-1).sum())
+    tally.rows_tied += int((different & ~clipped).any(-1).sum())
     tally.worst = max(tally.worst, _error(y, expected))
     tally.worst_otherwise = max(tally.worst_otherwise, _error(expected, ours))
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from qatrun.export import compressed_tensors
+from qatrun.export import compressed_tensors, onnx
 from qatrun.export.folder import Stored
 from qatrun.quant import QuantPlan
 
@@ -43,4 +43,4 @@ class Export(Protocol):
         """The quantized linears in a folder by name."""
 
 
-EXPORTS: Mapping[str, Export] = MappingProxyType({export.NAME: export for export in (compressed_tensors,)})
+EXPORTS: Mapping[str, Export] = MappingProxyType({export.NAME: export for export in (compressed_tensors, onnx)})

@@ -70,6 +70,11 @@ def write_model(
     """Fill a folder that transformers opens: weights in shards of at most 5 GB, config.json with these entries more, the
     tokenizer."""
     save_torch_state_dict(dict(tensors), folder, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+    write_description(model, tokenizer, folder, entries)
+
+
+def write_description(model: Any, tokenizer: Any, folder: Path, entries: Mapping[str, Any]) -> None:
+    """The same without weights."""
     save_description(model, folder)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"

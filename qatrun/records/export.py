@@ -50,6 +50,7 @@ class TextProof(Record):
         values_clipped: inputs of linears below -127.5 s, which engines clip at -128 s.
         equal: whether all logits are equal, bit for bit; `must_be_equal` where every scale is a power of two that the
             engine takes from the file, and nothing is clipped otherwise.
+        other_kernels: whether attention, norms and the rest are another library's, which rounds them otherwise.
         max_difference: of two logits.
     """
 
@@ -63,6 +64,7 @@ class TextProof(Record):
     values_clipped: int
     equal: bool
     must_be_equal: bool
+    other_kernels: bool
     max_difference: float
 
 

@@ -12,6 +12,7 @@ from qatrun.records.export import EngineMatch, Exported, LinearsProof, TextProof
 
 SERVED_BY = {
     "compressed-tensors": "vllm serve {folder}",
+    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx").run(["logits"], {{"input_ids": ids}})',
 }
 
 
@@ -100,7 +101,7 @@ def _of_text(proof: TextProof) -> Iterator[str]:
     elif proof.must_be_equal:
         yield f"logits: NOT equal, though every scale is a power of two: they differ by up to {proof.max_difference:.2g}"
     else:
-        why = "scales that are no powers of two"
+        why = "attention and norms of another library" if proof.other_kernels else "scales that are no powers of two"
         if proof.values_clipped:
             why = f"{proof.values_clipped:,} inputs below -127.5 s, or {why},"
         yield f"logits: they differ by up to {proof.max_difference:.2g}, as {why} allow"

@@ -182,9 +182,9 @@ def _diagnosis(study: StudyFolder, arm: Arm) -> str:
 def _serve(place: Path, exported: Exported | None) -> str:
     if exported is None:
         return OPEN_PLAIN.format(folder=place)
-    command, served = serving(place, exported), any(match.engine == "vllm" for match in exported.scored)
+    command, ran = serving(place, exported), exported.format == "onnx"
     if command is not None:
-        return f"    {command}" + ("" if served else "\n\nThat is the engine's own command; it was not run here.")
+        return f"    {command}" + ("" if ran else "\n\nThat is the engine's own command; it was not run here.")
     return "No engine that opens this layout is known to be public."
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem, QatrunError, RunError
 from qatrun.evaluate import equality
-from qatrun.evaluate.engines import ENGINES, Engine, token_scales
+from qatrun.evaluate.engines import ENGINES, Engine
 from qatrun.export import EXPORTS, Export, artifact
 from qatrun.export.folder import Stored, stored_linears
 from qatrun.files import read_json, sha256, whole_folder, write_json
@@ -174,18 +174,16 @@ def _with_engine(
         "trust_remote_code": scored.trust_remote_code,
     }
     num = max(1, TOKENS_OF_LINEARS // scored.text.input_ids.shape[1])
-    exported = engine.open(folder, torch.float32, **settings)
-    linears = equality.compare_linears(
-        name, equality.in_float32(scored.model), exported, scored.text.input_ids[:num], token_scales
-    )
+    model, exported = equality.in_float32(scored.model), engine.open(folder, torch.float32, **settings)
+    linears = equality.compare_linears(name, model, exported, scored.text.input_ids[:num])
     if linears.worst > equality.TOLERANCE:
         raise RunError(
             f"{target}: a linear computes otherwise in {name} than it was scored (off by {linears.worst:.1e} of max |y|)"
         )
-    if scored.model.dtype != torch.float32:
-        exported = engine.open(folder, scored.model.dtype, **settings)
+    if engine.is_torch and scored.model.dtype != torch.float32:
+        model, exported = scored.model, engine.open(folder, scored.model.dtype, **settings)
     exact = all(linear.is_exact for linear in stored.values())
-    text = equality.compare_text(name, scored.model, exported, scored.text, batch_size=scored.batch_size, exact=exact)
+    text = equality.compare_text(name, model, exported, scored.text, batch_size=scored.batch_size, exact=exact)
     not_checked = {} if scored.no_text is None else {"perplexity": scored.no_text}
     return record.model_copy(update={"linears_proof": linears, "text_proof": text, "not_checked": not_checked})
 

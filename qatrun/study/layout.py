@@ -46,6 +46,7 @@ _OF_A_MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
 )
+_OF_AN_EXPORT = ("*.onnx", "*.onnx.data", "hif8.json", "quant_model_description.json")
 OF_AN_ARM = (
     *(CARD_FILE, files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
     *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
@@ -55,7 +56,11 @@ OF_AN_ARM = (
     *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL)),
     *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
     *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
-    *(f"{folder}/{name}" for folder in EXPORT_NAMES for name in (EXPORT_FILE, CARD_FILE, *_OF_A_MODEL)),
+    *(
+        f"{folder}/{name}"
+        for folder in EXPORT_NAMES
+        for name in (EXPORT_FILE, CARD_FILE, "*.onnx", "*.onnx.data", *_OF_A_MODEL)
+    ),
     *(f".{folder}.{state}/*" for folder in EXPORT_NAMES for state in ("partial", "earlier")),
 )
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
