@@ -179,6 +179,9 @@ def export(
         str | None,
         typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --to hif8: ascend, for Huawei's inference recipes.")
+    ] = None,
     output: Annotated[Path | None, path_option("Folder to write; default: one named after --to in the arm's.")] = None,
     json_: JsonOption = False,
     trust_remote_code: Annotated[
@@ -191,6 +194,8 @@ def export(
     from qatrun.study import export_arm
 
     name = None if to is None else known(to, EXPORT_NAMES, "--to")
+    if layout is not None:
+        name = known(f"{name}-{layout}", ("hif8-ascend",), "--to and --layout")
     folder, record = export_arm(Path(arm), name, output, trust_remote_code=trust_remote_code)
     if json_:
         out.print_data(record.to_dict())

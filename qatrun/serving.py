@@ -7,7 +7,7 @@ from collections.abc import Collection
 from qatrun.errors import InputError
 from qatrun.text import suggestion
 
-EXPORT_NAMES = ("compressed-tensors", "onnx")
+EXPORT_NAMES = ("compressed-tensors", "onnx", "hif8", "hif8-ascend", "ascend-v1")
 ENGINE_NAMES = ("transformers", "onnxruntime")
 
 

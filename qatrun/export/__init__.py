@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from qatrun.export import compressed_tensors, onnx
+from qatrun.export import ascend_v1, compressed_tensors, hif8, hif8_ascend, onnx
 from qatrun.export.folder import Stored
 from qatrun.quant import QuantPlan
 
@@ -39,8 +39,16 @@ class Export(Protocol):
     def save(self, model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         """Fill a folder from a frozen model (see `qatrun.quant.freeze`)."""
 
+    def decoded_by(self, linears: Mapping[str, Stored]) -> str | None:
+        """The package, of somebody else's, that reads the codes as the numbers that were scored, where there is one.
+
+        Raises:
+            ValueError: it reads other numbers.
+        """
+
     def read(self, folder: Path) -> dict[str, Stored]:
         """The quantized linears in a folder by name."""
 
 
-EXPORTS: Mapping[str, Export] = MappingProxyType({export.NAME: export for export in (compressed_tensors, onnx)})
+_ALL: tuple[Export, ...] = (compressed_tensors, onnx, hif8, hif8_ascend, ascend_v1)
+EXPORTS: Mapping[str, Export] = MappingProxyType({export.NAME: export for export in _ALL})

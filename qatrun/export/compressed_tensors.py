@@ -25,16 +25,14 @@ import torch
 from torch import nn
 
 from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
-from qatrun.formats import FORMATS
-from qatrun.quant import QuantPlan, named_linears
-from qatrun.scheme import Scheme
+from qatrun.export.linears import forward_schemes, input_problems, input_schemes, linear_problems, merged_groups
+from qatrun.quant import QuantPlan
 
 NAME = "compressed-tensors"
 ENGINES: tuple[str, ...] = ("transformers",)
 TYPES = {"fp8_e4m3": ("float", torch.float8_e4m3fn), "int8": ("int", torch.int8)}
 LAYOUT = {"fp8_e4m3": "float-quantized", "int8": "int-quantized"}
 NEAREST = {"hif8": "--to hif8 keeps it, or train fp8_e4m3", "fp8_e5m2": "train fp8_e4m3"}
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM and SGLang make one matrix of
 
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
@@ -43,38 +41,28 @@ def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     Args:
         model: with its linears as they were before they were quantized; on the meta device will do.
     """
-    pairs = dict.fromkeys(tuple(scheme.format for scheme in _forward_schemes(plan, name)) for name in plan.linears)
+    pairs = dict.fromkeys(tuple(scheme.format for scheme in forward_schemes(plan, name)) for name in plan.linears)
     for format_name in dict.fromkeys(name for pair in pairs for name in pair if name not in TYPES):
         yield f"{NAME} has no {format_name}, its 8-bit float is E4M3 ({NEAREST[format_name]})"
     for weight, of_input in pairs:
         if weight != of_input and {weight, of_input} <= TYPES.keys():
             yield f"no engine multiplies weights in {weight} with inputs in {of_input}: give both one format"
-    for scheme in dict.fromkeys(plan.schemes[name]["input"] for name in plan.linears):
-        yield from _input_problems(scheme)
-    linears = named_linears(model)
-    if odd := [name for name in plan.linears if not isinstance(linears[name], nn.Linear)]:
-        kind = type(linears[odd[0]]).__name__
-        yield f"{odd[0]} is a {kind}, and {NAME} knows nn.Linear alone ({len(odd)} such); leave it in BF16 (qat.ignore)"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if names := [name for name in plan.linears if linears[name] is head]:
-        yield f"{names[0]} is the output head, which engines keep in BF16; leave it out (qat.ignore)"
-    for group in fused_groups(linears):
-        if len({_fused_scheme(plan, name) for name in group}) > 1:
-            shown = "; ".join(f"{name}: {_said(plan, name)}" for name in group)
-            yield f"vLLM merges {', '.join(group)} into one matrix, which needs one scheme for all ({shown})"
+    for scheme in input_schemes(plan):
+        yield from input_problems(scheme)
+    yield from linear_problems(NAME, plan, model)
 
 
 def notes(plan: QuantPlan) -> Iterator[str]:
     """What engines do otherwise than what was scored, or may not do."""
-    schemes = {scheme for name in plan.linears for scheme in _forward_schemes(plan, name)}
+    schemes = {scheme for name in plan.linears for scheme in forward_schemes(plan, name)}
     if any(scheme.format == "fp8_e4m3" for scheme in schemes):
         yield (
             "vLLM leaves inputs in BF16, and ignores their scales, where it has no FP8 product: on CPUs and on GPUs below "
             "compute capability 8.9; not checked here"
         )
-    if any(scheme.per_row and scheme.format == "int8" for scheme in _input_schemes(plan)):
+    if any(scheme.per_row and scheme.format == "int8" for scheme in input_schemes(plan)):
         yield "token scales are the engine's: amax / 127 in vLLM, as scored; amax / 127.5 in transformers"
-    if any(not scheme.per_row and scheme.format == "int8" for scheme in _input_schemes(plan)):
+    if any(not scheme.per_row and scheme.format == "int8" for scheme in input_schemes(plan)):
         yield "inputs below -127.5 s are clipped at -128 s by engines and at -127 s when scored; they are counted"
 
 
@@ -110,60 +98,15 @@ def read(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def fused_groups(linears: Mapping[str, Any]) -> list[list[str]]:
-    """Those of these linears that engines merge, each group in order."""
-    groups: list[list[str]] = []
-    parents = dict.fromkeys(name.rpartition(".")[0] for name in linears)
-    for parent in parents:
-        for leaves in FUSED:
-            names = [f"{parent}.{leaf}" for leaf in leaves]
-            if all(name in linears for name in names):
-                groups.append(names)
-    return groups
-
-
-def _input_problems(scheme: Scheme) -> Iterator[str]:
-    largest = FORMATS[scheme.format].max_finite
-    if scheme.limit is not None and scheme.limit < largest:
-        yield (
-            f"inputs are clipped at {scheme.limit:g} of {scheme.format}, and engines clip at {largest:g} alone (qat.clip: "
-            "format)"
-        )
-    elif scheme.per_row and scheme.target_amax != largest:
-        yield (
-            f"engines map a token's amax to {largest:g}, not to {scheme.target_amax:g} (qat.input.target_amax: null)"
-        )
-    if scheme.per_row and scheme.scaling.to_power_of_two:
-        yield "engines round no token scale to a power of two (qat.input.scaling.rounding: none)"
-
-
-def _forward_schemes(plan: QuantPlan, name: str) -> tuple[Scheme, Scheme]:
-    return plan.schemes[name]["weight"], plan.schemes[name]["input"]
-
-
-def _input_schemes(plan: QuantPlan) -> set[Scheme]:
-    return {plan.schemes[name]["input"] for name in plan.linears}
-
-
-def _fused_scheme(plan: QuantPlan, name: str) -> tuple[str, Scheme] | None:
-    """What linears that are merged must agree on: how a scale is shared they need not."""
-    if name not in plan.schemes:
-        return None
-    weight, of_input = _forward_schemes(plan, name)
-    return weight.format, of_input
-
-
-def _said(plan: QuantPlan, name: str) -> str:
-    if name not in plan.schemes:
-        return "BF16"
-    weight, of_input = _forward_schemes(plan, name)
-    return f"{weight.format}, inputs {of_input.format} {of_input.granularity}"
+def decoded_by(linears: Mapping[str, Stored]) -> str | None:
+    """torch reads E4M3 itself, and integers need no reader."""
+    return None
 
 
 def _written_per_channel(plan: QuantPlan, linears: Mapping[str, Stored]) -> set[str]:
     """Linears whose weight scales are written as a column."""
     chosen = {name for name in linears if plan.schemes[name]["weight"].per_row}
-    for group in fused_groups(linears):
+    for group in merged_groups(linears):
         scales = torch.cat([linears[name].weight_scale for name in group])
         if chosen & set(group) or not (scales == scales[0]).all():
             chosen |= set(group)
@@ -173,7 +116,7 @@ def _written_per_channel(plan: QuantPlan, linears: Mapping[str, Stored]) -> set[
 def _config(plan: QuantPlan, per_channel: set[str], ignored: list[str]) -> dict[str, Any]:
     groups: dict[tuple[str, str, str, bool], list[str]] = {}
     for name in plan.linears:
-        weight, of_input = _forward_schemes(plan, name)
+        weight, of_input = forward_schemes(plan, name)
         strategy = "channel" if name in per_channel else "tensor"
         groups.setdefault((weight.format, strategy, of_input.format, of_input.per_row), []).append(name)
     formats = list(dict.fromkeys(LAYOUT[weight] for weight, *_ in groups))

@@ -17,7 +17,7 @@ from qatrun.model import save_description
 from qatrun.quant import QuantizedLinear, quantized_linears
 
 MAX_SHARD = "5GB"
-WEIGHTS = "model*.safetensors"
+WEIGHTS = "model{suffix}.safetensors"
 
 
 class Stored(NamedTuple):
@@ -65,11 +65,19 @@ def other_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def write_model(
-    model: Any, tokenizer: Any, tensors: Mapping[str, Tensor], folder: Path, entries: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    entries: Mapping[str, Any],
+    *,
+    pattern: str = WEIGHTS,
 ) -> None:
     """Fill a folder that transformers opens: weights in shards of at most 5 GB, config.json with these entries more, the
     tokenizer."""
-    save_torch_state_dict(dict(tensors), folder, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+    save_torch_state_dict(
+        dict(tensors), folder, filename_pattern=pattern, max_shard_size=MAX_SHARD, metadata={"format": "pt"}
+    )
     write_description(model, tokenizer, folder, entries)
 
 
@@ -82,12 +90,12 @@ def write_description(model: Any, tokenizer: Any, folder: Path, entries: Mapping
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, pattern: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of all shards.
 
     Raises:
         DamagedFileError: a file cannot be read.
     """
-    for file in sorted(folder.glob(WEIGHTS)):
+    for file in sorted(folder.glob(pattern.format(suffix="*"))):
         with reading(file):
             yield from load_file(file).items()

@@ -101,6 +101,7 @@ class Exported(Record):
         source_sha256: of its weights.
         schemes: how linears are quantized, in words -> how many.
         notes: what an engine does otherwise than what was scored, and what it may not do.
+        decoded_by: the package, of somebody else's, that reads the codes as the same numbers; None: none was asked.
         not_checked: proof -> why it could not be made here.
     """
 
@@ -114,6 +115,7 @@ class Exported(Record):
     packages: dict[str, str]
     notes: list[str]
     codes: CodesProof
+    decoded_by: str | None = None
     linears_proof: LinearsProof | None = None
     text_proof: TextProof | None = None
     scored: list[EngineMatch] = Field(default_factory=list)

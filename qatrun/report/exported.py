@@ -12,6 +12,7 @@ from qatrun.records.export import EngineMatch, Exported, LinearsProof, TextProof
 
 SERVED_BY = {
     "compressed-tensors": "vllm serve {folder}",
+    "ascend-v1": "vllm serve {folder} --quantization ascend",
     "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx").run(["logits"], {{"input_ids": ids}})',
 }
 
@@ -36,6 +37,8 @@ def proofs(record: Exported) -> Iterator[str]:
     """A sentence on each proof, and on each that could not be made."""
     codes = record.codes
     yield f"file: {codes.codes:,} codes and {codes.scales:,} scales, equal to those that were scored, bit for bit"
+    if record.decoded_by is not None:
+        yield f"codes: {record.decoded_by} reads them as the numbers that were scored"
     if record.linears_proof is not None:
         yield _of_linears(record.linears_proof)
     if record.text_proof is not None:

@@ -182,7 +182,7 @@ def _diagnosis(study: StudyFolder, arm: Arm) -> str:
 def _serve(place: Path, exported: Exported | None) -> str:
     if exported is None:
         return OPEN_PLAIN.format(folder=place)
-    command, ran = serving(place, exported), exported.format == "onnx"
+    command, ran = serving(place, exported), bool(exported.scored) and exported.format == "onnx"
     if command is not None:
         return f"    {command}" + ("" if ran else "\n\nThat is the engine's own command; it was not run here.")
     return "No engine that opens this layout is known to be public."

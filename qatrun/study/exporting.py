@@ -141,6 +141,10 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
     codes = _compare_codes(stored, export.read(folder))
     if codes.differing:
         raise RunError(f"{target}: {codes.differing} codes and scales read back otherwise than they were scored")
+    try:
+        decoded_by = export.decoded_by(stored)
+    except ValueError as error:
+        raise RunError(f"{target}: {error}") from error
     record = Exported(
         format=export.NAME,
         source=os.path.relpath(scored.folder.resolve(), target.resolve()),
@@ -152,6 +156,7 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
         packages=_versions(),
         notes=list(export.notes(scored.plan)),
         codes=codes,
+        decoded_by=decoded_by,
     )
     name = next(iter(export.ENGINES), None)
     missing = "no engine for it runs here" if name is None else ENGINES[name].missing()

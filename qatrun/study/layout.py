@@ -46,7 +46,7 @@ _OF_A_MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
 )
-_OF_AN_EXPORT = ("*.onnx", "*.onnx.data", "hif8.json", "quant_model_description.json")
+_OF_AN_EXPORT = ("*.onnx", "*.onnx.data", "hif8*", "quant_model_*")
 OF_AN_ARM = (
     *(CARD_FILE, files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
     *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
