@@ -8,7 +8,7 @@ from qatrun.errors import InputError
 from qatrun.text import suggestion
 
 EXPORT_NAMES = ("compressed-tensors", "onnx", "hif8", "hif8-ascend", "ascend-v1")
-ENGINE_NAMES = ("transformers", "onnxruntime")
+ENGINE_NAMES = ("transformers", "onnxruntime", "vllm")
 
 
 def known(name: str, names: Collection[str], option: str) -> str:

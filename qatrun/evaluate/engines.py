@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -49,7 +49,8 @@ class Engine:
         packages: that it needs, by the names they are imported by.
         install: how to get them.
         open: (folder, dtype) -> a model in eval mode, called with `input_ids`, whose result has `logits`.
-        trace: runs that model and tells of each of these linears (name -> in + out features) what went in and came out.
+        trace: runs that model and tells of each of these linears (name -> in + out features) what went in and came out;
+            None: it tells nothing.
         is_torch: whether all but the quantized linears is computed as it was when scored; else in float32.
         codes_as_scored: whether it rounds inputs to the codes that were scored, those at the edges too.
     """
@@ -57,7 +58,7 @@ class Engine:
     packages: tuple[str, ...]
     install: str
     open: Open
-    trace: Callable[[Any, Mapping[str, int], Tensor, Seen], None]
+    trace: Callable[[Any, Mapping[str, int], Tensor, Seen], None] | None
     is_torch: bool
     codes_as_scored: bool
 
@@ -171,6 +172,47 @@ class _OnnxModel(PreTrainedModel):  # type: ignore[misc]
         return CausalLMOutput(logits=torch.from_numpy(logits))
 
 
+class OwnModel(nn.Module):
+    """A folder that an engine runs by itself, and that only its model class of lm-eval's can ask.
+
+    Attributes:
+        dtype: that it computes in.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | Literal["auto"], *, trust_remote_code: bool) -> None:
+        super().__init__()
+        self.folder, self.trust_remote_code = folder, trust_remote_code
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.dtype = config.dtype if dtype == "auto" else dtype
+        self.context = config.get_text_config().max_position_embeddings
+
+    def lm_eval_model(self) -> tuple[type, Mapping[str, Any]]:
+        """The class, and what to make it with."""
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM, {
+            "pretrained": str(self.folder),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "trust_remote_code": self.trust_remote_code,
+            "max_model_len": self.context,
+            "enforce_eager": True,  # nothing is asked often enough to be worth compiling
+        }
+
+
+def _open_vllm(
+    folder: Path, dtype: torch.dtype | Literal["auto"], *, attn_implementation: str, trust_remote_code: bool
+) -> Any:
+    """vLLM brings its own attention.
+
+    Raises:
+        InputError: no config.json there.
+    """
+    try:
+        return OwnModel(folder, dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: vllm cannot open it: {sentence(error)}") from error
+
+
 def _session(file: Path) -> Any:
     import onnxruntime
 
@@ -240,6 +282,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
             is_torch=True,
             codes_as_scored=False,
         ),
+        "vllm": Engine(("vllm",), "pip install vllm", _open_vllm, None, is_torch=False, codes_as_scored=False),
         "onnxruntime": Engine(
             ("onnx", "onnxruntime"), EXTRA, _open_onnx, _trace_onnx, is_torch=False, codes_as_scored=True
         ),

@@ -65,6 +65,7 @@ def compare_linears(name: str, scored: Any, exported: Any, input_ids: Tensor) ->
 
     with evaluation_mode(scored), evaluation_mode(exported):
         widths = {linear: sum(module.q_weight.shape) for linear, module in linears.items()}
+        assert engine.trace is not None  # the first of an export's engines has it
         engine.trace(exported, widths, input_ids, seen)
     return LinearsProof(engine=name, linears=len(linears), **vars(tally))
 

@@ -29,7 +29,7 @@ from qatrun.export.linears import forward_schemes, input_problems, input_schemes
 from qatrun.quant import QuantPlan
 
 NAME = "compressed-tensors"
-ENGINES: tuple[str, ...] = ("transformers",)
+ENGINES: tuple[str, ...] = ("transformers", "vllm")
 TYPES = {"fp8_e4m3": ("float", torch.float8_e4m3fn), "int8": ("int", torch.int8)}
 LAYOUT = {"fp8_e4m3": "float-quantized", "int8": "int-quantized"}
 NEAREST = {"hif8": "--to hif8 keeps it, or train fp8_e4m3", "fp8_e5m2": "train fp8_e4m3"}

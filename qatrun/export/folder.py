@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qatrun.files import reading
-from qatrun.model import save_description
+from qatrun.model import MAX_SHARD, save_description
 from qatrun.quant import QuantizedLinear, quantized_linears
 
-MAX_SHARD = "5GB"
 WEIGHTS = "model{suffix}.safetensors"
 
 

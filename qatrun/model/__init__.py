@@ -10,7 +10,7 @@ from qatrun.model.config import (
     location,
     text_config,
 )
-from qatrun.model.export import save_description, save_model
+from qatrun.model.export import MAX_SHARD, save_description, save_model
 from qatrun.model.load import (
     DTYPES,
     architecture,
@@ -22,6 +22,7 @@ from qatrun.model.load import (
 
 __all__ = [
     "DTYPES",
+    "MAX_SHARD",
     "PANGU_MODEL_TYPE",
     "TRUSTED",
     "TRUST_KEY",

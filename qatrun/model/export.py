@@ -16,6 +16,7 @@ from qatrun.model.config import location, sentence
 from qatrun.recipe import ModelConfig
 
 GENERATION_FILE = "generation_config.json"
+MAX_SHARD = "5GB"
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -27,7 +28,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
         for parameter, master in masters:
             parameter.data = master.to(dtype)
         model.config.use_cache = True
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
     finally:
         for parameter, master in masters:
             parameter.data = master
