@@ -14,6 +14,7 @@ from tiny_world import run_qatrun, write_world
 from qatrun.evaluate.scores import Scores
 from qatrun.recipe import load_recipe
 from qatrun.study.card import card
+from qatrun.study.claim import locked
 from qatrun.study.layout import StudyFolder
 
 ARMS = "arms={bf16: {qat: null}, fp8: {qat: {format: fp8_e4m3, scaling: {rounding: power_of_two}}}, hif8: {export: []}}"
@@ -126,6 +127,14 @@ def test_an_exported_folder_is_scored_in_its_engine_and_compared(served: Path) -
     assert json.loads(file.read_text()) == json.loads(kept)
     ran = run_qatrun("eval", folder, "--tasks", "demo_facts", "--limit", "5", "--json", cwd=served)
     assert json.loads(ran.out)["match"] is None  # not the items that the arm was scored on
+
+
+def test_nothing_is_exported_under_a_process_that_runs_the_study(served: Path) -> None:
+    with locked(StudyFolder(served / "runs" / "served")):
+        ran = run_qatrun("export", "runs/served/fp8", cwd=served)
+    assert ran.code == 2
+    assert "name -- another process is running the study in" in ran.err
+    assert run_qatrun("export", "runs/served/fp8", cwd=served).code == 0
 
 
 def test_an_overwritten_study_leaves_nothing_of_its_exports(served: Path) -> None:

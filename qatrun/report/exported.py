@@ -42,7 +42,7 @@ def proofs(record: Exported) -> Iterator[str]:
     if record.linears_proof is not None:
         yield _of_linears(record.linears_proof)
     if record.text_proof is not None:
-        yield from _of_text(record.text_proof)
+        yield from _of_text(record.text_proof, record.compute_dtype)
     for match in record.scored:
         yield from match_lines(match)
     for what, why in record.not_checked.items():
@@ -90,11 +90,12 @@ def _of_linears(proof: LinearsProof) -> str:
     return text
 
 
-def _of_text(proof: TextProof) -> Iterator[str]:
+def _of_text(proof: TextProof, scored_in: str) -> Iterator[str]:
+    as_scored = "as scored" if proof.dtype == scored_in else f"as scored, but in {proof.dtype} (not {scored_in})"
     where = f"{proof.text} ({proof.tokens:,} tokens, {proof.dtype}) in {proof.engine}"
     if proof.perplexity_scored is not None and proof.perplexity_exported is not None:
         yield (
-            f"text: perplexity {proof.perplexity_scored:.4f} as scored, {proof.perplexity_exported:.4f} on {where}; the "
+            f"text: perplexity {proof.perplexity_scored:.4f} {as_scored}, {proof.perplexity_exported:.4f} on {where}; the "
             f"same next token for {100 * proof.same_top1:.2f} %"
         )
     else:

@@ -12,7 +12,7 @@ from qatrun.evaluate.harness import score
 from qatrun.evaluate.scores import Scores
 from qatrun.export import EXPORTS
 from qatrun.files import read_json, write_json
-from qatrun.model import DTYPES
+from qatrun.model import DTYPES, on_device
 from qatrun.recipe import EvalConfig, load_recipe
 from qatrun.records.export import EngineMatch, Exported
 from qatrun.study.card import write_card
@@ -82,6 +82,8 @@ def score_in_engine(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if found.is_torch:
+        model = on_device(model)
     scores = score(model, tokenizer, config, output_dir=output, on_progress=display.on_scored)
     match = _match(folder, name, scores)
     if record is not None and match is not None:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem, QatrunError, RunError
 from qatrun.evaluate import equality
-from qatrun.evaluate.engines import ENGINES, Engine
+from qatrun.evaluate.engines import ENGINES
 from qatrun.export import EXPORTS, Export, artifact
 from qatrun.export.folder import Stored, stored_linears
 from qatrun.files import read_json, sha256, whole_folder, write_json
 from qatrun.model import architecture
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, EvalConfig, ModelConfig, load_recipe
-from qatrun.records.export import CodesProof, Exported
+from qatrun.records.export import CodesProof, Exported, LinearsProof, TextProof
 from qatrun.report.exported import holds, proofs
 from qatrun.study.card import write_card
+from qatrun.study.claim import locked
 from qatrun.study.display import Display
 from qatrun.study.engine import is_export, score_in_engine
 from qatrun.study.layout import EVAL, EXPORT_FILE, ArmFolder, StudyFolder
@@ -41,25 +42,19 @@ class Scored:
 
     Attributes:
         folder: the quantized folder.
-        empty: the architecture on the meta device, its linears as they were.
-        text: that models are compared on.
-        no_text: why it is no held-out text of the study's.
+        text: that models are compared on, so many sequences a forward.
+        no_text: why it is not the study's held-out text.
+        settings: what engines open its exports with.
     """
 
     folder: Path
     model: Any
     tokenizer: Any
     plan: QuantPlan
-    empty: nn.Module
     text: equality.Text
     no_text: str | None
     batch_size: int
-    trust_remote_code: bool
-
-    @property
-    def attn_implementation(self) -> str:
-        """The attention kernel that it was scored with."""
-        return str(self.model.config._attn_implementation)
+    settings: Mapping[str, Any]
 
 
 def export_arm(
@@ -74,25 +69,40 @@ def export_arm(
     Returns:
         the folder, and what is in its export.json.
     Raises:
-        InputError: no quantized arm there, a damaged one, or one that the format cannot express.
+        InputError: no quantized arm there, a damaged one, one that the format cannot express, or another process runs its
+            study.
         RunError: the folder's codes or linears are not what was scored; nothing is written then.
         WriteError: it cannot be written; nothing is then.
     """
     quantized = artifact.find(path)
     if quantized is None:
         raise InputError(Problem(f"'{path}' is no quantized arm (no {artifact.FOLDER}/{artifact.PLAN_FILE})"))
+    study = StudyFolder(quantized.resolve().parent.parent)
+    with locked(study) if study.recipe.is_file() else nullcontext():
+        return _export(quantized, to, output, trust_remote_code=trust_remote_code)
+
+
+def _export(quantized: Path, to: str | None, output: Path | None, *, trust_remote_code: bool) -> tuple[Path, Exported]:
+    """`export_arm` from the quantized folder, where the study is locked."""
     plan = artifact.read_plan(quantized)
     export = EXPORTS[to or default_export(plan)]
     target = output or quantized.parent / export.NAME
     _refuse_strangers(target)
-    source = ModelConfig(path=str(quantized), trust_remote_code=trust_remote_code)
-    empty = architecture(source)
-    if problems := [Problem(text, f"{path} --to {export.NAME}") for text in export.problems(plan, empty)]:
+    empty = architecture(ModelConfig(path=str(quantized), trust_remote_code=trust_remote_code))
+    if problems := [Problem(text, f"{quantized.parent} --to {export.NAME}") for text in export.problems(plan, empty)]:
         raise InputError(problems)
     model, tokenizer = artifact.load(quantized, trust_remote_code=trust_remote_code)
-    text, no_text, batch_size = _text_of(quantized.parent, tokenizer, model)
-    scored = Scored(quantized, model, tokenizer, plan, empty, text, no_text, batch_size, trust_remote_code)
-    return target, write_export(scored, export, target)
+    settings = {
+        "attn_implementation": model.config._attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    scored = Scored(quantized, model, tokenizer, plan, *_text_of(quantized.parent, tokenizer, model), settings)
+    with whole_folder(target) as folder:
+        export.save(model, tokenizer, plan, folder)
+        record = _proven(scored, export, folder, target)
+        write_json(folder / EXPORT_FILE, record)
+        write_card(ArmFolder(quantized.parent), folder, shown_as=target)
+    return target, record
 
 
 def export_trained(arm: Arm, folder: ArmFolder, config: EvalConfig, display: Display) -> None:
@@ -101,7 +111,7 @@ def export_trained(arm: Arm, folder: ArmFolder, config: EvalConfig, display: Dis
     for name in arm.export if arm.qat is not None else ():
         if not is_current(folder, name):
             display.note(f"{arm.name}: exporting as {name}")
-            export_arm(folder.path, name, None, trust_remote_code=arm.model.trust_remote_code)
+            _export(folder.quantized, name, None, trust_remote_code=arm.model.trust_remote_code)
         target, opens = folder.path / name, EXPORTS[name].ENGINES
         if opens and ENGINES[opens[0]].missing() is None and not read_json(target / EXPORT_FILE, Exported).scored:
             place = folder.path / f"{EVAL}-{name}"
@@ -126,16 +136,6 @@ def default_export(plan: QuantPlan) -> str:
     return "hif8" if any(scheme.format == "hif8" for scheme in plan.slots().values()) else "compressed-tensors"
 
 
-def write_export(scored: Scored, export: Export, target: Path) -> Exported:
-    """Write and prove; the folder is whole, or as it was before."""
-    with whole_folder(target) as folder:
-        export.save(scored.model, scored.tokenizer, scored.plan, folder)
-        record = _proven(scored, export, folder, target)
-        write_json(folder / EXPORT_FILE, record)
-        write_card(ArmFolder(scored.folder.parent), folder, shown_as=target)
-    return record
-
-
 def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Exported:
     stored = stored_linears(scored.model)
     codes = _compare_codes(stored, export.read(folder))
@@ -150,7 +150,7 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
         source=os.path.relpath(scored.folder.resolve(), target.resolve()),
         source_sha256=sha256(scored.folder / artifact.WEIGHTS_FILE),
         compute_dtype=str(scored.model.dtype).removeprefix("torch."),
-        attn_implementation=scored.attn_implementation,
+        attn_implementation=scored.settings["attn_implementation"],
         linears=len(stored),
         schemes=dict(Counter(_scheme_text(scored.plan, name) for name in scored.plan.linears)),
         packages=_versions(),
@@ -162,35 +162,25 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
     missing = "no engine for it runs here" if name is None else ENGINES[name].missing()
     if name is None or missing is not None:
         return record.model_copy(update={"not_checked": {"linears": missing, "text": missing}})
-    return _with_engine(record, scored, ENGINES[name], name, folder, target, stored)
-
-
-def _with_engine(
-    record: Exported,
-    scored: Scored,
-    engine: Engine,
-    name: str,
-    folder: Path,
-    target: Path,
-    stored: Mapping[str, Stored],
-) -> Exported:
-    settings: Any = {
-        "attn_implementation": scored.attn_implementation,
-        "trust_remote_code": scored.trust_remote_code,
-    }
-    num = max(1, TOKENS_OF_LINEARS // scored.text.input_ids.shape[1])
-    model, exported = equality.in_float32(scored.model), engine.open(folder, torch.float32, **settings)
-    linears = equality.compare_linears(name, model, exported, scored.text.input_ids[:num])
+    linears, text = _proofs_in(name, scored, folder, exact=all(linear.is_exact for linear in stored.values()))
     if linears.worst > equality.TOLERANCE:
         raise RunError(
             f"{target}: a linear computes otherwise in {name} than it was scored (off by {linears.worst:.1e} of max |y|)"
         )
-    if engine.is_torch and scored.model.dtype != torch.float32:
-        model, exported = scored.model, engine.open(folder, scored.model.dtype, **settings)
-    exact = all(linear.is_exact for linear in stored.values())
-    text = equality.compare_text(name, model, exported, scored.text, batch_size=scored.batch_size, exact=exact)
     not_checked = {} if scored.no_text is None else {"perplexity": scored.no_text}
     return record.model_copy(update={"linears_proof": linears, "text_proof": text, "not_checked": not_checked})
+
+
+def _proofs_in(name: str, scored: Scored, folder: Path, *, exact: bool) -> tuple[LinearsProof, TextProof]:
+    """What an engine makes of the folder: its linears in float32, the whole model in the dtype that it is served in."""
+    engine, ids = ENGINES[name], scored.text.input_ids
+    model, exported = equality.in_float32(scored.model), engine.open(folder, torch.float32, **scored.settings)
+    num_sequences = max(1, TOKENS_OF_LINEARS // ids.shape[1])
+    linears = equality.compare_linears(name, model, exported, ids[:num_sequences])
+    if engine.is_torch and scored.model.dtype != torch.float32:
+        model, exported = scored.model, engine.open(folder, scored.model.dtype, **scored.settings)
+    text = equality.compare_text(name, model, exported, scored.text, batch_size=scored.batch_size, exact=exact)
+    return linears, text
 
 
 def _compare_codes(scored: Mapping[str, Stored], written: Mapping[str, Stored]) -> CodesProof:
