@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from qatrun.errors import DamagedFileError, InputError, MismatchError
 from qatrun.evaluate.comparison import match_items
@@ -99,8 +98,8 @@ def _match(folder: Path, engine_name: str, scores: Scores) -> EngineMatch | None
     if arm is None:
         return None
     try:
-        own = Scores.load(arm.eval)
-        budgets: dict[str, Any] = dict(load_recipe(StudyFolder(arm.path.parent).recipe).budget)
-        return match_items(engine_name, own, scores, budgets)
+        recipe = StudyFolder(arm.path.parent).recipe
+        budgets = load_recipe(recipe).budget if recipe.is_file() else {}
+        return match_items(engine_name, Scores.load(arm.eval), scores, budgets)
     except (DamagedFileError, MismatchError, InputError):
         return None
