@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -44,6 +44,12 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {
         key: value for part, child in tree.items() for key, value in flat(child, f"{prefix}.{part}".strip(".")).items()
     }
+
+
+def listed(parts: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def interval(edges: Sequence[float], decimals: int = 2) -> str:

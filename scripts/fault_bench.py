@@ -55,9 +55,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qatrun import demo
 from qatrun.data import IGNORE_INDEX, open_data, open_probe
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import mean_nll
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import StudyFolder
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.numerics import bfloat16_products, inverse_scale
 from qatrun.quant import Scales
@@ -69,7 +70,6 @@ from qatrun.study import preflight, run_study
 from qatrun.study.claim import claimed
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
-from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 from qatrun.study.segments import plan_segments
 from qatrun.tokenizer import load_tokenizer
@@ -266,7 +266,9 @@ class Measure:
     def __init__(self, folder: StudyFolder, recipe: Recipe) -> None:
         self.folder, self.arm = folder, recipe.arm_by_name[recipe.arm_names[0]]
         self.tokenizer = load_tokenizer(self.arm.model)
-        self.text = open_probe(self.arm.data, self.tokenizer, 64)
+        text = open_probe(self.arm.data, self.tokenizer, 64)
+        assert text is not None
+        self.text = text
         self.asked = self._questions()
         self.bf16 = cache(self._bf16)
 

@@ -41,6 +41,7 @@ ARMS: dict[str, Any] = {
     "int8, a scale a tensor": QatConfig(format="int8"),
     "int8, channels": QatConfig(format="int8", weight=CHANNEL),
     "int8, channels and tokens": QatConfig(format="int8", weight=CHANNEL, input=TOKEN),
+    "int8, asymmetric inputs": QatConfig(format="int8", weight=CHANNEL, input=RoleConfig(symmetric=False)),
     "mixed": Mixed(),
 }
 EXACT: dict[str, Any] = {

@@ -101,6 +101,8 @@ def test_every_tensor_is_what_the_library_itself_writes(tmp_path: Path, library:
         module.weight_scale.data = linear.weight_scale[: shape.numel()].reshape(shape).contiguous()
         if linear.input_scale is not None:
             module.input_scale.data = linear.input_scale.reshape(1)
+        if linear.input_zero_point is not None:
+            module.input_zero_point.data = linear.input_zero_point.reshape(1)
         module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -112,7 +114,8 @@ def test_every_tensor_is_what_the_library_itself_writes(tmp_path: Path, library:
         assert theirs[name].shape == ours[name].shape, name
         both = (t.view(torch.uint8) if t.element_size() == 1 else t for t in (theirs[name], ours[name]))
         assert torch.equal(*both), name
-    assert {name for name in theirs if "scale" in name} == {name for name in ours if "scale" in name}
+    for kind in ("scale", "input_zero_point"):
+        assert {name for name in theirs if kind in name} == {name for name in ours if kind in name}
 
 
 def test_merged_linears_of_different_scales_are_written_as_channels(tmp_path: Path) -> None:
@@ -169,6 +172,11 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         tiny_llama,
         QatConfig(format="fp8_e4m3", input=RoleConfig(granularity="per_token", target_amax=240.0)),
         "engines map a token's amax to 448, not to 240",
+    ),
+    "asymmetric tokens": (
+        tiny_llama,
+        QatConfig(format="int8", input=RoleConfig(granularity="per_token", symmetric=False)),
+        "asymmetric token scales are not written (qat.input.symmetric: true, or per_tensor)",
     ),
     "tokens in powers of two": (
         tiny_llama,

@@ -16,6 +16,7 @@ from qatrun import QatConfig
 from qatrun.evaluate.engines import ENGINES
 from qatrun.export import onnx
 from qatrun.quant import make_plan
+from qatrun.recipe import RoleConfig
 from qatrun.study import export_arm
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -63,6 +64,10 @@ def test_a_graph_of_integer_products_gives_what_was_scored(
 REFUSED = {
     "hif8": (QatConfig(), "onnx is INT8 here, which runs as integers, and this is hif8 (--to hif8, or train int8)"),
     "mixed": (Mixed(), "and this is fp8_e4m3 (--to compressed-tensors, or train int8)"),
+    "asymmetric": (
+        QatConfig(format="int8", input=RoleConfig(symmetric=False)),
+        "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)",
+    ),
     "tokens": (
         QatConfig(format="int8", input=TOKEN, scaling=POWERS),
         "no operator rounds a token scale to a power of two",

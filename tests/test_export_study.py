@@ -12,10 +12,10 @@ from studies import checksums, read
 from tiny_world import run_qatrun, write_world
 
 from qatrun.evaluate.scores import Scores
+from qatrun.layout import StudyFolder
 from qatrun.recipe import load_recipe
 from qatrun.study.card import card
 from qatrun.study.claim import locked
-from qatrun.study.layout import StudyFolder
 
 ARMS = "arms={bf16: {qat: null}, fp8: {qat: {format: fp8_e4m3, scaling: {rounding: power_of_two}}}, hif8: {export: []}}"
 SHORT = (

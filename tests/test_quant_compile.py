@@ -188,9 +188,11 @@ def test_quantizers_that_are_gone_are_named() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("input", [{}, {"granularity": "per_token"}])
-def test_a_frozen_model_scores_the_same(input: dict[str, Any]) -> None:
-    model, state = attached(one_block, input=input)
+@pytest.mark.parametrize(
+    "qat", [{}, {"input": {"granularity": "per_token"}}, SETTINGS["asymmetric"], SETTINGS["asymmetric by token"]]
+)
+def test_a_frozen_model_scores_the_same(qat: dict[str, Any]) -> None:
+    model, state = attached(one_block, **qat)
     trained(model, state)
     freeze(model, torch.float32)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -214,9 +216,9 @@ def test_operators_keep_the_promises_that_torch_checks(qat: dict[str, Any], code
     masked = scheme.ste == "clipped"
     to_grid = (x.detach(), quantizer.number, torch.float32, code_dtype, scheme.granularity, masked)
     torch.library.opcheck(operators.to_grid, to_grid)
-    values, kept, scale, blocked = operators.to_grid(*to_grid)
+    values, kept, scale, blocked, zero = operators.to_grid(*to_grid)
     assert scale.untyped_storage().data_ptr() != state.scales.scale.untyped_storage().data_ptr()
-    on_x = (kept if codes else values, scale, blocked if masked else None)
+    on_x = (kept if codes else values, scale, blocked if masked else None, None if scheme.symmetric else zero)
     torch.library.opcheck(operators.linear, (x, weight, None, values, *on_x, linear.number))
     generation = torch.tensor(linear.generation())
     for dtypes in ((torch.float32, torch.bfloat16, torch.float32), (None, torch.float32, None)):

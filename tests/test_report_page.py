@@ -18,6 +18,7 @@ from page_seeds import write_seeds
 from page_study import Shape, write_study
 
 from qatrun.errors import InputError
+from qatrun.layout import StudyFolder
 from qatrun.report.page.coverage import ranges
 from qatrun.report.page.histograms import grid_counts, grid_magnitudes
 from qatrun.report.page.scores import scores_figure
@@ -25,7 +26,6 @@ from qatrun.report.page.series import step_bins
 from qatrun.report.page.study_page import figure_key
 from qatrun.report.page.table import csv_text, shown, table
 from qatrun.report.page.tensors import TensorStats
-from qatrun.study.layout import StudyFolder
 from qatrun.study.page import read_study, write_page
 from qatrun.train.metrics import read_metrics
 from qatrun.train.tensors import read_tensor_stats
@@ -34,7 +34,7 @@ LIMIT = 3_000_000
 SMALL = Shape(steps=60, warmup=10, blocks=1)
 HOSTILE = "\"'><script>alert(1)</script></svg>&amp;]]>"
 HOSTILE_ARM = "=cmd|' <script>alert(2)<script>"  # a folder's name holds no slash
-FIGURES = {"attribution", "scores", "loss", "forgetting"}
+FIGURES = {"attribution", "text-effects", "scores", "loss", "forgetting"}
 OF_AN_ARM = {"saturation", "scale", "histograms"}
 
 
@@ -130,7 +130,7 @@ def test_a_healthy_study_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gone", "said", "without"),
     [
-        ("diagnosis.json", "The study was not diagnosed", {"attribution"}),
+        ("diagnosis.json", "The study was not diagnosed", {"attribution", "text-effects"}),
         ("*/tensors/*", "No statistics of quantized tensors were recorded", {"saturation-hif8", "scale-hif8"}),
         ("*/histograms.json", "No histograms of values were recorded", {"histograms-hif8"}),
         ("comparison.json", "No arm was compared with a BF16 twin", {"scores"}),
@@ -272,6 +272,11 @@ def test_the_grid_under_a_histogram(name: str, num_values: int, largest: float) 
     assert counts[1.0] == counts[1.5] == {"hif8": 8, "fp8_e4m3": 8, "int8": 2}[name]  # 2 <= x < 4
 
 
+def test_under_an_asymmetric_tensor_the_integers_go_on_to_its_steps() -> None:
+    assert grid_magnitudes("int8", 255.0).tolist() == list(range(1, 256))
+    assert grid_counts("int8", [0.0, 6.0, 7.0, 8.0], 255.0).tolist() == [1, 64, 128]
+
+
 # ---- nothing in a name can hurt ----
 
 
@@ -312,7 +317,7 @@ def test_hostile_names_break_no_drawing(hostile: Path) -> None:
     for drawing in drawings:
         tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(drawing).iter()}
         assert tags <= {"svg", "g", "path", "defs", "clipPath", "rect", "use", "text", "tspan", "title", "image"}
-    assert HOSTILE in "".join(ET.fromstring(drawings[2]).itertext())  # the scores, a task's name
+    assert HOSTILE in "".join(ET.fromstring(drawings[4]).itertext())  # the scores, a task's name
 
 
 def test_no_csv_cell_is_a_formula(hostile: Path) -> None:

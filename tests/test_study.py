@@ -17,7 +17,8 @@ from qatrun.evaluate.scores import Scores
 from qatrun.train.metrics import read_metrics
 
 CHECKPOINT = ("manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "state.safetensors")
-SCORES = ("items.parquet", "lm_eval_results.json", "samples/demo_facts.jsonl", "samples/likes.jsonl", "scores.json")
+SAMPLES = ("samples/demo_facts.jsonl", "samples/likes.jsonl")
+SCORES = ("items.parquet", "lm_eval_results.json", *SAMPLES, "scores.json", "text.json")
 MODEL = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -28,7 +29,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     study = trained_world / "runs/tiny"
     (trunk,) = study.glob("trunk-*")
     expected = {".lock", "recipe.yaml", "environment.json", "comparison.json", "comparison.csv", "comparison.txt"}
-    expected |= {"diagnosis.json", "report.html", "start/result.json"} | {f"start/eval/{name}" for name in SCORES}
+    expected |= {"diagnosis.json", "report.html", "start/result.json", "start/known_text.safetensors"} | {
+        f"start/eval/{name}" for name in SCORES
+    }
     expected |= {
         f"{trunk.name}/{name}" for name in ("metrics.jsonl", "alarms.jsonl", "probe.safetensors", "result.json")
     }

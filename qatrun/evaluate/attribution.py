@@ -1,54 +1,32 @@
-"""What a drop is made of: effects between models that answered the same items, and the rule that names the cause.
+"""What a drop is made of: effects between models that answered the same items and read the same texts.
 
-The models of an arm, each scored on the same items:
+The models of an arm:
 
     start   before training                         off     the arm, quantizers off
     twin    trained in BF16                         on      the arm as deployed
     ptq     the twin, quantized after training      fresh   the arm, its scales calibrated anew
             with calibrated scales
+    finest  ptq with a scale for each channel of a weight and each token of an input; it reads the texts only
 
-The rule, on the items of all tasks together. An effect *matters* when the lower end of its 95 % interval is above a
-threshold, in percentage points of accuracy or in nats of the right answer's log-probability among its choices, which shows
-what accuracy is too coarse for:
-
-    forgetting   start -> twin matters (3 pp or 0.10 nats): training without any quantizer lost it
-    saturation   the run clipped, and both twin -> on and ptq -> on matter (1 pp or 0.02 nats, or 0.004 nats a token of the
-                 right answer's own text): quantization with fitting scales does not cost this
-    resolution   twin -> on matters (1 pp or 0.02 nats), and so does twin -> ptq: not even fitting scales hold what the
-                 tensors carry
-    divergence   twin -> on matters, and nothing above explains it
-
-The answer's own text is the most sensitive of the three, since what all choices lose alike cancels among them. It is asked
-only where something clipped: every coarse format costs some of it, fitting scales or not.
-
-More than one may be found; none is a healthy run. Pure: arrays in, numbers out.
+`evaluate.causes` holds the rule that names what did harm. Pure: arrays in, numbers out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial, reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qatrun.evaluate import paired
+from qatrun.evaluate.causes import Measured, Measures
+from qatrun.evaluate.paired import Flips, Interval, Rate
 from qatrun.evaluate.scores import Scores, TaskScore
-from qatrun.records.diagnosis import Effect
-
-
-class Thresholds(NamedTuple):
-    """Above which an effect matters: percentage points, nats among the choices, nats a token of the answer's text."""
-
-    pp: float
-    nats: float
-    text_nats: float = np.inf
-
-
-FORGETTING_MATTERS = Thresholds(3.0, 0.10)
-QUANTIZATION_MATTERS = Thresholds(1.0, 0.02)
-SATURATION_MATTERS = Thresholds(1.0, 0.02, text_nats=0.004)
+from qatrun.records.diagnosis import Effect, TextEffect
+from qatrun.records.scores import STRATA, TextScore, TextScores
 
 UNKNOWN = (-np.inf, np.inf)  # the interval of a single item
 
@@ -61,88 +39,133 @@ EFFECTS: Mapping[str, tuple[str, str]] = {
     "forgetting": ("start", "off"),
     "quantization": ("off", "on"),
     "stale scale": ("fresh", "on"),
+    "granularity": ("finest", "ptq"),
 }
+HELD_OUT, KNOWN = "held-out", "known"  # texts
+THIRDS = ("least sure", "half sure", "surest")  # of the items, by how likely the start model's choice was to it
 
 
-def effects(
-    models: Mapping[str, Scores], log_perplexity: Mapping[str, float], tasks: tuple[str, ...] | None = None
-) -> dict[str, Effect]:
-    """Every effect between models that are there, by name.
+@dataclass(frozen=True)
+class Models:
+    """What the models of an arm did.
 
-    Args:
-        models: "start", "twin", "ptq", "off", "on", "fresh" -> scores, as far as there are any; an effect is over the items
-            that both of its models answered.
-        log_perplexity: the same -> nats per token of held-out text.
-        tasks: pooled; None: all.
-    """
-    return {
-        name: _effect(name, source, target, models, log_perplexity, tasks)
-        for name, (source, target) in EFFECTS.items()
-        if source in models and target in models
-    }
-
-
-def findings(found: Mapping[str, Effect], *, clipped: bool) -> tuple[str, ...]:
-    """The causes that the rule names, most basic first; none for a healthy run.
-
-    Args:
-        found: effects over all tasks.
-        clipped: whether training recorded a tensor that clipped (as the saturation alarm has it).
+    Attributes:
+        scores: model -> its answers; `texts`: model -> what it read.
     """
 
-    def matters(thresholds: Thresholds, *names: str) -> bool:
-        return all(name in found and _matters(found[name], thresholds) for name in names)
+    scores: Mapping[str, Scores]
+    texts: Mapping[str, TextScores]
 
-    causes = ["forgetting"] if matters(FORGETTING_MATTERS, "training") else []
-    if clipped and matters(SATURATION_MATTERS, "whole", "beyond ptq"):
-        causes.append("saturation")
-    if matters(QUANTIZATION_MATTERS, "whole", "ptq"):
-        causes.append("resolution")
-    if matters(QUANTIZATION_MATTERS, "whole") and not {"saturation", "resolution"} & set(causes):
-        causes.append("divergence")
-    return tuple(causes)
+    def effects(self, tasks: tuple[str, ...] | None = None) -> list[Effect]:
+        """Every effect between models that answered the same items, over the items that both answered.
+
+        Args:
+            tasks: pooled; None: all.
+        """
+        return [self._effect(name, pairs) for name, pairs in self._answers(tasks)]
+
+    def text_effects(self) -> dict[str, dict[str, TextEffect]]:
+        """Effect -> text that both of its models read -> what was lost on it."""
+        return {name: {text: _text_effect(*pair) for text, pair in pairs.items()} for name, pairs in self._read.items()}
+
+    def measures(self) -> Measures:
+        """Every effect by every measure, for the rule of causes."""
+        answers = dict(self._answers(None))
+        read = self._read
+        return Measures(
+            texts={name: {text: _measured(rise(*pair)) for text, pair in of.items()} for name, of in read.items()},
+            strata={
+                name: {stratum: _measured(rise(*of[KNOWN], stratum=number)) for number, stratum in enumerate(STRATA)}
+                for name, of in read.items()
+                if KNOWN in of
+            },
+            points={name: _points(pairs.flips) for name, pairs in answers.items()},
+            nats={name: _mean(pairs.nats) for name, pairs in answers.items()},
+            by_confidence={
+                name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
+                for name, pairs in answers.items()
+            },
+            beyond_frequency={name: _beyond(score, score.entropy) for name, score in self._held_out.items()},
+            beyond_guessing={name: _beyond(score, score.uniform) for name, score in self._held_out.items()},
+        )
+
+    def nats(self, text: str) -> dict[str, float]:
+        """Model -> nats a token of a text, of those that read it."""
+        return {name: found.texts[text].mean for name, found in self.texts.items() if text in found.texts}
+
+    @cached_property
+    def _read(self) -> dict[str, dict[str, tuple[TextScore, TextScore]]]:
+        """Effect -> text -> what its two models made of it."""
+        return {
+            name: {
+                text: (before, after)
+                for text, before in self.texts[source].texts.items()
+                if (after := self.texts[target].texts.get(text)) is not None and after.text == before.text
+            }
+            for name, (source, target) in EFFECTS.items()
+            if source in self.texts and target in self.texts
+        }
+
+    def _answers(self, tasks: tuple[str, ...] | None) -> Iterator[tuple[str, _Pairs]]:
+        for name, (source, target) in EFFECTS.items():
+            if source in self.scores and target in self.scores:
+                before, after = self.scores[source].tasks, self.scores[target].tasks
+                yield name, _Pairs.of([(before[task], after[task]) for task in tasks or before])
+
+    def _effect(self, name: str, pairs: _Pairs) -> Effect:
+        source, target = EFFECTS[name]
+        low, high = paired.drop_interval(pairs.flips)
+        of_text = self._read.get(name, {}).get(HELD_OUT)
+        return Effect(
+            name=name,
+            source=source,
+            target=target,
+            drop_pp=100 * pairs.flips.drop,
+            ci95_pp=[100 * low, 100 * high],
+            loglikelihood=float(pairs.nats.mean()),
+            ci95_loglikelihood=list(paired.t_interval(pairs.nats) or UNKNOWN),
+            text_loglikelihood=float(pairs.text_nats.mean()),
+            ci95_text_loglikelihood=list(paired.t_interval(pairs.text_nats) or UNKNOWN),
+            log_perplexity=None if of_text is None else rise(*of_text).mean,
+        )
+
+    @property
+    def _held_out(self) -> dict[str, TextScore]:
+        return {name: found.texts[HELD_OUT] for name, found in self.texts.items() if HELD_OUT in found.texts}
 
 
-def _matters(effect: Effect, thresholds: Thresholds) -> bool:
-    """Whether it is surely above any of them."""
-    surely = effect.ci95_pp[0], effect.ci95_loglikelihood[0], effect.ci95_text_loglikelihood[0]
-    return any(low > threshold for low, threshold in zip(surely, thresholds, strict=True))
+@dataclass(frozen=True)
+class _Pairs:
+    """Items that two models answered, in one order.
 
+    Attributes:
+        correct, correct_after: [num_items] bool.
+        nats: [num_items], lost of the right answer's log-probability among its choices.
+        text_nats: [num_items], lost of the right answer's own text, a token of an answer of mean length.
+        third: [num_items], of THIRDS; -1 in a task without choices.
+    """
 
-def _effect(
-    name: str,
-    source: str,
-    target: str,
-    models: Mapping[str, Scores],
-    log_perplexity: Mapping[str, float],
-    tasks: tuple[str, ...] | None,
-) -> Effect:
-    before, after = models[source], models[target]
-    chosen = tuple(before.tasks) if tasks is None else tasks
-    pairs = [_in_one_order(before.tasks[task], after.tasks[task]) for task in chosen]
-    correct, correct_after, nats, text_nats = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    # Of the items that both answered: one of the two answered no others.
-    fewer = [min(before.tasks[task], after.tasks[task], key=lambda score: score.num_items) for task in chosen]
-    text_nats = text_nats * len(text_nats) / sum(score.num_answer_tokens for score in fewer)
-    flips = paired.count_flips(correct, correct_after)
-    low, high = paired.drop_interval(flips)
-    known = source in log_perplexity and target in log_perplexity
-    return Effect(
-        name=name,
-        source=source,
-        target=target,
-        drop_pp=100 * flips.drop,
-        ci95_pp=[100 * low, 100 * high],
-        loglikelihood=float(nats.mean()),
-        ci95_loglikelihood=list(paired.t_interval(nats) or UNKNOWN),
-        text_loglikelihood=float(text_nats.mean()),
-        ci95_text_loglikelihood=list(paired.t_interval(text_nats) or UNKNOWN),
-        log_perplexity=log_perplexity[target] - log_perplexity[source] if known else None,
-    )
+    correct: npt.NDArray[np.bool_]
+    correct_after: npt.NDArray[np.bool_]
+    nats: npt.NDArray[np.float64]
+    text_nats: npt.NDArray[np.float64]
+    third: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tasks: list[tuple[TaskScore, TaskScore]]) -> _Pairs:
+        parts = zip(*(_in_one_order(*pair) for pair in tasks), strict=True)
+        correct, after, nats, text_nats, third = (np.concatenate(part) for part in parts)
+        # Of the items that both answered: one of the two answered no others.
+        fewer = [min(pair, key=lambda score: score.num_items) for pair in tasks]
+        return cls(correct, after, nats, text_nats * len(nats) / sum(each.num_answer_tokens for each in fewer), third)
+
+    @property
+    def flips(self) -> Flips:
+        return paired.count_flips(self.correct, self.correct_after)
 
 
 def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any], ...]:
-    """(correct before, correct after, nats lost among the choices, of the answer's text), each [num_items], by name."""
+    """(correct before, correct after, nats lost among the choices, of the answer's text, third), each [num_items]."""
     both = np.intersect1d(before.items.item_id, after.items.item_id, assume_unique=True)
     one, other = before.items.places(both), after.items.places(both)
     return (
@@ -150,7 +173,16 @@ def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any]
         after.items.correct[other],
         answer_log_probability(before)[one] - answer_log_probability(after)[other],
         before.items.loglikelihood[one] - after.items.loglikelihood[other],
+        _thirds(before.items.choice_loglikelihoods[one]),
     )
+
+
+def _thirds(choices: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """[num_items] of THIRDS: by the likeliest choice, right or wrong, so that the sorting itself favours neither model."""
+    if choices.shape[1] == 1:
+        return np.full(len(choices), -1)
+    likeliest = np.nanmax(choices, axis=1) - _log_sum(choices)
+    return np.argsort(np.argsort(likeliest, kind="stable")) * len(THIRDS) // len(choices)
 
 
 def accuracies(models: Mapping[str, Scores], task: str) -> dict[str, float]:
@@ -165,5 +197,64 @@ def answer_log_probability(score: TaskScore) -> npt.NDArray[np.float64]:
     choices = score.items.choice_loglikelihoods
     if choices.shape[1] == 1:
         return score.items.loglikelihood
+    return score.items.loglikelihood - _log_sum(choices)
+
+
+def _log_sum(choices: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     total: npt.NDArray[np.float64] = np.logaddexp.reduce(np.where(np.isnan(choices), -np.inf, choices), axis=1)
-    return score.items.loglikelihood - total
+    return total
+
+
+def rise(before: TextScore, after: TextScore, stratum: int | None = None) -> Rate:
+    """Nats a token that the second model needs more than the first on one text, of one stratum or of all."""
+    lost = np.array(after.nats) - np.array(before.nats)
+    sizes = np.array(before.num_targets)
+    chosen = slice(None) if stratum is None else slice(stratum, stratum + 1)
+    return Rate.of(lost[:, chosen].sum(axis=1), sizes[:, chosen].sum(axis=1))
+
+
+def _text_effect(before: TextScore, after: TextScore) -> TextEffect:
+    rate = rise(before, after)
+    strata = {name: rise(before, after, number) for number, name in enumerate(STRATA)}
+    together = 1.0 - 0.05 / len(STRATA)
+    return TextEffect(
+        rise=rate.mean,
+        ci95=list(rate.interval()),
+        num_tokens=int(np.sum(before.num_targets)),
+        strata={name: [of.mean, *of.interval(together)] for name, of in strata.items()},
+    )
+
+
+def nats_a_token(score: TextScore) -> Rate:
+    """What a model takes on a text."""
+    return Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1))
+
+
+def _beyond(score: TextScore, nats: float) -> Measured:
+    rate = nats_a_token(score)
+
+    def interval(confidence: float) -> Interval:
+        low, high = rate.interval(confidence)
+        return low - nats, high - nats
+
+    return Measured(rate.mean - nats, interval)
+
+
+def _measured(rate: Rate) -> Measured:
+    return Measured(rate.mean, rate.interval)
+
+
+def _points(flips: Flips) -> Measured:
+    def interval(confidence: float) -> Interval:
+        low, high = paired.drop_interval(flips, confidence=confidence)
+        return 100 * low, 100 * high
+
+    return Measured(100 * flips.drop, interval)
+
+
+def _mean(nats: npt.NDArray[np.float64]) -> Measured:
+    return Measured(float(nats.mean()), partial(_mean_interval, nats))
+
+
+def _mean_interval(nats: npt.NDArray[np.float64], confidence: float) -> Interval:
+    return paired.t_interval(nats, confidence=confidence) or UNKNOWN

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from qatrun.data import IGNORE_INDEX
 from qatrun.evaluate.context import evaluation_mode
 from qatrun.evaluate.engines import ENGINES
-from qatrun.numerics import inverse_scale
+from qatrun.numerics import inverse_scale, own_fit
+from qatrun.numerics.int8 import ShiftedIntegers
 from qatrun.quant import QTensor, QuantizedLinear, quantized_linears
 from qatrun.quant.matmul import scaled_matmul
-from qatrun.quant.qtensor import own_scales
 from qatrun.records.export import LinearsProof, TextProof
 
 TOLERANCE = 1e-6  # of max |y|
@@ -141,7 +141,7 @@ def _clips_counted(scored: Any, name: str) -> Iterator[list[int]]:
 
 def _clipped_otherwise(linear: QuantizedLinear, scaled: Tensor) -> Tensor:
     """Where inputs, in units of the grid, are clipped at -128 by engines; shape of the inputs, bool."""
-    return (scaled.round() < LEAST_INT8) & (linear.input_scheme.format == "int8")
+    return (scaled.round() < LEAST_INT8) & (linear.input_scheme.format == "int8" and linear.input_scheme.symmetric)
 
 
 class _Tally:
@@ -158,13 +158,16 @@ def _compare(
 ) -> None:
     """Hold an engine's output y against the product that was scored: of the codes that the engine makes of x, and of those
     that were scored."""
-    grid, scheme = linear.input_grid, linear.input_scheme
+    scheme, zero = linear.input_scheme, linear.input_zero_point
     tally.scales_are_the_engines |= scale is not None
     if scale is None:
-        scale = own_scales(x, scheme)[0] if scheme.per_row else linear.input_scale
+        scale = own_fit(x, scheme)[0] if scheme.per_row else linear.input_scale
+    grid = linear.input_grid if zero is None else ShiftedIntegers(zero.float())
     codes = grid.round(x * inverse_scale(scale), scheme.limit)
     clipped = _clipped_otherwise(linear, x / scale)
-    engine_codes = torch.where(clipped, float(LEAST_INT8 - 1), grid.round(x / scale, scheme.limit))
+    # Under a zero-point engines round x / s + z, whose halves go to other numbers.
+    engine_codes = grid.round(x / scale, scheme.limit) if zero is None else _affine(x / scale, zero.float())
+    engine_codes = torch.where(clipped, float(LEAST_INT8 - 1), engine_codes)
     if codes_as_scored:
         engine_codes = codes
     ours, expected = (
@@ -178,6 +181,11 @@ def _compare(
     tally.rows_tied += int((different & ~clipped).any(-1).sum())
     tally.worst = max(tally.worst, _error(y, expected))
     tally.worst_otherwise = max(tally.worst_otherwise, _error(expected, ours))
+
+
+def _affine(scaled: Tensor, zero: Tensor) -> Tensor:
+    """Inputs, in units of the grid, as engines round them under a zero-point: codes less it."""
+    return (scaled + zero).round().clamp(-128.0, 127.0) - zero
 
 
 def _error(y: Tensor, reference: Tensor) -> float:

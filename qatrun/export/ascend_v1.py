@@ -36,6 +36,8 @@ def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     for format_name in sorted(formats - {"int8"}):
         nearest = "hif8-ascend" if format_name == "hif8" else "compressed-tensors"
         yield f"{NAME} is INT8 here, and this is {format_name} (--to {nearest}, or train int8)"
+    if not all(scheme.symmetric for scheme in input_schemes(plan)):
+        yield "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)"
     for scheme in input_schemes(plan):
         yield from input_problems(scheme)
     yield from linear_problems(NAME, plan, model)

@@ -5,6 +5,7 @@ Of each quantized linear N [out, in]:
     N.weight          float8_e4m3fn or int8, the codes
     N.weight_scale    float32, [1], or [out, 1] a channel each
     N.input_scale     float32, [1]; absent where engines find a scale for every token
+    N.input_zero_point  int8, [1]; where inputs are asymmetric
     N.bias            in the compute dtype
 
 Linears of one scheme are a group of config.json's `quantization_config`; all others are named in its `ignore`. Nothing is
@@ -62,7 +63,7 @@ def notes(plan: QuantPlan) -> Iterator[str]:
         )
     if any(scheme.per_row and scheme.format == "int8" for scheme in input_schemes(plan)):
         yield "token scales are the engine's: amax / 127 in vLLM, as scored; amax / 127.5 in transformers"
-    if any(not scheme.per_row and scheme.format == "int8" for scheme in input_schemes(plan)):
+    if any(not scheme.per_row and scheme.format == "int8" and scheme.symmetric for scheme in input_schemes(plan)):
         yield "inputs below -127.5 s are clipped at -128 s by engines and at -127 s when scored; they are counted"
 
 
@@ -76,6 +77,8 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         tensors[f"{name}.weight_scale"] = scale.clone(memory_format=torch.contiguous_format)
         if linear.input_scale is not None:
             tensors[f"{name}.input_scale"] = linear.input_scale.reshape(1)
+        if linear.input_zero_point is not None:
+            tensors[f"{name}.input_zero_point"] = linear.input_zero_point.reshape(1)
         if (bias := model.get_submodule(name).bias) is not None:
             tensors[f"{name}.bias"] = bias
     ignored = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -90,10 +93,12 @@ def read(folder: Path) -> dict[str, Stored]:
         weight = tensors[f"{name}.weight"]
         codes = weight if weight.dtype == torch.int8 else weight.view(torch.uint8)
         input_scale = tensors.get(f"{name}.input_scale")
+        zero = tensors.get(f"{name}.input_zero_point")
         found[name] = Stored(
             codes,
             tensors[f"{name}.weight_scale"].flatten().expand(len(codes)),
             None if input_scale is None else input_scale.reshape(()),
+            None if zero is None else zero.reshape(()),
         )
     return found
 
@@ -114,11 +119,13 @@ def _written_per_channel(plan: QuantPlan, linears: Mapping[str, Stored]) -> set[
 
 
 def _config(plan: QuantPlan, per_channel: set[str], ignored: list[str]) -> dict[str, Any]:
-    groups: dict[tuple[str, str, str, bool], list[str]] = {}
+    groups: dict[tuple[str, str, str, bool, bool], list[str]] = {}
     for name in plan.linears:
         weight, of_input = forward_schemes(plan, name)
         strategy = "channel" if name in per_channel else "tensor"
-        groups.setdefault((weight.format, strategy, of_input.format, of_input.per_row), []).append(name)
+        groups.setdefault((weight.format, strategy, of_input.format, of_input.per_row, of_input.symmetric), []).append(
+            name
+        )
     formats = list(dict.fromkeys(LAYOUT[weight] for weight, *_ in groups))
     return {
         "quant_method": NAME,
@@ -133,12 +140,20 @@ def _config(plan: QuantPlan, per_channel: set[str], ignored: list[str]) -> dict[
                 "format": LAYOUT[weight],
                 "output_activations": None,
                 "weights": _arguments(weight, strategy, dynamic=False),
-                "input_activations": _arguments(of_input, "token" if dynamic else "tensor", dynamic=dynamic),
+                "input_activations": _arguments(
+                    of_input, "token" if dynamic else "tensor", dynamic=dynamic, symmetric=symmetric
+                ),
             }
-            for number, ((weight, strategy, of_input, dynamic), names) in enumerate(groups.items())
+            for number, ((weight, strategy, of_input, dynamic, symmetric), names) in enumerate(groups.items())
         },
     }
 
 
-def _arguments(format_name: str, strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    return {"num_bits": 8, "type": TYPES[format_name][0], "strategy": strategy, "symmetric": True, "dynamic": dynamic}
+def _arguments(format_name: str, strategy: str, *, dynamic: bool, symmetric: bool = True) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": TYPES[format_name][0],
+        "strategy": strategy,
+        "symmetric": symmetric,
+        "dynamic": dynamic,
+    }

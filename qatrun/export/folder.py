@@ -26,24 +26,28 @@ class Stored(NamedTuple):
         codes: [out, in] uint8 or int8, the bits.
         weight_scale: [out] float32; equal entries where the tensor has one.
         input_scale: [] float32; None where the engine finds scales itself.
+        input_zero_point: [] int8; None where inputs are symmetric.
     """
 
     codes: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None = None
 
     @classmethod
     def of(cls, linear: QuantizedLinear) -> Stored:
         """The linear that was scored."""
         codes = linear.weight_grid.encode(linear.q_weight.float())
         input_scale = None if linear.input_scheme.per_row else linear.input_scale
-        return cls(codes, linear.weight_scale.flatten().expand(len(codes)), input_scale)
+        return cls(codes, linear.weight_scale.flatten().expand(len(codes)), input_scale, linear.input_zero_point)
 
     @property
     def is_exact(self) -> bool:
-        """Whether products with its scales are exact: powers of two, and none left to the engine."""
+        """Whether products with its scales are exact: powers of two, and none left to the engine. Under a zero-point engines
+        round halves otherwise: x / s + z to even."""
         scales = (self.weight_scale, self.input_scale)
-        return all(scale is not None and bool((scale.frexp().mantissa == 0.5).all()) for scale in scales)
+        exact = all(scale is not None and bool((scale.frexp().mantissa == 0.5).all()) for scale in scales)
+        return exact and self.input_zero_point is None
 
 
 def stored_linears(model: Any) -> dict[str, Stored]:

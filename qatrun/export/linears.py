@@ -55,6 +55,10 @@ def linear_problems(export: str, plan: QuantPlan, model: nn.Module) -> Iterator[
 def input_problems(scheme: Scheme) -> Iterator[str]:
     """How inputs are quantized that engines cannot do."""
     largest = FORMATS[scheme.format].max_finite
+    if not scheme.symmetric:
+        if scheme.per_row:
+            yield "asymmetric token scales are not written (qat.input.symmetric: true, or per_tensor)"
+        return
     if scheme.limit is not None and scheme.limit < largest:
         yield (
             f"inputs are clipped at {scheme.limit:g} of {scheme.format}, and engines clip at {largest:g} alone (qat.clip: "

@@ -47,6 +47,8 @@ def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     for format_name in sorted({scheme.format for scheme in schemes} - {"int8"}):
         nearest = "hif8" if format_name == "hif8" else "compressed-tensors"
         yield f"{NAME} is INT8 here, which runs as integers, and this is {format_name} (--to {nearest}, or train int8)"
+    if not all(scheme.symmetric for scheme in schemes):
+        yield "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)"
     if any(plan.schemes[name]["input"].per_row and _input(plan, name).scaling.to_power_of_two for name in plan.linears):
         yield "no operator rounds a token scale to a power of two (qat.input.scaling.rounding: none)"
 
@@ -186,7 +188,7 @@ class _Spelled(nn.Module):
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
         stored, scheme = Stored.of(linear), linear.input_scheme
-        self.target, self.edge = scheme.target_amax, scheme.edge
+        self.target, self.edge = scheme.target_amax, linear.input_grid.edge(scheme.limit)
         self.register_buffer(CODES, stored.codes.t().contiguous())
         self.register_buffer(WEIGHT_SCALE, linear.weight_scale.flatten().clone())
         self.register_buffer(INPUT_SCALE, None if scheme.per_row else linear.input_scale.clone())

@@ -1,7 +1,7 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
 from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
-from qatrun.quant.calibration import calibrate, calibrated_plan, input_histograms
+from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, named_linears, survey
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
@@ -31,6 +31,7 @@ __all__ = [
     "calibrated_plan",
     "coverage",
     "detach",
+    "finest_plan",
     "freeze",
     "input_histograms",
     "make_plan",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatrun.formats import Role
 from qatrun.quant.attach import attached_state
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan
@@ -49,6 +50,20 @@ def calibrated_plan(plan: QuantPlan) -> QuantPlan:
             if scheme.per_row
             else replace(scheme, scaling=replace(CALIBRATED, rounding=scheme.scaling.rounding))
             for role, scheme in of_roles.items()
+        }
+        for name, of_roles in plan.schemes.items()
+    }
+    return replace(plan, schemes=schemes, saves_codes=False)
+
+
+def finest_plan(plan: QuantPlan) -> QuantPlan:
+    """The plan with the same formats, and a scale for each channel of a weight and for each token of an input."""
+    finest: dict[Role, str] = {"weight": "per_channel", "input": "per_token"}
+    schemes = {
+        name: {
+            role: replace(scheme, granularity=finest[role], scaling=Scaling(type="dynamic"))
+            for role, scheme in of_roles.items()
+            if role in finest
         }
         for name, of_roles in plan.schemes.items()
     }

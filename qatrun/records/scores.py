@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from qatrun.files import Record
 from qatrun.records.export import EngineMatch
-from qatrun.records.values import Step
+from qatrun.records.values import Interval, Number, Step
 
 
 class TaskSummary(Record):
@@ -38,6 +40,42 @@ class ScoresSummary(Record):
     items_sha256: str
 
 
+STRATA = (
+    "common",
+    "middling",
+    "rare",
+)  # of a text's targets, about a third each, by how often their token occurs there
+
+
+class TextScore(Record):
+    """One model on one text; a row is a sequence.
+
+    Attributes:
+        text: SHA-256 of its tokens and of which of them count: equal where two models read the same.
+        nats: [num_sequences, len(STRATA)], negative log-likelihood of the targets of each stratum, summed.
+        num_targets: [num_sequences, len(STRATA)], how many those are.
+        entropy: nats a token of the frequencies of the text's tokens: what guessing by frequency alone would take.
+        uniform: nats a token of guessing any token of the vocabulary.
+    """
+
+    text: str
+    nats: list[list[Number]]
+    num_targets: list[list[int]]
+    entropy: Number
+    uniform: Number
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return sum(map(sum, self.nats)) / sum(map(sum, self.num_targets))
+
+
+class TextScores(Record):
+    """text.json: one model on every text that it was asked about: "held-out", and "known" of what the start model knew."""
+
+    texts: dict[str, TextScore]
+
+
 class ScoredTask(Record):
     """A task of `qatrun eval`; fields as of TaskSummary."""
 
@@ -50,11 +88,27 @@ class ScoredTask(Record):
     num_truncated: int
 
 
+class ReadText(Record):
+    """A text that `qatrun eval` read: its perplexity, and the interval of that over its sequences."""
+
+    perplexity: float
+    ci95: Interval
+    num_sequences: int
+    num_tokens: int
+
+
 class ScoredModel(Record):
-    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept, `match`
-    how an exported folder compares with what its arm scored."""
+    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept.
+
+    Attributes:
+        text: None where there was none to read.
+        weights: weights file or plan, as it was named -> SHA-256 of what was scored.
+        match: how an exported folder compares with what its arm scored.
+    """
 
     model: str
+    text: ReadText | None = None
+    weights: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None

@@ -7,32 +7,67 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.diagnosis import ArmDiagnosis, TensorRecord
-from qatrun.report.grid import Flow, Grid
+from qatrun.records.diagnosis import ArmDiagnosis, Cause, Look, TensorRecord
+from qatrun.records.values import Answer
+from qatrun.report.grid import Grid
 from qatrun.text import interval
+
+ANSWER_STYLES: dict[Answer, str] = {"found": "bold red", "not shown": "yellow", "ruled out": "green"}
+UNITS = {"nats a token": 3, "nats an answer": 3, "pp": 2}  # decimals
 
 
 def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
     """One arm of diagnosis.json."""
-    style = "bold red" if arm.findings else "bold green"
-    parts: list[RenderableType] = [Text(arm.sentence, style=style), Text()]
-    effects = Grid("", "lost", "from", "to", "pp", "95% interval", "nats", "95% interval")
-    for effect in arm.effects:
+    parts: list[RenderableType] = [Text(arm.sentence, style=_style(arm)), Text()]
+    causes = Grid("", "cause", "answer", "seen on", "value", "interval", "limit")
+    for name, cause in arm.causes.items():
+        for number, look in enumerate(_told(cause) or [None]):
+            answer = Text(cause.answer, style=ANSWER_STYLES[cause.answer])
+            causes.add_row(*((Text(name), answer) if number == 0 else ("", "")), *_look_cells(look))
+    if arm.causes:
+        parts += [causes, Text()]
+    effects = Grid("", "lost", "from", "to", "nats a token", "95% interval", "pp", "95% interval")
+    items = {effect.name: effect for effect in arm.effects}
+    for name in dict.fromkeys([*items, *arm.texts]):
+        text, effect = arm.texts.get(name, {}).get("held-out"), items.get(name)
+        if effect is None:
+            continue
         effects.add_row(
-            *(effect.name, effect.source, effect.target, f"{effect.drop_pp:+.2f}", interval(effect.ci95_pp)),
-            *(f"{effect.loglikelihood:+.3f}", interval(effect.ci95_loglikelihood, 3)),
+            *(name, effect.source, effect.target),
+            *(("-", "-") if text is None else (f"{text.rise:+.4f}", interval(text.ci95, 4))),
+            *(f"{effect.drop_pp:+.2f}", interval(effect.ci95_pp)),
         )
     parts += [effects, Text()]
-    costs = [
-        f"{effect.name} {effect.text_loglikelihood:+.3f} ({interval(effect.ci95_text_loglikelihood, 3)})"
-        for effect in arm.effects
-        if effect.name in ("whole", "ptq", "beyond ptq")  # that the rule for saturation looks at
-    ]
-    words = ["nats a token of the right answer's text:", *(f"{cost}," for cost in costs[:-1]), *costs[-1:]]
-    parts.append(Flow([Text(word) for word in words], indent="", blank=" "))
     parts.append(Text("perplexity: " + ", ".join(f"{key} {value:.3f}" for key, value in arm.perplexity.items())))
+    if arm.known_text:
+        parts.append(Text(f"text it knew: {arm.known_text}"))
     parts += [Text(line) for line in _tensor_lines(arm.worst_tensors)]
     return Group(*parts)
+
+
+def _style(arm: ArmDiagnosis) -> str:
+    """Green only where every cause is ruled out."""
+    answers = {cause.answer for cause in arm.causes.values()}
+    if arm.findings:
+        return "bold red"
+    return "bold green" if answers == {"ruled out"} else "bold yellow"
+
+
+def _told(cause: Cause) -> list[Look]:
+    """The looks that a reader needs: those that found it, else those that leave it open, else those that decided."""
+    found = [look for look in cause.looks if look.answer == cause.answer]
+    return found if cause.answer == "found" else [look for look in found if look.decides]
+
+
+def _look_cells(look: Look | None) -> tuple[str, ...]:
+    """Of its effects the one that left least open decided."""
+    if look is None:
+        return "", "", "", ""
+    place = min(range(len(look.values)), key=lambda number: look.intervals[number][1])
+    decimals = UNITS[look.unit]
+    what = f"{look.what}: {look.effects[place]}" if len(look.effects) > 1 else look.what
+    edges = interval(look.intervals[place], decimals)
+    return what, f"{look.values[place]:+.{decimals}f}", edges, f"{look.threshold:g} {look.unit}"
 
 
 def _tensor_lines(tensors: list[TensorRecord]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
     from qatrun.study.exporting import export_arm
+    from qatrun.study.fix import fix_study
     from qatrun.study.named import diagnose_study, report_study
     from qatrun.study.pairs import compare_named
     from qatrun.study.results import StudyResult, comparison_csv
@@ -20,6 +21,7 @@ else:
         __name__,
         {
             "qatrun.study.exporting": ("export_arm",),
+            "qatrun.study.fix": ("fix_study",),
             "qatrun.study.named": ("diagnose_study", "report_study"),
             "qatrun.study.pairs": ("compare_named",),
             "qatrun.study.results": ("StudyResult", "comparison_csv"),
@@ -35,6 +37,7 @@ __all__ = [
     "diagnose_study",
     "eval_config",
     "export_arm",
+    "fix_study",
     "preflight",
     "report_study",
     "run",

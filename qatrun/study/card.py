@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.scores import Scores
-from qatrun.export import EXPORTS, artifact
+from qatrun.export import EXPORTS
 from qatrun.files import read_json, replace_file
+from qatrun.layout import CARD_FILE, EXPORT_FILE, QUANTIZED, ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records.comparison import StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
@@ -22,7 +23,6 @@ from qatrun.records.environment import Environment
 from qatrun.records.export import Exported
 from qatrun.records.training import ArmResult
 from qatrun.report.exported import contents, proofs, serving
-from qatrun.study.layout import CARD_FILE, EXPORT_FILE, ArmFolder, StudyFolder
 from qatrun.text import interval
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def _about(arm: Arm, folder: ArmFolder, exported: Exported | None) -> str:
     coverage = read_json(folder.result, ArmResult).coverage
     if exported is None:
         return (
-            f"{aware} ({coverage}). This folder holds the plain weights, quantizers off; `{artifact.FOLDER}/` holds the "
+            f"{aware} ({coverage}). This folder holds the plain weights, quantizers off; `{QUANTIZED}/` holds the "
             "quantized model that was scored."
         )
     return f"{aware} ({coverage}). {contents(exported)}. These are the codes and scales that were scored."

@@ -11,12 +11,12 @@ from qatrun.evaluate.harness import score
 from qatrun.evaluate.scores import Scores
 from qatrun.export import EXPORTS
 from qatrun.files import read_json, write_json
+from qatrun.layout import EXPORT_FILE, ArmFolder, StudyFolder
 from qatrun.model import DTYPES, on_device
 from qatrun.recipe import EvalConfig, load_recipe
 from qatrun.records.export import EngineMatch, Exported
 from qatrun.study.card import write_card
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.layout import EXPORT_FILE, ArmFolder, StudyFolder
 
 
 def is_export(folder: Path) -> bool:

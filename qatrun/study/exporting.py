@@ -20,6 +20,7 @@ from qatrun.evaluate.engines import ENGINES
 from qatrun.export import EXPORTS, Export, artifact
 from qatrun.export.folder import Stored, stored_linears
 from qatrun.files import read_json, sha256, whole_folder, write_json
+from qatrun.layout import EVAL, EXPORT_FILE, PLAN_FILE, QUANTIZED, WEIGHTS_FILE, ArmFolder, StudyFolder
 from qatrun.model import architecture
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, EvalConfig, ModelConfig, load_recipe
@@ -29,7 +30,6 @@ from qatrun.study.card import write_card
 from qatrun.study.claim import locked
 from qatrun.study.display import Display
 from qatrun.study.engine import is_export, score_in_engine
-from qatrun.study.layout import EVAL, EXPORT_FILE, ArmFolder, StudyFolder
 
 PACKAGES = ("qatrun", "torch", "transformers", "compressed-tensors", "onnx", "onnxruntime")
 TOKENS_OF_LINEARS = 4096  # that the linears are compared on
@@ -76,7 +76,7 @@ def export_arm(
     """
     quantized = artifact.find(path)
     if quantized is None:
-        raise InputError(Problem(f"'{path}' is no quantized arm (no {artifact.FOLDER}/{artifact.PLAN_FILE})"))
+        raise InputError(Problem(f"'{path}' is no quantized arm (no {QUANTIZED}/{PLAN_FILE})"))
     study = StudyFolder(quantized.resolve().parent.parent)
     with locked(study) if study.recipe.is_file() else nullcontext():
         return _export(quantized, to, output, trust_remote_code=trust_remote_code)
@@ -128,7 +128,7 @@ def is_current(folder: ArmFolder, name: str) -> bool:
         record = read_json(folder.path / name / EXPORT_FILE, Exported)
     except DamagedFileError:
         return False
-    return record.source_sha256 == sha256(folder.quantized / artifact.WEIGHTS_FILE)
+    return record.source_sha256 == sha256(folder.quantized / WEIGHTS_FILE)
 
 
 def default_export(plan: QuantPlan) -> str:
@@ -148,7 +148,7 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
     record = Exported(
         format=export.NAME,
         source=os.path.relpath(scored.folder.resolve(), target.resolve()),
-        source_sha256=sha256(scored.folder / artifact.WEIGHTS_FILE),
+        source_sha256=sha256(scored.folder / WEIGHTS_FILE),
         compute_dtype=str(scored.model.dtype).removeprefix("torch."),
         attn_implementation=scored.settings["attn_implementation"],
         linears=len(stored),
@@ -195,12 +195,13 @@ def _compare_codes(scored: Mapping[str, Stored], written: Mapping[str, Stored]) 
             continue
         differing += int((theirs.codes.view(torch.int8) != ours.codes.view(torch.int8)).sum())
         differing += int((theirs.weight_scale != ours.weight_scale).sum())
-        differing += _scale_differs(ours.input_scale, theirs.input_scale)
+        differing += _differ(ours.input_scale, theirs.input_scale)
+        differing += _differ(ours.input_zero_point, theirs.input_zero_point)
     differing += len(written.keys() - scored.keys())
     return CodesProof(linears=len(scored), codes=codes, scales=scales, differing=differing)
 
 
-def _scale_differs(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
+def _differ(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> bool:
     if ours is None or theirs is None:
         return ours is not theirs
     return not torch.equal(ours, theirs)

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qatrun.data import Batch, open_data, open_probe
+from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
+from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.perplexity import mean_nll
+from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm
@@ -29,11 +31,12 @@ from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
+from qatrun.study.texts import study_texts
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
@@ -44,6 +47,7 @@ from qatrun.train.segment import Segment, Watched
 def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
     """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
     recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
+    study.keep_known_text()
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(segments)
@@ -60,6 +64,7 @@ class _Study:
     def __init__(self, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> None:
         self.checked, self.folder, self.display, self.trackers = checked, folder, display, trackers
         self.recipe = checked.recipe
+        self.known: KnownText | None = None
 
     def score_start_model(self) -> None:
         """Score the model before training, so that what all arms lost shows."""
@@ -71,8 +76,13 @@ class _Study:
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
-        value = self._score(model, tokenizer, self._held_out(arm, tokenizer), record.eval, "start model")
+        texts = study_texts(self.folder, self.recipe, arm, tokenizer, self.known)
+        value = self._score(model, tokenizer, texts, record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
+
+    def keep_known_text(self) -> None:
+        """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
@@ -86,9 +96,9 @@ class _Study:
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
-        valid = self._held_out(arm, load_tokenizer(arm.model))
-        perplexity = self._score_arm(arm, folder, valid)
-        write_json(folder.result, record.model_copy(update={"perplexity": perplexity}))
+        texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model), self.known)
+        perplexities = self._score_arm(arm, folder, texts)
+        write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
         export_trained(arm, folder, self.recipe.eval, self.display)
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
@@ -152,24 +162,22 @@ class _Study:
         outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
         return model, outcome
 
-    def _held_out(self, arm: Arm, tokenizer: Any) -> Batch:
-        check_inputs(self.folder, self.recipe)
-        return open_data(arm.data, tokenizer, arm.train.seed).valid
-
     def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
-        """The probe's text, and its mini-benchmark if the recipe wants one."""
-        probe = arm.monitor.probe
-        if probe is None:
-            return Watched()
-        text = open_probe(arm.data, tokenizer, probe.sequences)
+        """The probe's text, its mini-benchmark if the recipe wants one, and what the first loss is held against."""
+        probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
+        same_source = valid is None or valid.path == arm.data.train.path
+        nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
+        if probe is None or known is None:
+            return Watched(held_out_nll=nll)
+        text = known.input_ids[: probe.sequences]
         if probe.items is None:
-            return Watched(text)
+            return Watched(text, held_out_nll=nll)
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
 
         def benchmark(model: Any) -> dict[str, float]:
             return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
 
-        return Watched(text, benchmark)
+        return Watched(text, benchmark, nll)
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
@@ -185,24 +193,24 @@ class _Study:
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
         return sizes
 
-    def _score_arm(self, arm: Arm, folder: ArmFolder, valid: Batch) -> dict[str, float]:
+    def _score_arm(self, arm: Arm, folder: ArmFolder, texts: Mapping[str, Batch]) -> dict[str, float]:
         """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
             model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
-            values["on"] = self._score(on_device(model), tokenizer, valid, folder.eval, f"{arm.name}, quantizers on")
+            values["on"] = self._score(on_device(model), tokenizer, texts, folder.eval, f"{arm.name}, quantizers on")
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
         model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
-        return values | {state: self._score(on_device(model), tokenizer, valid, place, what)}
+        return values | {state: self._score(on_device(model), tokenizer, texts, place, what)}
 
-    def _score(self, model: Any, tokenizer: Any, valid: Batch, output: Path, what: str) -> float:
+    def _score(self, model: Any, tokenizer: Any, texts: Mapping[str, Batch], output: Path, what: str) -> float:
+        """Returns the perplexity of held-out text."""
         self.display.begin_scoring(what)
         score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
-        batch_size = self.recipe.eval.batch_size
-        nats = mean_nll(model, valid.input_ids, batch_size=batch_size, labels=valid.labels)
-        return math.exp(nats) if nats < 700.0 else math.inf  # beyond what a float holds
+        read = score_texts(model, texts, batch_size=self.recipe.eval.batch_size, output_dir=output)
+        return perplexity(read.texts[HELD_OUT].mean)
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]

@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatrun.layout import ArmFolder
 from qatrun.model import DTYPES, load_model, on_device
 from qatrun.numerics import bfloat16_products
-from qatrun.quant import QuantPlan, attach, calibrate, calibrated_plan
+from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.recipe import Arm
-from qatrun.study.layout import ArmFolder
 from qatrun.train.checkpoint import latest_checkpoint
 
 
 def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor]) -> Any:
-    """The trained weights of a folder under an arm's plan, quantizing, with the scale of each tensor from these batches.
-    Where a scale is a channel's or a token's own, nothing is calibrated.
+    """The trained weights of a folder under a plan, quantizing, with the scale of each tensor from these batches. Where a
+    scale is a channel's or a token's own, nothing is calibrated.
 
     Args:
         folder: the arm's, or its twin's; its last checkpoint's master weights, else the exported ones.
         batches: [batch, seq_len] token ids each.
     """
     model = on_device(_trained(arm, folder)).eval()
-    attach(model, calibrated_plan(plan))
+    attach(model, plan)
     device, compute = next(model.parameters()).device, DTYPES[arm.model.compute_dtype]
     enabled = arm.model.compute_dtype != arm.model.param_dtype
     with torch.autocast(device.type, dtype=compute, enabled=enabled), bfloat16_products():

@@ -1,0 +1,200 @@
+"""What did harm: each cause found, ruled out, or not shown, from the effects between models.
+
+A *look* is one measure of a cause: an effect on a text or on the items, with an interval and a threshold above which it
+matters. Intervals of all looks at a cause hold together at 95 % (Bonferroni), so that looking at several accuses nobody.
+
+    found       some look lies above its threshold with the whole interval
+    ruled out   every look that decides lies below it with the whole interval
+    not shown   neither: the upper end says how much could hide
+
+Text decides, and items can only find: 8,000 tokens see 0.02 nats a token where 200 items see nothing. Where a study has no
+text, the right answers' log-probability decides in its place. Thresholds, in nats a token of text:
+
+    input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
+                  learned to, does better than to guess by frequency, so this is none (the wrong data). Or start, 0.5 above
+                  ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another tokenizer)
+    forgetting    start -> twin on text that the start model knew: 0.05; 0.10 in each third of its tokens by frequency
+    saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
+                  named where a tensor clipped, or where fresh scales cure it
+    divergence    the same where nothing clipped
+    resolution    twin -> on and finest -> ptq, 0.04: beyond what the format costs where no value shares its scale with
+                  more than a row
+
+Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
+sure the start model was.
+
+Pure: arrays in, records out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from qatrun.evaluate.paired import Bounds
+from qatrun.records.diagnosis import Cause, Look
+from qatrun.records.values import Answer
+
+CAUSES = ("input", "forgetting", "saturation", "resolution", "divergence")
+LEVEL = 0.05
+
+
+class Measured(NamedTuple):
+    """An effect by one measure."""
+
+    value: float
+    interval: Bounds
+
+
+class Thresholds(NamedTuple):
+    """Above which an effect matters."""
+
+    text: float
+    stratum: float
+    pp: float
+    nats: float
+
+
+FORGETTING = Thresholds(text=0.05, stratum=0.10, pp=3.0, nats=0.10)
+BEYOND_PTQ = Thresholds(text=0.02, stratum=0.10, pp=1.0, nats=0.02)
+RESOLUTION = Thresholds(text=0.04, stratum=0.10, pp=1.0, nats=0.04)
+
+SURE_AND_WRONG = 0.5  # nats a token
+
+A_TOKEN, AN_ANSWER, POINTS = "nats a token", "nats an answer", "pp"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Every effect by every measure; what was not measured is missing.
+
+    Attributes:
+        texts: effect -> text -> nats a token; `strata`: effect -> stratum of the known text -> the same.
+        points: effect -> accuracy lost over all items, percentage points.
+        nats: effect -> of the right answer among its choices; `by_confidence`: effect -> third of the items -> the same.
+        beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
+            frequencies, or less ln(vocabulary).
+    """
+
+    texts: Mapping[str, Mapping[str, Measured]]
+    strata: Mapping[str, Mapping[str, Measured]]
+    points: Mapping[str, Measured]
+    nats: Mapping[str, Measured]
+    by_confidence: Mapping[str, Mapping[str, Measured]]
+    beyond_frequency: Mapping[str, Measured] = field(default_factory=dict)
+    beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
+
+
+def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
+    """What each cause of CAUSES did.
+
+    Args:
+        clipped: whether training recorded a tensor that clipped.
+    """
+    beyond = _judge(_quantization_looks(measures, BEYOND_PTQ, ("whole", "beyond ptq"), ("whole", "beyond ptq")))
+    fresh = _judge(_quantization_looks(measures, BEYOND_PTQ, ("stale scale",), ("stale scale",)))
+    scales = clipped or fresh.answer == "found"
+    elsewhere = Cause(answer="ruled out")
+    return {
+        "input": _judge(_input_looks(measures)),
+        "forgetting": _judge(_forgetting_looks(measures)),
+        "saturation": beyond if scales else elsewhere,
+        "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),
+        "divergence": elsewhere if scales else beyond,
+    }
+
+
+@dataclass(frozen=True)
+class _Look:
+    what: str
+    effects: tuple[str, ...]
+    measured: Sequence[Measured]
+    threshold: float
+    unit: str
+    decides: bool = False
+
+
+def _input_looks(measures: Measures) -> Iterator[_Look]:
+    read, models = measures.beyond_frequency, ("start", "twin")
+    if all(model in read for model in models):
+        what = "held-out text, beyond the frequency of its tokens"
+        yield _Look(what, models, [read[model] for model in models], 0.0, A_TOKEN, decides=True)
+    if (start := measures.beyond_guessing.get("start")) is not None:
+        yield _Look("held-out text, beyond any guess", ("start",), [start], SURE_AND_WRONG, A_TOKEN, decides=True)
+
+
+def _forgetting_looks(measures: Measures) -> Iterator[_Look]:
+    effect, limits = "training", FORGETTING
+    known = measures.texts.get(effect, {}).get("known")
+    if known is not None:
+        yield _Look("text it knew", (effect,), [known], limits.text, A_TOKEN, decides=True)
+        for stratum, measured in measures.strata.get(effect, {}).items():
+            what = f"{stratum} tokens of text it knew"
+            yield _Look(what, (effect,), [measured], limits.stratum, A_TOKEN, decides=True)
+    yield from _item_looks(measures, limits, (effect,), decides=known is None)
+    for third, measured in measures.by_confidence.get(effect, {}).items():
+        yield _Look(f"items it was {third} of", (effect,), [measured], limits.nats, AN_ANSWER)
+
+
+def _quantization_looks(
+    measures: Measures, limits: Thresholds, on_text: tuple[str, ...], on_items: tuple[str, ...]
+) -> Iterator[_Look]:
+    has_text = False
+    for text, what in (("held-out", "held-out text"), ("known", "text it knew")):
+        found = [measures.texts.get(effect, {}).get(text) for effect in on_text]
+        measured = [each for each in found if each is not None]
+        if len(measured) == len(on_text):
+            has_text = True
+            yield _Look(what, on_text, measured, limits.text, A_TOKEN, decides=True)
+    yield from _item_looks(measures, limits, on_items, decides=not has_text)
+
+
+def _item_looks(measures: Measures, limits: Thresholds, effects: tuple[str, ...], *, decides: bool) -> Iterator[_Look]:
+    if all(effect in measures.points for effect in effects):
+        points, nats = ([of[effect] for effect in effects] for of in (measures.points, measures.nats))
+        yield _Look("accuracy", effects, points, limits.pp, POINTS)
+        yield _Look("right answers", effects, nats, limits.nats, AN_ANSWER, decides)
+
+
+def _judge(looks: Iterable[_Look]) -> Cause:
+    taken = list(looks)
+    records = [_record(look, 1.0 - LEVEL / len(taken)) for look in taken]
+    deciding = [look for look in records if look.decides]
+    if any(look.answer == "found" for look in records):
+        answer: Answer = "found"
+    elif deciding and all(look.answer == "ruled out" for look in deciding):
+        answer = "ruled out"
+    else:
+        answer = "not shown"
+    if answer != "not shown":
+        return Cause(answer=answer, looks=records)
+    bounded = [look for look in deciding if look.answer != "ruled out" and _least(look) < math.inf]
+    widest = max(bounded, key=_least, default=None)
+    if widest is None:
+        return Cause(answer=answer, looks=records)
+    return Cause(answer=answer, could_hide=_least(widest), unit=widest.unit, looks=records)
+
+
+def _least(look: Look) -> float:
+    """The upper end of that one of its effects which leaves least open: all of them must matter."""
+    return min(high for _, high in look.intervals)
+
+
+def _record(look: _Look, confidence: float) -> Look:
+    intervals = [measured.interval(confidence) for measured in look.measured]
+    if all(low > look.threshold for low, _ in intervals):
+        answer: Answer = "found"
+    else:
+        answer = "ruled out" if any(high < look.threshold for _, high in intervals) else "not shown"
+    return Look(
+        what=look.what,
+        effects=list(look.effects),
+        values=[measured.value for measured in look.measured],
+        intervals=[list(interval) for interval in intervals],
+        threshold=look.threshold,
+        unit=look.unit,
+        decides=look.decides,
+        answer=answer,
+    )
