@@ -27,6 +27,7 @@ from qatrun.options import (
     path_option,
     place,
 )
+from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, known
 
 app = typer.Typer(
     name="qatrun",
@@ -149,6 +150,13 @@ def evaluate(
     num_fewshot: Annotated[int | None, number("Few-shot examples, for every task.", least=0)] = None,
     data_dir: Annotated[str | None, place("PATH", "Folder laid out like the hub to take questions from.")] = None,
     batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Engine to score an exported folder in: {', '.join(ENGINE_NAMES)}; default: the one that opens it.",
+        ),
+    ] = None,
     text: Annotated[
         str | None, place("PATH", "Text to read for a perplexity; default: the held-out text of the model's study.")
     ] = None,
@@ -160,7 +168,9 @@ def evaluate(
     processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
-    """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
+    """Score any checkpoint: one of ours with its quantizers on, an exported folder in an engine, or a plain Hugging Face
+    model."""
+    chosen = None if engine is None else known(engine, ENGINE_NAMES, "--engine")
     _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, score_table
@@ -170,11 +180,46 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output, text=text, trust_remote_code=trust_remote_code)
+        scored = score_path(
+            path, config, display, output, engine=chosen, text=text, trust_remote_code=trust_remote_code
+        )
     if json_:
         out.print_data(scored.to_dict())
     else:
         out.print(score_table(scored))
+
+
+@app.command()
+def export(
+    arm: Annotated[str, argument("ARM", "A quantized arm's folder.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --to hif8: ascend, for Huawei's inference recipes.")
+    ] = None,
+    output: Annotated[Path | None, path_option("Folder to write; default: one named after --to in the arm's.")] = None,
+    json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Write a quantized arm as a folder that serving engines read, and prove it equal to what was scored."""
+    _quiet_libraries()
+    from qatrun.report.exported import exported_table, holds
+    from qatrun.study import export_arm
+
+    name = None if to is None else known(to, EXPORT_NAMES, "--to")
+    if layout is not None:
+        name = known(f"{name}-{layout}", ("hif8-ascend",), "--to and --layout")
+    folder, record = export_arm(Path(arm), name, output, trust_remote_code=trust_remote_code)
+    if json_:
+        out.print_data(record.to_dict())
+    else:
+        out.print(exported_table(folder, record))
+    if not holds(record):
+        raise typer.Exit(1)
 
 
 @app.command()

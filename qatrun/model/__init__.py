@@ -10,7 +10,7 @@ from qatrun.model.config import (
     location,
     text_config,
 )
-from qatrun.model.export import save_description, save_model
+from qatrun.model.export import MAX_SHARD, save_description, save_model
 from qatrun.model.load import (
     DTYPES,
     architecture,
@@ -24,6 +24,7 @@ from qatrun.model.writing import write_text
 
 __all__ = [
     "DTYPES",
+    "MAX_SHARD",
     "PANGU_MODEL_TYPE",
     "TRUSTED",
     "TRUST_KEY",

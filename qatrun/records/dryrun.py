@@ -15,6 +15,7 @@ class DryRunArm(Record):
         coverage: how much is quantized, in words; None where nothing is, or it is not known.
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
+        export: what it is written as in the end.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DryRunArm(Record):
     coverage: str | None
     roles: list[str]
     memory_bytes: dict[str, int] | None
+    export: list[str]
 
 
 class DryRunTask(Record):

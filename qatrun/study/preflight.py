@@ -15,6 +15,7 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
+from qatrun.export import EXPORTS
 from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
@@ -96,6 +97,7 @@ class Preflight:
             coverage=str(covered) if covered is not None else None,
             roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
             memory_bytes=memory,
+            export=list(arm.export) if arm.qat is not None else [],
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -134,6 +136,7 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
+            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
@@ -168,6 +171,8 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
 def _role_text(role: Role, scheme: Scheme) -> str:
     scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
+    if scaling.to_power_of_two:
+        how += ", powers of two"
     onto = (
         f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
     )
@@ -201,6 +206,13 @@ def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
             f"of {processes} processes; {nearest} would be, or a smaller train.micro_batch_size",
             "train.global_batch_size",
         )
+
+
+def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
+    """What a format that an arm is to be exported as cannot say of it."""
+    for name in arm.export:
+        for problem in EXPORTS[name].problems(plan, model):
+            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.text import perplexity
-from qatrun.export import EXPORTS, artifact
+from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, save_model
@@ -24,10 +24,12 @@ from qatrun.recipe import Arm, EvalConfig
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Outcome, Result
+from qatrun.study.card import write_cards
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
+from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
 from qatrun.study.joint import Opener, open_plain, score_together, train_together
 from qatrun.study.known_text import KnownText, known_text
@@ -52,7 +54,10 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
-    return study.answer_contrasts(result) if recipe.contrasts else result
+    if recipe.contrasts:
+        result = study.answer_contrasts(result)
+    write_cards(folder)
+    return result
 
 
 class _Study:
@@ -87,12 +92,14 @@ class _Study:
             record = self._train_and_export(segments, folder)
         elif not (lost := scores_lost(folder)):
             self.display.note(f"{arm.name}: done already")
+            export_trained(arm, folder, self.recipe.eval, self.display)
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
         texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model), self.known)
         perplexities = self._score_arm(arm, folder, texts)
         write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
+        export_trained(arm, folder, self.recipe.eval, self.display)
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
@@ -171,8 +178,7 @@ class _Study:
         sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
         if segment.plan is not None:
             freeze(model, dtype)
-            for export in EXPORTS:
-                export.save(model, tokenizer, segment.plan, folder.path / export.FOLDER)
+            artifact.save(model, tokenizer, segment.plan, folder.quantized)
             sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
         shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
