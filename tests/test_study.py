@@ -38,7 +38,7 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     expected |= {f"{trunk.name}/tensors/step-0000{step}.parquet" for step in ("08", "10")}  # observed over a window
     expected |= {f"{trunk.name}/checkpoints/step-0000{step}/{name}" for step in ("08", "10") for name in CHECKPOINT}
     for arm in ("bf16", "hif8"):
-        own = {"metrics.jsonl", "alarms.jsonl", "result.json", *MODEL}
+        own = {"README.md", "metrics.jsonl", "alarms.jsonl", "result.json", *MODEL}
         own |= {f"eval/{name}" for name in SCORES}
         own |= {f"checkpoints/step-0000{step}/{name}" for step in ("36", "40") for name in CHECKPOINT}
         expected |= {f"{arm}/{name}" for name in own}
@@ -48,7 +48,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     for variant in (
         f"{arm}/{place.name}" for arm in ("bf16", "hif8") for place in study.glob(f"{arm}/eval-calibrated-*")
     ):
-        expected |= {f"{variant}/{name}" for name in ("log_perplexity.json", *SCORES)}
+        answered = (study / variant / "items.parquet").is_file()  # the finest scales read the text alone
+        expected |= {f"{variant}/{name}" for name in (SCORES if answered else ("text.json",))}
+    assert len(list(study.glob("*/eval-calibrated-*/items.parquet"))) == 2
     assert {file for file in checksums(study) if not file.startswith("report/")} == expected
 
 

@@ -42,6 +42,7 @@ EFFECTS: Mapping[str, tuple[str, str]] = {
     "granularity": ("finest", "ptq"),
 }
 HELD_OUT, KNOWN = "held-out", "known"  # texts
+KNEW = 0.9  # of the nats of a uniform guess
 THIRDS = ("least sure", "half sure", "surest")  # of the items, by how likely the start model's choice was to it
 
 
@@ -85,6 +86,7 @@ class Models:
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
+            knew=self._knew,
             beyond_frequency={name: _beyond(score, score.entropy) for name, score in self._held_out.items()},
             beyond_guessing={name: _beyond(score, score.uniform) for name, score in self._held_out.items()},
         )
@@ -128,6 +130,12 @@ class Models:
             ci95_text_loglikelihood=list(paired.t_interval(pairs.text_nats) or UNKNOWN),
             log_perplexity=None if of_text is None else rise(*of_text).mean,
         )
+
+    @property
+    def _knew(self) -> bool:
+        """Whether the start model read the known text better than a guess; true where it read none."""
+        known = self.texts["start"].texts.get(KNOWN) if "start" in self.texts else None
+        return known is None or known.mean < KNEW * known.uniform
 
     @property
     def _held_out(self) -> dict[str, TextScore]:

@@ -13,7 +13,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
     input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
                   learned to, does better than to guess by frequency, so this is none (the wrong data). Or start, 0.5 above
                   ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another tokenizer)
-    forgetting    start -> twin on text that the start model knew: 0.05; 0.10 in each third of its tokens by frequency
+    forgetting    start -> twin on text that the start model knew: 0.05; in each third of its tokens by frequency
+                  three times as much, as if all of it fell there. A model that only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
                   named where a tensor clipped, or where fresh scales cure it
     divergence    the same where nothing clipped
@@ -57,9 +58,9 @@ class Thresholds(NamedTuple):
     nats: float
 
 
-FORGETTING = Thresholds(text=0.05, stratum=0.10, pp=3.0, nats=0.10)
-BEYOND_PTQ = Thresholds(text=0.02, stratum=0.10, pp=1.0, nats=0.02)
-RESOLUTION = Thresholds(text=0.04, stratum=0.10, pp=1.0, nats=0.04)
+FORGETTING = Thresholds(text=0.05, stratum=0.15, pp=3.0, nats=0.10)
+BEYOND_PTQ = Thresholds(text=0.02, stratum=0.15, pp=1.0, nats=0.02)
+RESOLUTION = Thresholds(text=0.04, stratum=0.15, pp=1.0, nats=0.04)
 
 SURE_AND_WRONG = 0.5  # nats a token
 
@@ -76,6 +77,7 @@ class Measures:
         nats: effect -> of the right answer among its choices; `by_confidence`: effect -> third of the items -> the same.
         beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
             frequencies, or less ln(vocabulary).
+        knew: whether the start model does better than to guess on the text it is said to have known.
     """
 
     texts: Mapping[str, Mapping[str, Measured]]
@@ -85,6 +87,7 @@ class Measures:
     by_confidence: Mapping[str, Mapping[str, Measured]]
     beyond_frequency: Mapping[str, Measured] = field(default_factory=dict)
     beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
+    knew: bool = True
 
 
 def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
@@ -99,7 +102,7 @@ def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
     elsewhere = Cause(answer="ruled out")
     return {
         "input": _judge(_input_looks(measures)),
-        "forgetting": _judge(_forgetting_looks(measures)),
+        "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,
         "saturation": beyond if scales else elsewhere,
         "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),
         "divergence": elsewhere if scales else beyond,
