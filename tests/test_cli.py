@@ -67,6 +67,8 @@ MISTAKES = {
     "hif8, its 8-bit float is E4M3 (--to hif8 keeps it, or train fp8_e4m3)",
     "export runs/ruined/ruined --output model": "model holds something that qatrun did not export; give another --output",
     "eval model --engine vlm": "--engine vlm: no such name (did you mean 'vllm'?)",
+    "eval model --tasks demo_facts --engine transformers --text text.jsonl": "--text: a text is read by models of ours and "
+    "plain ones, not in an engine",
     "eval model --engine vllm": "engine vllm: vllm is not installed (pip install vllm)",
     "export runs/tiny/hif8 --to onnx --layout ascend": "--to and --layout onnx-ascend: no such name (did you mean "
     "'hif8-ascend'?)",

@@ -3,6 +3,7 @@ numbers out of the engine that opens them."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -221,6 +222,26 @@ def test_a_folder_that_is_not_what_was_scored_is_not_left(tmp_path: Path, monkey
     arm, *_ = frozen_arm(tmp_path, ARMS["int8, channels"])
     monkeypatch.setattr(compressed_tensors, "read", _tampered(compressed_tensors.read))
     with pytest.raises(RunError, match=r"\d+ codes and scales read back otherwise than they were scored"):
+        export_arm(arm, None, None)
+    assert [path.name for path in arm.iterdir()] == ["quantized"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm, *_ = frozen_arm(tmp_path, ARMS["int8, channels"])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "save_torch_state_dict", full)
+    with pytest.raises(WriteError, match=r"^cannot write .*compressed-tensors: .*No space left on device$"):
+        export_arm(arm, None, None)
+    assert [path.name for path in arm.iterdir()] == ["quantized"]
+
+
+def test_an_arm_that_was_half_written_is_named(tmp_path: Path) -> None:
+    arm, *_ = frozen_arm(tmp_path, ARMS["int8, channels"])
+    (arm / "quantized" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"quantized/model\.safetensors cannot be read: No such file"):
         export_arm(arm, None, None)
     assert [path.name for path in arm.iterdir()] == ["quantized"]
 

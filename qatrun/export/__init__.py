@@ -1,7 +1,7 @@
 """Folders that engines read, each written from a frozen model: the codes and scales that were scored, never quantized anew.
 
 `artifact` is written of every quantized arm, and is what is scored. The others are written from it when asked for; to add
-one: a module beside it that is an `Export`, a line in `EXPORTS` and its name in `recipe.schema`.
+one: a module beside it that is an `Export`, its place in `_ALL` and its name in `serving`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def score_path(
 
     Args:
         engine: one of `evaluate.engines` to open a folder with; None: that of an export, else none.
-        text: to read for a perplexity; None: the held-out text of the study that the model is of, if any. No engine reads.
+        text: to read for a perplexity; None: the held-out text of the study that the model is of, if any; not in an
+            engine.
         trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
             may have come with the model too.
     Raises:
@@ -80,6 +81,8 @@ def score_path(
     data_dir = Path(config.data_dir) if config.data_dir else None
     opened_by = engine_of(Path(path), engine)
     problems = [] if opened_by else _path_problems(source)
+    if opened_by and text is not None:
+        problems.append(Problem("--text: a text is read by models of ours and plain ones, not in an engine"))
     if problems := problems + check_available(config.tasks, data_dir=data_dir):
         raise InputError(problems)
     if output is not None:
