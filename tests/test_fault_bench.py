@@ -24,7 +24,6 @@ from faults.cells import Cell, Cells, Nats, keep, read_cells  # noqa: E402
 from faults.labels import ANY, label, mistakes, questions  # noqa: E402
 from faults.models import SCORED, Subject, write_texts  # noqa: E402
 from faults.studies import FAULTS, FORMATS, STUDIES, WARMUP, recipe_of  # noqa: E402
-
 from qatrun.data import IGNORE_INDEX  # noqa: E402
 from qatrun.records.diagnosis import Cause  # noqa: E402
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PIECE = 2_000  # characters
 VOCABULARY, CONTEXT = 1024, 256
-STEPS, BATCH, SEQ_LEN, RATE = 900, 16, 128, 2e-3
+STEPS, BATCH, SEQ_LEN, RATE = 400, 16, 128, 3e-3
 SHOWN_LINES = 6
 NO_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 END = "<|endoftext|>"

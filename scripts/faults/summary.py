@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faults.cells import Cell
-from faults.labels import Label, Wrong, healthy_costs, label, mistakes
+from faults.labels import ANY, INPUT, Label, Wrong, healthy_costs, label, mistakes
 from faults.studies import FAULTS, STEPS
 from qatrun.records.diagnosis import Cause
 
@@ -110,17 +110,30 @@ def tally(cells: Sequence[Judged]) -> Table:
     return table
 
 
+def right_and_false(cell: Cell, its: Label) -> tuple[dict[str, int], dict[str, int]]:
+    """Its alarms, kind -> step: those that name harm which the rule sees, and those that name harm which it does not."""
+    harmful = {"forgetting" if cause == "forgetting" else ANY for cause in its.truth}
+    right: dict[str, int] = {}
+    false: dict[str, int] = {}
+    for kind, step in cell.alarms.items():
+        is_right = INPUT in its.truth or ("forgetting" if kind == "forgetting" else ANY) in harmful
+        (right if is_right else false)[kind] = step
+    return right, false
+
+
 def alarms(cells: Sequence[Judged]) -> Table:
-    """For each model: harmful arms that raised an alarm, how long after the fault could act, and healthy ones that did."""
-    table = Table("model", "harmful", "alarmed", "delay, steps", "healthy", "alarmed falsely")
+    """For each model: harmful arms with an alarm that names the harm, how long after the fault could act, and arms with one
+    that names harm where there is none."""
+    table = Table("model", "harmful", "alarmed", "delay, steps", "all arms", "alarmed falsely", "which")
     for model in dict.fromkeys(each.cell.model for each in cells):
-        of_model = [each for each in cells if each.cell.model == model and not each.cell.refused]
-        harmful = [each.cell for each in of_model if each.label.truth]
-        healthy = [each.cell for each in of_model if not each.label.truth]
-        delays = [min(cell.alarms.values()) - FAULTS[cell.fault].acts_at for cell in harmful if cell.alarms]
+        arms = [each for each in cells if each.cell.model == model and not each.cell.refused]
+        raised = [(each, *right_and_false(each.cell, each.label)) for each in arms]
+        delays = [min(right.values()) - FAULTS[each.cell.fault].acts_at for each, right, _ in raised if right]
         spread = f"{median(delays):g} ({min(delays)} to {max(delays)} of {STEPS})" if delays else "-"
-        counts = (len(harmful), len(delays), spread, len(healthy), sum(bool(cell.alarms) for cell in healthy))
-        table.add_row(model, *map(str, counts))
+        false = [f"{each.cell.study}/{each.cell.arm} {', '.join(wrong)}" for each, _, wrong in raised if wrong]
+        harmful = sum(bool(each.label.truth) for each in arms)
+        row = (model, str(harmful), str(len(delays)), spread, str(len(arms)), str(len(false)), "; ".join(false))
+        table.add_row(*row)
     return table
 
 
