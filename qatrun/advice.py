@@ -6,7 +6,8 @@ from qatrun.scheme import Scheme
 
 FORGETTING = "lower train.learning_rate"
 INPUT = "look at data.train: other text than meant, or tokens of another tokenizer"
-DIVERGENCE = "compare more seeds (train.seeds) before blaming the format"
+DIVERGENCE = "look for saturated or coarse tensors before the learning rate, and compare more seeds (train.seeds)"
+UNEXPLAINED = "compare more seeds (train.seeds) before blaming the format"
 QUANTIZATION = "look for saturated or coarse tensors, or leave sensitive layers in BF16"
 RESOLUTION = (
     "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "
@@ -14,19 +15,28 @@ RESOLUTION = (
 )
 
 WIDE_WINDOW = 16
+# Amax over its estimate. The estimate follows an amax that grows: 1.25 in every step would make it 80 times as large in 20.
+STEADY = 1.25
 NOT_A_TREND = 2.0  # amax does not double from one step to the next for long
 
 
-def against_saturation(scheme: Scheme | None, overshoot: float) -> str:
-    """What to change where tensors of this scheme saturate, their amax `overshoot` times its estimate."""
+def against_saturation(scheme: Scheme | None, overshoot: float, typical: float | None = None) -> str:
+    """What to change where tensors of this scheme saturate.
+
+    Args:
+        overshoot: the largest of amax over its estimate.
+        typical: that of most steps; None where it is not known.
+    """
     if scheme is None:
         return "scale estimates do not fit"
     scaling, edge = scheme.scaling, "; or clip: format, a wider edge" if scheme.clip == "target" else ""
     if scaling.type != "delayed":
         return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
     if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
+        if typical is not None and typical > STEADY:
+            return f"scales are too small by a steady factor, which no trend explains; check where they come from{edge}"
         if overshoot > NOT_A_TREND:
-            return f"scales are too small by a factor that no trend explains; check where they come from{edge}"
+            return f"amax jumps above all that a window of {scaling.window} has seen; use dynamic scaling{edge}"
         return (
             f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
         )

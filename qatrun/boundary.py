@@ -28,6 +28,7 @@ from typing import Any
 import typer
 
 from qatrun.errors import QatrunError, SourceError
+from qatrun.layout import RECIPE_FILE
 
 INTERRUPTED = 130
 _INPUT, _RUN = 2, 3
@@ -132,7 +133,7 @@ def _kept() -> str:
 
 def _study_to_resume() -> Path | None:
     study = _study.get()
-    return study if study is not None and (study / "recipe.yaml").is_file() else None
+    return study if study is not None and (study / RECIPE_FILE).is_file() else None
 
 
 def _short(text: str) -> str:

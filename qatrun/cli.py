@@ -65,6 +65,7 @@ def train(
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Tracker of Accelerate's, such as tensorboard.")
     ] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Try the remedy where the diagnosis finds a cause.")] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Train every arm of a recipe, score them and compare them."""
@@ -74,8 +75,9 @@ def train(
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
+    from qatrun.report.fix import fix_table
     from qatrun.report.seeds_table import seeds_table
-    from qatrun.study import run_study
+    from qatrun.study import fix_study, run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
@@ -91,6 +93,9 @@ def train(
     out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
     if not result.pairs and result.summary is None:
         out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+    if fix:
+        with TerminalDisplay(out) as display:
+            out.print("\n", fix_table(fix_study(str(result.folder), result.folder.parent, display)))
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
 
@@ -213,6 +218,30 @@ def diagnose(
         for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
             out.print(diagnosis_table(arm))
+
+
+@app.command()
+def fix(
+    study: StudyArgument = None,
+    output_dir: OutputDirOption = Path("runs"),
+    tries: Annotated[int, number("Remedies for each arm at most, until one cures it.")] = 2,
+    json_: JsonOption = False,
+    trust_task_code: TrustOption = False,
+) -> None:
+    """Try the remedy that a diagnosis names, as another arm, and say whether it cured the loss (exit code 1: it did not)."""
+    _quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.fix import fix_table
+    from qatrun.study import fix_study
+
+    with TerminalDisplay(err) as display:
+        fixes = fix_study(study, output_dir, display, tries=tries)
+    if json_:
+        out.print_data(fixes.to_dict())
+    else:
+        out.print(fix_table(fixes))
+    if {one.of for one in fixes.arms} - {one.of for one in fixes.arms if one.cured}:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,13 +18,7 @@ from qatrun.errors import DamagedFileError, Problem, QatrunError, WriteError
 
 T = TypeVar("T")
 
-# Names of what more than one floor reads or writes of a study; `study.layout` has the rest, and where each lies.
-RECIPE_FILE = "recipe.yaml"
-METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
-CHECKPOINTS, TENSORS = "checkpoints", "tensors"
-SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
-SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
-
+PARTIAL = ".*.partial"  # a file of this name is written first
 UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
 
 # How safetensors and tokenizers (Rust), and Arrow, name an error of the operating system in their own exceptions.
@@ -68,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: it cannot be written; what was there before is still there.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(PARTIAL.replace("*", path.name))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -165,16 +159,21 @@ def read_rows(file: Path, kind: type[T], *, skip_damaged: bool = False) -> list[
     return rows
 
 
-def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
-    """Step -> `step-<step><ending>` in a folder, in order; a copy that someone made beside them is none."""
-    found = {path: re.fullmatch(rf"step-(\d+){re.escape(ending)}", path.name) for path in folder.glob("step-*")}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
-
-
 def sha256(file: Path) -> str:
     """Checksum of a file's content, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_sha256(file: Path) -> str:
+    """`sha256`, taken once for as long as the file stays as it is: nobody can set back the time of its last change."""
+    stat = file.stat()
+    return _sha256_of(file, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _sha256_of(file: Path, *_signature: int) -> str:
+    return sha256(file)
 
 
 def flush_to_disk(path: Path) -> None:

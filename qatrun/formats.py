@@ -5,7 +5,7 @@
 | hif8     | HiFloat8: tapered precision, 38 binades   | arXiv:2409.16626 (Ascend HiFloat8)  |
 | fp8_e4m3 | OCP FP8 E4M3 (fn): no Inf, one NaN a sign | OCP 8-bit Floating Point spec v1.0  |
 | fp8_e5m2 | OCP FP8 E5M2: IEEE-like, with Inf         | OCP 8-bit Floating Point spec v1.0  |
-| int8     | symmetric integers, -127..127             | arXiv:1712.05877, symmetric variant |
+| int8     | integers, -127..127; 256 by a zero-point  | arXiv:1712.05877                    |
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from qatrun.formats import ROLES, Role, get_format
+from qatrun.formats import ROLES, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ASYMMETRIC_STEPS = 255.0  # between the least and the largest of 256 codes
 Clip = Literal["format", "target"]
 Ste = Literal["identity", "clipped"]
 
@@ -76,9 +77,12 @@ class Scheme:
     Attributes:
         format: name of one of `formats.FORMATS`.
         granularity: name of one of `GRANULARITIES`.
-        target_amax: grid value that amax is mapped to; 0 < target_amax <= the format's max_finite.
+        target_amax: grid value that amax is mapped to, 0 < target_amax <= the format's max_finite; where it is not
+            symmetric `ASYMMETRIC_STEPS`, which the range is mapped to.
         clip: whether values saturate at the target or at the format's own largest value.
         ste: gradient of the rounding: all passes, or nothing passes where the value saturated.
+        symmetric: whether zero has the middle code; else a zero-point says which, and the range of the values, from
+            least to largest and with zero in it, takes all codes.
     """
 
     format: str
@@ -87,6 +91,7 @@ class Scheme:
     scaling: Scaling
     clip: Clip = "format"
     ste: Ste = "clipped"
+    symmetric: bool = True
 
     @property
     def limit(self) -> float | None:
@@ -94,14 +99,23 @@ class Scheme:
         return self.target_amax if self.clip == "target" else None
 
     @property
-    def edge(self) -> float:
-        """The largest magnitude on the grid that values can have."""
-        return get_format(self.format).max_finite if self.limit is None else self.limit
-
-    @property
     def per_row(self) -> bool:
         """Whether every row of a tensor has a scale of its own."""
         return GRANULARITIES[self.granularity].rows
+
+    def asymmetry_problem(self, role: Role) -> str | None:
+        """Why a tensor of that role cannot be asymmetric under this scheme; None where it can, or is not."""
+        if self.symmetric:
+            return None
+        if role != "input":
+            return f"a {role} is spread evenly about zero: only inputs have a zero-point"
+        if self.format != "int8":
+            return f"{self.format} is finest about zero, so a zero-point makes no sense: only int8 inputs have one"
+        if self.scaling.type == "none":
+            return "scaling 'none' finds no range to map (one of delayed, dynamic, static)"
+        if self.target_amax != ASYMMETRIC_STEPS:
+            return f"a range is mapped to all {ASYMMETRIC_STEPS:g} steps: leave target_amax out"
+        return None
 
 
 @dataclass(frozen=True)

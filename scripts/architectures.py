@@ -33,7 +33,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatrun import demo
-from qatrun.data import open_data, open_probe
+from qatrun.data import open_data
 from qatrun.evaluate.text import mean_nll
 from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
@@ -176,7 +176,7 @@ def run(recipe: Recipe, checked: Any, folder: Path) -> bool:
     for segment in (segments.trunk, segments.own):
         model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)
-        train(segment, model, data.train, _Silent(), (), Watched(open_probe(arm.data, tokenizer, 1)))
+        train(segment, model, data.train, _Silent(), (), Watched(data.valid.input_ids[:1]))
     dtype, plain = DTYPES[arm.model.compute_dtype], folder / "plain"
     save_model(model, tokenizer, plain, dtype)
     freeze(model, dtype)

@@ -32,12 +32,14 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config | settings)).eval()
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
+def tiny_gpt2(**settings: Any) -> GPT2LMHeadModel:
     """Two blocks of Conv1D, without dropout; float32, in eval mode, the same weights at every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False, **settings)
+    ).eval()
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

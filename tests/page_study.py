@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from qatrun.evaluate.causes import CAUSES
 from qatrun.export import artifact
 from qatrun.formats import ROLES
 from qatrun.quant import QuantPlan
+from qatrun.records.scores import STRATA
 from qatrun.scheme import Scaling, Scheme
 
 NUM_ITEMS = (2000, 2016, 2000)
@@ -207,6 +209,15 @@ def _pair(name: str, bad: bool, shape: Shape) -> dict[str, Any]:
         "twin": "bf16",
         "comparison": {
             "tasks": tasks,
+            "perplexity": _perplexity(bad),
+            "training": {
+                "num_items": sum(NUM_ITEMS),
+                "drop_pp": 0.6,
+                "ci95_pp": [0.1, 1.1],
+                "budget_pp": 3.0,
+                "asked": False,
+                "verdict": "within",
+            },
             "verdict": verdict,
             "conditional_on": "these checkpoints, one training seed, these items",
         },
@@ -219,6 +230,57 @@ def _pair(name: str, bad: bool, shape: Shape) -> dict[str, Any]:
         "sizes": {"plain_bytes": 5_347_000, "quantized_bytes": 3_040_000},
         "coverage": "28 of 29 linears, 88% of linear FLOPs",
         "mismatches": [],
+    }
+
+
+def _perplexity(bad: bool) -> dict[str, Any]:
+    rise = 5.6 if bad else -0.04
+    return {
+        "num_sequences": 64,
+        "num_tokens": 8128,
+        "start": 4.81,
+        "twin": 2.283,
+        "arm": 2.41 if bad else 2.282,
+        "rise_percent": rise,
+        "ci95_percent": [rise - 0.3, rise + 0.3],
+        "detectable_rise_percent": 0.43,
+        "budget_percent": 1.0,
+        "verdict": "exceeds" if bad else "within",
+        "sequences_to_settle": None,
+    }
+
+
+def _text_effects(bad: bool) -> dict[str, Any]:
+    rises = {"training": -0.75, "whole": 0.054 if bad else 0.0, "ptq": 0.002, "beyond ptq": 0.052 if bad else -0.002}
+    return {
+        name: {
+            "held-out": {
+                "rise": rise,
+                "ci95": [rise - 0.003, rise + 0.003],
+                "num_tokens": 8128,
+                "strata": {stratum: [rise, rise - 0.006, rise + 0.006] for stratum in STRATA},
+            }
+        }
+        for name, rise in rises.items()
+    }
+
+
+def _causes(bad: bool) -> dict[str, Any]:
+    ruled_out = {"answer": "ruled out", "could_hide": None, "unit": "", "looks": [_look("ruled out", 0.0)]}
+    found = {"answer": "found", "could_hide": None, "unit": "", "looks": [_look("found", 0.054)]}
+    return dict.fromkeys(CAUSES, ruled_out) | ({"saturation": found} if bad else {})
+
+
+def _look(answer: str, value: float) -> dict[str, Any]:
+    return {
+        "what": "held-out text",
+        "effects": ["whole"],
+        "values": [value],
+        "intervals": [[value - 0.004, value + 0.004]],
+        "threshold": 0.02,
+        "unit": "nats a token",
+        "decides": True,
+        "answer": answer,
     }
 
 
@@ -301,6 +363,8 @@ def _diagnosed_arm(name: str, bad: bool, shape: Shape) -> dict[str, Any]:
     return {
         "sentence": sentence,
         "findings": ["saturation"] if bad else [],
+        "causes": _causes(bad),
+        "texts": _text_effects(bad),
         "effects": effects,
         "tasks": dict.fromkeys(shape.tasks, effects),
         "accuracy": dict.fromkeys(shape.tasks, scored),

@@ -24,6 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "input": {"granularity": "per_token"},
     },
     "dynamic": {"scaling": {"type": "dynamic"}},
+    "asymmetric": {"format": "int8", "input": {"symmetric": False}},
+    "asymmetric by token": {"format": "int8", "input": {"symmetric": False, "granularity": "per_token"}},
     "no mask": {"format": "fp8_e5m2", "ste": "identity"},
 }
 

@@ -1,16 +1,18 @@
-"""The rule that names a cause, and the effects that it stands on."""
+"""The effects that a diagnosis stands on: items paired by name, texts by sequence."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from qatrun.evaluate.attribution import EFFECTS, accuracies, answer_log_probability, effects, findings
+from qatrun.evaluate.attribution import EFFECTS, THIRDS, Models, accuracies, answer_log_probability
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore
 from qatrun.records.diagnosis import Effect
+from qatrun.records.scores import STRATA, TextScore, TextScores
 
 NUM_ITEMS = 400
 
@@ -29,83 +31,84 @@ def scores(accuracy: float, *, nats: float = 0.0, text: float = 0.0, seed: int =
     return Scores({"task": TaskScore("task", "acc", 0, 0, NUM_ITEMS, items)}, {})
 
 
-def study(**drops: tuple[float, float]) -> dict[str, Effect]:
-    """Effects between models, each given as its (accuracy, nats)."""
-    healthy = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh"), (0.8, 0.0))
-    models = {name: scores(a, nats=n) for name, (a, n) in (healthy | drops).items()}
-    return effects(models, {})
+def effects(models: Mapping[str, Scores]) -> dict[str, Effect]:
+    return {effect.name: effect for effect in Models(models, {}).effects()}
 
 
-@pytest.mark.parametrize(
-    ("drops", "clipped", "found"),
-    [
-        ({}, False, ()),
-        ({}, True, ()),  # clipping that does no harm is none
-        ({"on": (0.794, 0.003)}, True, ()),
-        (dict.fromkeys(("twin", "ptq", "off", "on", "fresh"), (0.6, 0.3)), False, ("forgetting",)),
-        ({"on": (0.6, 0.5)}, True, ("saturation",)),
-        ({"on": (0.6, 0.5), "off": (0.5, 0.9)}, True, ("saturation",)),  # weights that have adapted to the clip
-        ({"on": (0.6, 0.5), "ptq": (0.6, 0.5), "fresh": (0.6, 0.5)}, False, ("resolution",)),
-        ({"on": (0.5, 0.9), "ptq": (0.6, 0.5)}, True, ("saturation", "resolution")),
-        ({"on": (0.6, 0.5)}, False, ("divergence",)),
-        (
-            {"twin": (0.6, 0.3), "ptq": (0.6, 0.3), "on": (0.4, 0.9), "off": (0.5, 0.6), "fresh": (0.5, 0.5)},
-            True,
-            ("forgetting", "saturation"),
-        ),
-    ],
-)
-def test_the_rule(drops: dict[str, tuple[float, float]], clipped: bool, found: tuple[str, ...]) -> None:
-    assert findings(study(**drops), clipped=clipped) == found
+def text(nats: float, *, name: str = "a", num: int = 40, noise: float = 0.0, rare: float = 0.0) -> TextScore:
+    """A model that takes so many nats a token of each of `num` sequences of 120 targets, more of the rare third."""
+    spread = np.random.default_rng(0).normal(size=(num, 1)) * noise
+    of_strata = 40 * (nats + spread + np.array([0.0, 0.0, rare]))
+    return TextScore(text=name, nats=of_strata.tolist(), num_targets=[[40, 40, 40]] * num, entropy=5.0)
 
 
-def test_a_drop_in_log_probability_alone_is_enough() -> None:
-    """What accuracy over so few items cannot show."""
-    effect = study(on=(0.8, 0.05))["whole"]
-    assert effect.ci95_pp[0] < 1.0
-    assert effect.ci95_loglikelihood[0] > 0.02
-    assert findings(study(on=(0.8, 0.05)), clipped=True) == ("saturation",)
-
-
-def test_text_that_all_choices_lose_alike_tells_a_clip_and_nothing_else() -> None:
-    twin = scores(0.8)
-    blurred = scores(0.8, text=0.05)
-    models = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh"), twin)
-    found = effects(models | {"on": blurred}, {})
-    assert found["whole"].loglikelihood == pytest.approx(0.0, abs=1e-9)
-    assert found["whole"].text_loglikelihood == pytest.approx(0.05)
-    assert findings(found, clipped=True) == ("saturation",)
-    assert findings(found, clipped=False) == ()
-    assert findings(effects(models | {"on": blurred, "ptq": blurred}, {}), clipped=True) == ()  # the price of the grid
-    barely = effects(models | {"on": scores(0.8, text=0.003)}, {})
-    assert findings(barely, clipped=True) == ()
+def read(**nats: TextScore) -> Models:
+    return Models({}, {name: TextScores(texts={"held-out": score, "known": score}) for name, score in nats.items()})
 
 
 def test_a_longer_answer_may_lose_more() -> None:
     twin, after = scores(0.8), scores(0.8, text=0.05)
     long = {"twin": Scores({"task": replace(twin.tasks["task"], num_answer_tokens=20 * NUM_ITEMS)}, {}), "on": after}
-    effect = effects(long, {})["whole"]
+    effect = effects(long)["whole"]
     assert effect.text_loglikelihood == pytest.approx(0.05 / 20)
     assert effect.ci95_text_loglikelihood == pytest.approx([0.05 / 20, 0.05 / 20])
 
 
 def test_effects_pair_items_by_name_whatever_their_order() -> None:
     models = {"start": scores(0.8), "twin": scores(0.7, nats=0.1, order=5)}
-    effect = effects(models, {"start": 1.0, "twin": 1.5})["training"]
+    effect = effects(models)["training"]
     assert effect.drop_pp == pytest.approx(10.0)
     assert effect.loglikelihood == pytest.approx(
-        effects({**models, "twin": scores(0.7, nats=0.1)}, {})["training"].loglikelihood
+        effects({**models, "twin": scores(0.7, nats=0.1)})["training"].loglikelihood
     )
-    assert effect.log_perplexity == pytest.approx(0.5)
     low, high = effect.ci95_loglikelihood
     assert low < effect.loglikelihood < high
     assert high - low < 0.02  # paired: the same items
 
 
 def test_effects_need_both_models() -> None:
-    assert set(effects({"start": scores(0.8), "twin": scores(0.8)}, {})) == {"training"}
-    assert set(study()) == set(EFFECTS)
-    assert study()["whole"].log_perplexity is None
+    assert set(effects({"start": scores(0.8), "twin": scores(0.8)})) == {"training"}
+    every = dict.fromkeys(("start", "twin", "ptq", "off", "on", "fresh", "finest"), scores(0.8))
+    assert set(effects(every)) == set(EFFECTS)
+    assert effects(every)["whole"].log_perplexity is None
+
+
+def test_a_text_pairs_two_models_sequence_by_sequence() -> None:
+    models = read(twin=text(3.0, noise=0.5), on=text(3.1, noise=0.5))
+    effect = models.text_effects()["whole"]["held-out"]
+    assert effect.rise == pytest.approx(0.1)
+    assert effect.ci95 == pytest.approx([0.1, 0.1])  # what differs between sequences is the same for both
+    assert effect.num_tokens == 40 * 120
+    assert models.nats("held-out") == pytest.approx(
+        {"twin": text(3.0, noise=0.5).mean, "on": text(3.1, noise=0.5).mean}
+    )
+    assert read(twin=text(3.0), on=text(3.1, name="b")).text_effects()["whole"] == {}  # not the same text
+
+
+def test_a_stratum_tells_what_the_mean_hides() -> None:
+    found = read(start=text(3.0), twin=text(3.0, rare=0.3)).text_effects()["training"]["known"]
+    assert found.rise == pytest.approx(0.1)
+    assert {name: values[0] for name, values in found.strata.items()} == pytest.approx(
+        dict(zip(STRATA, (0.0, 0.0, 0.3), strict=True)), abs=1e-12
+    )
+
+
+def test_the_items_a_model_was_sure_of_are_chosen_whether_it_was_right_or_wrong() -> None:
+    models = Models({"start": scores(0.8), "twin": scores(0.8, nats=0.2)}, {})
+    found = models.measures().by_confidence["training"]
+    assert set(found) == set(THIRDS)
+    choices = models.scores["start"].tasks["task"].items.choice_loglikelihoods
+    sure = (choices.max(axis=1) - np.logaddexp.reduce(choices, axis=1)).argsort()[-NUM_ITEMS // 3 :]
+    before, after = (answer_log_probability(models.scores[name].tasks["task"]) for name in ("start", "twin"))
+    assert found["surest"].value == pytest.approx((before - after)[sure].mean(), rel=0.02)
+
+
+def test_a_text_beyond_reading_is_seen_before_training() -> None:
+    readable, garbage = (read(start=text(nats)).measures().surprise for nats in (3.0, 6.5))
+    assert readable is not None
+    assert garbage is not None
+    assert readable.interval(0.95)[1] < 0 < garbage.interval(0.95)[0]
+    assert garbage.value == pytest.approx(1.5)
 
 
 def test_an_effect_is_over_the_items_that_both_models_answered() -> None:
@@ -115,7 +118,7 @@ def test_an_effect_is_over_the_items_that_both_models_answered() -> None:
     items = ItemScores(*(getattr(task.items, field.name)[some] for field in fields(ItemScores)))
     fewer = replace(task, items=items, num_answer_tokens=2 * len(items.item_id))
     sampled = {**whole, "twin": Scores({"task": fewer}, {})}
-    effect = effects(sampled, {})["training"]
+    effect = effects(sampled)["training"]
     lost = whole["start"].tasks["task"].items.loglikelihood[some] - items.loglikelihood
     assert effect.text_loglikelihood == pytest.approx(lost.mean() / 2)
     before = whole["start"].tasks["task"].items.correct[some].mean()

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from qatrun.errors import InputError, MismatchError
-from qatrun.evaluate.comparison import compare, setting_mismatches
+from qatrun.evaluate.comparison import Scored, setting_mismatches
+from qatrun.evaluate.comparison import compare as compare_scored
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
-from qatrun.files import ITEMS_FILE, SCORES_FILE
+from qatrun.layout import ITEMS_FILE, SCORES_FILE
+from qatrun.records.comparison import ArmComparison
+from qatrun.records.scores import TextScore, TextScores
 
 SETTINGS = {"tasks": {"facts": 0}, "limit": None, "batch_size": 16}
 
@@ -34,6 +37,20 @@ def task_score(
 def scores(correct: np.ndarray, **about: object) -> Scores:
     score = task_score(correct, **about)  # type: ignore[arg-type]
     return Scores({score.task: score}, SETTINGS)
+
+
+def compare(
+    start: Scores | None, twin: Scores, arm: Scores, off: Scores | None, budgets: dict[str, float | None]
+) -> ArmComparison:
+    """Of models that read no text."""
+    return compare_scored(start and Scored(start), Scored(twin), Scored(arm), off, budgets)
+
+
+def read(nats: float, *, noise: float = 0.0, name: str = "a") -> Scored:
+    """A model that answers nothing wrong, and takes so many nats for each of 8,000 tokens."""
+    spread = np.random.default_rng(0).normal(size=80) * noise
+    text = TextScore(text=name, nats=[[100 * (nats + s)] for s in spread], num_targets=[[100]] * 80, entropy=5.0)
+    return Scored(scores(right(500, 500)), TextScores(texts={"held-out": text}))
 
 
 def right(num_right: int, num_items: int) -> np.ndarray:
@@ -76,6 +93,44 @@ def test_verdict(num_lost: int, budget: float, verdict: str) -> None:
     assert (comparison.tasks[0].items_to_settle is not None) == (verdict == "inconclusive")
 
 
+def test_held_out_text_has_a_budget_and_power() -> None:
+    budgets: dict[str, float | None] = {"facts": 1.0, "perplexity": 1.0}
+    found = compare_scored(read(1.5), read(1.0, noise=0.3), read(1.004, noise=0.3), None, budgets).perplexity
+    assert found is not None
+    assert found.start == pytest.approx(np.exp(1.5))
+    assert found.arm / found.twin == pytest.approx(np.exp(0.004))
+    assert found.rise_percent == pytest.approx(100 * np.expm1(0.004))
+    assert (found.verdict, found.num_sequences, found.num_tokens) == ("within", 80, 8000)
+    worse = compare_scored(None, read(1.0, noise=0.3), read(1.08, noise=0.3), None, budgets)
+    assert worse.verdict == "exceeds"
+    assert [task.verdict for task in worse.tasks] == ["within"]
+    unsure = compare_scored(None, read(1.0), read(1.005, noise=0.1), None, budgets).perplexity
+    assert unsure is not None
+    assert unsure.verdict == "inconclusive"
+    assert unsure.sequences_to_settle is not None
+    not_asked = compare_scored(None, read(1.0), read(1.08), None, {**budgets, "perplexity": None})
+    assert not_asked.verdict == "within"
+    assert not_asked.perplexity is not None
+    assert not_asked.perplexity.verdict is None
+    assert compare_scored(None, read(1.0), read(1.08, name="b"), None, budgets).perplexity is None  # another text
+
+
+def test_what_training_lost_is_said_and_counts_where_it_is_asked() -> None:
+    start, forgot = scores(right(1500, 2000)), scores(right(960, 2000))
+    said = compare(start, forgot, forgot, None, {"facts": 1.0})
+    assert said.verdict == "within"
+    assert said.training is not None
+    assert (said.training.verdict, said.training.asked) == ("exceeds", False)
+    assert said.training.drop_pp == pytest.approx(27.0)
+    asked = compare(start, forgot, forgot, None, {"facts": 1.0, "training": 30.0})
+    assert asked.verdict == "within"
+    failed = compare(start, forgot, forgot, None, {"facts": 1.0, "training": 5.0})
+    assert failed.verdict == "exceeds"
+    assert failed.training is not None
+    assert failed.training.asked
+    assert compare(None, forgot, forgot, None, {"facts": 1.0}).training is None
+
+
 def test_overall_verdict_is_the_worst_task() -> None:
     def two(lost_facts: int, lost_routines: int) -> Scores:
         facts, routines = (
@@ -84,7 +139,7 @@ def test_overall_verdict_is_the_worst_task() -> None:
         )
         return Scores({"facts": facts, "b": routines}, SETTINGS)
 
-    budgets = {"facts": 1.0, "b": 1.0}
+    budgets: dict[str, float | None] = {"facts": 1.0, "b": 1.0}
     assert compare(None, two(0, 0), two(0, 0), None, budgets).verdict == "within"
     assert compare(None, two(0, 0), two(20, 0), None, budgets).verdict == "inconclusive"
     assert compare(None, two(0, 0), two(20, 60), None, budgets).verdict == "exceeds"

@@ -21,11 +21,11 @@ from qatrun import demo
 from qatrun.data import IGNORE_INDEX
 from qatrun.errors import InputError, NonFiniteError
 from qatrun.evaluate.harness import score
-from qatrun.evaluate.text import mean_nll
 from qatrun.evaluate.registry import find_task
 from qatrun.evaluate.scores import ItemScores, Scores
 from qatrun.evaluate.sources import local_folder
-from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL
+from qatrun.evaluate.text import mean_nll
+from qatrun.layout import SAMPLES, SCORES_OF_LM_EVAL
 from qatrun.recipe import EvalConfig
 
 DEMO = EvalConfig(tasks=dict.fromkeys(demo.TASKS, 0), limit=8, batch_size=4)

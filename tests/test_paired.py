@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.stats import bootstrap, ttest_1samp
+from scipy.stats import bootstrap, norm, ttest_1samp
 
 from qatrun.evaluate.paired import (
+    Bounds,
     Flips,
+    Rate,
     count_flips,
     detectable_drop,
     drop_interval,
@@ -153,21 +156,80 @@ def test_detectable_drop_without_flips_is_a_few_items() -> None:
     ],
 )
 def test_verdict_needs_the_whole_interval_on_one_side(interval: tuple[float, float], verdict: str) -> None:
-    assert judge(interval, budget=0.010) == verdict
+    assert judge({"drop": (lambda _: interval, 0.010)}) == {"drop": verdict}
+
+
+def test_no_more_families_than_single_drops_are_accused_falsely() -> None:
+    """Five drops that lie at their budgets, in units of their standard error."""
+    rng = np.random.default_rng(0)
+    accused = {1: 0, 5: 0}
+    for drops in rng.normal(size=(4000, 5)):
+        for size in accused:
+            family = {str(n): (_normal_bounds(drop), 0.0) for n, drop in enumerate(drops[:size])}
+            accused[size] += "exceeds" in judge(family).values()
+    assert accused[1] / 4000 == pytest.approx(0.025, abs=0.008)
+    assert accused[5] / 4000 == pytest.approx(0.025, abs=0.008)
+    uncorrected = 1 - 0.975**5
+    assert accused[5] / 4000 < uncorrected / 2
+
+
+def test_what_is_plain_in_a_family_is_still_found() -> None:
+    family = {name: (_normal_bounds(drop), 0.0) for name, drop in (("a", 4.0), ("b", 2.1), ("c", -3.0))}
+    assert judge(family) == {"a": "exceeds", "b": "inconclusive", "c": "within"}
+    stepped = {name: (_normal_bounds(drop), 0.0) for name, drop in (("a", 4.0), ("b", 2.3))}
+    assert judge(stepped) == {"a": "exceeds", "b": "exceeds"}  # once a is out, b stands alone
+    assert judge({}) == {}
+
+
+def _normal_bounds(drop: float) -> Bounds:
+    return lambda confidence: (drop - _quantile(confidence), drop + _quantile(confidence))
+
+
+@cache
+def _quantile(confidence: float) -> float:
+    return float(norm.ppf((1 + confidence) / 2))
+
+
+def _judged(interval: tuple[float, float], budget: float) -> str:
+    return judge({"drop": (lambda _: interval, budget)})["drop"]
 
 
 @pytest.mark.parametrize(("to_wrong", "to_right", "settled"), [(60, 52, "within"), (60, 20, "exceeds")])
-def test_items_to_settle_do_settle_it(to_wrong: int, to_right: int, settled: str) -> None:
+def test_items_to_settle_do_settle_it_in_four_of_five_studies(to_wrong: int, to_right: int, settled: str) -> None:
     flips, budget = Flips(to_wrong, to_right, 2000), 0.0125
     interval = drop_interval(flips)
-    assert judge(interval, budget) == "inconclusive"
+    assert _judged(interval, budget) == "inconclusive"
     needed = items_to_settle(flips.num_items, flips.drop, interval, budget)
     assert needed is not None
-    factor = 1.1 * needed / flips.num_items
-    more = Flips(round(factor * to_wrong), round(factor * to_right), round(factor * flips.num_items))
-    assert judge(drop_interval(more), budget) == settled
-    fewer = Flips(*(round(count * factor * 0.8) for count in (to_wrong, to_right, flips.num_items)))
-    assert judge(drop_interval(fewer), budget) == "inconclusive"
+    shares = [to_wrong / 2000, to_right / 2000, 1 - (to_wrong + to_right) / 2000]
+    draws = np.random.default_rng(0).multinomial(needed, shares, size=400)
+    verdicts = [_judged(tango_interval(Flips(int(a), int(b), needed)), budget) for a, b, _ in draws]
+    assert verdicts.count(settled) / len(verdicts) == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_rate_over_clusters_is_a_ratio_of_totals_with_the_error_that_a_bootstrap_shows() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(20, 200, size=60)
+    sums = sizes * (0.05 + 0.03 * rng.normal(size=60))
+    rate = Rate.of(sums, sizes)
+    assert rate.mean == pytest.approx(sums.sum() / sizes.sum())
+    picks = rng.integers(0, 60, size=(20_000, 60))
+    resampled = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
+    assert rate.stderr == pytest.approx(resampled.std(), rel=0.05)
+    even = Rate.of([1.0, 2.0, 3.0], [1, 1, 1])
+    assert even.interval() == pytest.approx(t_interval([1.0, 2.0, 3.0]))
+    assert even.interval(0.9) == pytest.approx(t_interval([1.0, 2.0, 3.0], confidence=0.9))
+    assert (even.num_units, even.num_clusters) == (3, 3)
+    assert Rate.of([1.0, 5.0], [2, 0]) == Rate(0.5, math.inf, 1, 2)
+    assert Rate.of([1.0], [2]).interval() == (-math.inf, math.inf)
+
+
+def test_a_rise_that_is_detectable_is_found_in_four_of_five_texts() -> None:
+    rng = np.random.default_rng(1)
+    sample = rng.normal(size=200)
+    smallest = Rate.of((sample - sample.mean()) / sample.std(ddof=1), np.ones(200)).detectable()
+    found = [Rate.of(smallest + rng.normal(size=200), np.ones(200)).interval()[0] > 0 for _ in range(2000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
 def test_no_number_of_items_settles_a_drop_equal_to_the_budget() -> None:

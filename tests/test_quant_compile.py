@@ -214,9 +214,9 @@ def test_operators_keep_the_promises_that_torch_checks(qat: dict[str, Any], code
     masked = scheme.ste == "clipped"
     to_grid = (x.detach(), quantizer.number, torch.float32, code_dtype, scheme.granularity, masked)
     torch.library.opcheck(operators.to_grid, to_grid)
-    values, kept, scale, blocked = operators.to_grid(*to_grid)
+    values, kept, scale, blocked, zero = operators.to_grid(*to_grid)
     assert scale.untyped_storage().data_ptr() != state.scales.scale.untyped_storage().data_ptr()
-    on_x = (kept if codes else values, scale, blocked if masked else None)
+    on_x = (kept if codes else values, scale, blocked if masked else None, None if scheme.symmetric else zero)
     torch.library.opcheck(operators.linear, (x, weight, None, values, *on_x, linear.number))
     generation = torch.tensor(linear.generation())
     for dtypes in ((torch.float32, torch.bfloat16, torch.float32), (None, torch.float32, None)):

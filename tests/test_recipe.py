@@ -216,7 +216,7 @@ def test_default_arms_are_bf16_and_the_format() -> None:
 
 def test_every_task_has_a_budget() -> None:
     recipe = _recipe(eval={"tasks": {"mmlu": 5, "hellaswag": 10}}, budget={"hellaswag": 0.5})
-    assert recipe.budget == {"mmlu": 1.0, "hellaswag": 0.5}
+    assert recipe.budget == {"mmlu": 1.0, "hellaswag": 0.5, "perplexity": 1.0}
 
 
 def test_sections_cannot_be_changed() -> None:

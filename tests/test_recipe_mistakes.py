@@ -182,6 +182,31 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:7: qat.input.scaling.type -- delayed scaling keeps one scale per tensor; "
         "per_token takes only 'dynamic'",
     ]),
+    "an asymmetric weight": ("  format: hif8", "  format: int8\n  weight: {symmetric: false}", [
+        "r.yaml:8: qat.weight.symmetric -- a weight is spread evenly about zero: only inputs have a zero-point",
+    ]),
+    "an asymmetric gradient": ("  format: hif8", "  grad_output: {symmetric: false}", [
+        "r.yaml:7: qat.grad_output.symmetric -- a grad_output is spread evenly about zero: only inputs have a zero-point",
+    ]),
+    "an asymmetric input in a floating-point format": ("  format: hif8", "  input: {symmetric: false}", [
+        "r.yaml:7: qat.input.symmetric -- hif8 is finest about zero, so a zero-point makes no sense: "
+        "only int8 inputs have one",
+    ]),
+    "an asymmetric input without a scale": (
+        "  format: hif8", "  format: int8\n  input: {symmetric: false, scaling: {type: none}}", [
+        "r.yaml:8: qat.input.symmetric -- scaling 'none' finds no range to map (one of delayed, dynamic, static)",
+    ]),
+    "an asymmetric input with a target": (
+        "  format: hif8", "  format: int8\n  input:\n    target_amax: 100\n    symmetric: false", [
+        "r.yaml:10: qat.input.symmetric -- a range is mapped to all 255 steps: leave target_amax out",
+    ]),
+    "an asymmetric input of one arm": ("  hif8: {}", "  hif8: {qat: {input: {symmetric: false}}}", [
+        "r.yaml:10: arms.hif8.qat.input.symmetric -- hif8 is finest about zero, so a zero-point makes no sense: "
+        "only int8 inputs have one",
+    ]),
+    "symmetric in words": ("  format: hif8", "  input: {symmetric: none}", [
+        "r.yaml:7: qat.input.symmetric -- must be true or false (got 'none')",
+    ]),
     "INT8 gradients": ("  format: hif8", "  grad_output: {format: int8}", [
         "r.yaml:7: qat.grad_output.format -- int8 makes no sense for grad_output: its range is too narrow "
         "(did you mean 'fp8_e5m2'?)",

@@ -14,7 +14,7 @@ import pytest
 from page_seeds import write_seeds
 from page_study import Shape, write_study
 
-from qatrun.study.layout import StudyFolder
+from qatrun.layout import StudyFolder
 from qatrun.study.page import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")

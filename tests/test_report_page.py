@@ -18,6 +18,7 @@ from page_seeds import write_seeds
 from page_study import Shape, write_study
 
 from qatrun.errors import InputError
+from qatrun.layout import StudyFolder
 from qatrun.report.page.coverage import ranges
 from qatrun.report.page.histograms import grid_counts, grid_magnitudes
 from qatrun.report.page.scores import scores_figure
@@ -25,7 +26,6 @@ from qatrun.report.page.series import step_bins
 from qatrun.report.page.study_page import figure_key
 from qatrun.report.page.table import csv_text, shown, table
 from qatrun.report.page.tensors import TensorStats
-from qatrun.study.layout import StudyFolder
 from qatrun.study.page import read_study, write_page
 from qatrun.train.metrics import read_metrics
 from qatrun.train.tensors import read_tensor_stats
@@ -34,7 +34,7 @@ LIMIT = 3_000_000
 SMALL = Shape(steps=60, warmup=10, blocks=1)
 HOSTILE = "\"'><script>alert(1)</script></svg>&amp;]]>"
 HOSTILE_ARM = "=cmd|' <script>alert(2)<script>"  # a folder's name holds no slash
-FIGURES = {"attribution", "scores", "loss", "forgetting"}
+FIGURES = {"attribution", "text-effects", "scores", "loss", "forgetting"}
 OF_AN_ARM = {"saturation", "scale", "histograms"}
 
 
@@ -130,7 +130,7 @@ def test_a_healthy_study_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gone", "said", "without"),
     [
-        ("diagnosis.json", "The study was not diagnosed", {"attribution"}),
+        ("diagnosis.json", "The study was not diagnosed", {"attribution", "text-effects"}),
         ("*/tensors/*", "No statistics of quantized tensors were recorded", {"saturation-hif8", "scale-hif8"}),
         ("*/histograms.json", "No histograms of values were recorded", {"histograms-hif8"}),
         ("comparison.json", "No arm was compared with a BF16 twin", {"scores"}),
@@ -312,7 +312,7 @@ def test_hostile_names_break_no_drawing(hostile: Path) -> None:
     for drawing in drawings:
         tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(drawing).iter()}
         assert tags <= {"svg", "g", "path", "defs", "clipPath", "rect", "use", "text", "tspan", "title", "image"}
-    assert HOSTILE in "".join(ET.fromstring(drawings[2]).itertext())  # the scores, a task's name
+    assert HOSTILE in "".join(ET.fromstring(drawings[4]).itertext())  # the scores, a task's name
 
 
 def test_no_csv_cell_is_a_formula(hostile: Path) -> None:

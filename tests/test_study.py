@@ -28,7 +28,9 @@ def test_every_file_is_where_the_layout_says(trained_world: Path) -> None:
     study = trained_world / "runs/tiny"
     (trunk,) = study.glob("trunk-*")
     expected = {".lock", "recipe.yaml", "environment.json", "comparison.json", "comparison.csv", "comparison.txt"}
-    expected |= {"diagnosis.json", "report.html", "start/result.json"} | {f"start/eval/{name}" for name in SCORES}
+    expected |= {"diagnosis.json", "report.html", "start/result.json", "start/known_text.safetensors"} | {
+        f"start/eval/{name}" for name in SCORES
+    }
     expected |= {
         f"{trunk.name}/{name}" for name in ("metrics.jsonl", "alarms.jsonl", "probe.safetensors", "result.json")
     }

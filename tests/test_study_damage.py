@@ -15,10 +15,10 @@ from studies import SHORT, checksums, interrupt_at, outcome, read
 from tiny_world import run_qatrun
 
 from qatrun.errors import DamagedFileError
+from qatrun.layout import StudyFolder
 from qatrun.recipe import load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.study.claim import claimed
-from qatrun.study.layout import StudyFolder
 from qatrun.study.page import read_study, write_page
 from qatrun.study.pairs import compare_named
 

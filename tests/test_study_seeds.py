@@ -14,12 +14,12 @@ from studies import checksums, interrupt_at, read
 from tiny_world import Ran, run_qatrun, write_world
 
 from qatrun.evaluate.paired import t_interval
-from qatrun.files import read_json
+from qatrun.files import read_json, sha256
+from qatrun.layout import StudyFolder, newest_study
 from qatrun.recipe import load_recipe
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.seeds import Seeds
 from qatrun.report.seeds_table import seeds_table
-from qatrun.study.layout import StudyFolder, newest_study
 from qatrun.study.preflight import preflight
 
 SHORT = ("--set", "train.steps=6", "--set", "warmup.steps=2", "--set", "qat.scaling.window=2")
@@ -74,6 +74,7 @@ def test_every_seed_is_a_study_in_a_folder_of_its_own(finished: Path) -> None:
         assert (recipe.arms, recipe.eval, recipe.contrasts) == (whole.arms, whole.eval, whole.contrasts)
         assert read(study / f"seed-{seed}/hif8/result.json")["match"]["seed"] == seed
     assert [replica.name for replica in StudyFolder(study).replicas] == ["seed-0", "seed-1"]
+    assert len({sha256(replica.start.known_text) for replica in StudyFolder(study).replicas}) == 1  # one text for all
 
 
 def test_a_seed_gives_what_it_gives_alone(seeded: Path) -> None:

@@ -120,14 +120,16 @@ def test_quantizing_begins_at_the_switch_and_stays(tmp_path: Path) -> None:
 # Warnings, records, trackers
 
 
-def test_a_first_loss_of_a_mere_guess_warns_and_a_trained_model_does_not(tmp_path: Path) -> None:
+def test_a_first_loss_of_a_mere_guess_is_an_alarm_and_a_trained_models_is_none(tmp_path: Path) -> None:
     listener = Recorder()
     untrained = TinyStudy(tmp_path / "a", train={"steps": 60, "lr_schedule": "constant"}, warmup={"steps": 40})
     trunk = untrained.arms["bf16"].trunk
     assert trunk is not None
     model, _ = untrained.train(trunk, listener)
-    assert len(listener.warnings) == 1
-    assert f"ln(vocabulary) = {math.log(101):.2f}" in listener.warnings[0]
+    first = listener.alarms[0]
+    assert (
+        f"step 1: the first loss is {listener.rows[0]['loss']:.2f}, near ln(vocabulary) = {math.log(101):.2f}" in first
+    )
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def trained() -> Any:

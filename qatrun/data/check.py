@@ -6,13 +6,14 @@ are: only the first is written, and `datasets`, which takes half a second to imp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qatrun import demo
 from qatrun.data.columns import Document, all_held_out, column_key, demo_documents
 from qatrun.data.encoding import encoder
+from qatrun.data.randomness import drawn_at_random
 from qatrun.errors import InputError, Problem
 from qatrun.recipe import DataConfig, Source
 
@@ -41,11 +42,14 @@ class Sample:
         return [row for row in self.rows if row is not None]
 
 
-def check_data(config: DataConfig, tokenizer: Any | None) -> list[Problem]:
+def check_data(
+    config: DataConfig, tokenizer: Any | None, warn: Callable[[Problem], None] = lambda _: None
+) -> list[Problem]:
     """What stands in the way of training on this data, as far as a sample shows it.
 
     Args:
         tokenizer: None where there is none that can be read; then rows and columns alone are looked at.
+        warn: told of what would train, but hardly be meant.
     """
     problems: list[Problem] = []
     samples: dict[str, Sample] = {}
@@ -55,6 +59,7 @@ def check_data(config: DataConfig, tokenizer: Any | None) -> list[Problem]:
             continue
         try:
             samples[name] = _sample(source, f"data.{name}")
+            _look_for_order(samples[name], warn)
             if tokenizer is not None:
                 _check_targets(samples[name], tokenizer)
         except InputError as error:
@@ -108,6 +113,16 @@ def _check_targets(sample: Sample, tokenizer: Any) -> None:
     if "assistant" in found:
         message = f"no token of the {which} in {source.path} is counted by the loss: the chat template marks no answer"
     raise InputError(Problem(message, key=column_key(source, sample.key)))
+
+
+def _look_for_order(sample: Sample, warn: Callable[[Problem], None]) -> None:
+    """Random text trains as smoothly as any."""
+    at_random = drawn_at_random([row.content for row in sample.documents if isinstance(row.content, str)])
+    if at_random is not None:
+        message = (
+            f"the {at_random} of {sample.source.path} follow each other as if drawn at random: is it the right text?"
+        )
+        warn(Problem(message, f"{sample.key}.path"))
 
 
 def _check_held_out(config: DataConfig, samples: dict[str, Sample], tokenizer: Any) -> None:

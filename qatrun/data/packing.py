@@ -137,18 +137,15 @@ def open_data(config: DataConfig, tokenizer: Any, seed: int) -> Data:
     return Data(PackedStream(documents, encoder(config.train, "data.train", tokenizer), config.seq_len), valid)
 
 
-def open_probe(config: DataConfig, tokenizer: Any, count: int) -> Tensor:
-    """[num, seq_len] int64, num <= count: the first sequences of `data.probe`, else of the held-out text.
+def open_probe(config: DataConfig, tokenizer: Any, count: int) -> Tensor | None:
+    """[num, seq_len] int64, num <= count: the first sequences of `data.probe`; None where the recipe gives none.
 
     Raises:
         InputError: as `open_data`.
     """
-    if config.probe is not None:
-        probe = _first_sequences(config.probe, "data.probe", count, config.seq_len, tokenizer, _in_order)[0]
-    else:
-        held_out = min(count, config.valid_sequences)
-        probe = hold_out(config.model_copy(update={"valid_sequences": held_out}), tokenizer, _in_order)[0]
-    return probe.input_ids
+    if config.probe is None:
+        return None
+    return _first_sequences(config.probe, "data.probe", count, config.seq_len, tokenizer, _in_order)[0].input_ids
 
 
 def hold_out(config: DataConfig, tokenizer: Any, open_: Callable[[Source, str], Documents]) -> tuple[Batch, int]:

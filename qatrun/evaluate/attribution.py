@@ -73,9 +73,9 @@ class Models:
         answers = dict(self._answers(None))
         read = self._read
         return Measures(
-            texts={name: {text: _measured(_rise(*pair)) for text, pair in of.items()} for name, of in read.items()},
+            texts={name: {text: _measured(rise(*pair)) for text, pair in of.items()} for name, of in read.items()},
             strata={
-                name: {stratum: _measured(_rise(*of[KNOWN], stratum=number)) for number, stratum in enumerate(STRATA)}
+                name: {stratum: _measured(rise(*of[KNOWN], stratum=number)) for number, stratum in enumerate(STRATA)}
                 for name, of in read.items()
                 if KNOWN in of
             },
@@ -125,7 +125,7 @@ class Models:
             ci95_loglikelihood=list(paired.t_interval(pairs.nats) or UNKNOWN),
             text_loglikelihood=float(pairs.text_nats.mean()),
             ci95_text_loglikelihood=list(paired.t_interval(pairs.text_nats) or UNKNOWN),
-            log_perplexity=None if of_text is None else _rise(*of_text).mean,
+            log_perplexity=None if of_text is None else rise(*of_text).mean,
         )
 
     def _surprise(self) -> Measured | None:
@@ -208,8 +208,8 @@ def _log_sum(choices: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return total
 
 
-def _rise(before: TextScore, after: TextScore, stratum: int | None = None) -> Rate:
-    """Nats a token that the second model needs more than the first, of one stratum or of all."""
+def rise(before: TextScore, after: TextScore, stratum: int | None = None) -> Rate:
+    """Nats a token that the second model needs more than the first on one text, of one stratum or of all."""
     lost = np.array(after.nats) - np.array(before.nats)
     sizes = np.array(before.num_targets)
     chosen = slice(None) if stratum is None else slice(stratum, stratum + 1)
@@ -217,8 +217,8 @@ def _rise(before: TextScore, after: TextScore, stratum: int | None = None) -> Ra
 
 
 def _text_effect(before: TextScore, after: TextScore) -> TextEffect:
-    rate = _rise(before, after)
-    strata = {name: _rise(before, after, number) for number, name in enumerate(STRATA)}
+    rate = rise(before, after)
+    strata = {name: rise(before, after, number) for number, name in enumerate(STRATA)}
     together = 1.0 - 0.05 / len(STRATA)
     return TextEffect(
         rise=rate.mean,

@@ -28,18 +28,16 @@ Pure: arrays in, records out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qatrun.evaluate.paired import Interval
+from qatrun.evaluate.paired import Bounds
 from qatrun.records.diagnosis import Cause, Look
 from qatrun.records.values import Answer
 
 CAUSES = ("input", "forgetting", "saturation", "resolution", "divergence")
 LEVEL = 0.05
-
-Bounds = Callable[[float], Interval]  # confidence -> two-sided interval
 
 
 class Measured(NamedTuple):

@@ -1,53 +1,96 @@
-"""Arm against twin, task by task: the drop, how sure it is, and the verdict against the budget.
+"""Arm against twin, task by task and on held-out text: what is lost, how sure it is, and the verdict against the budget.
 
 Pure: scores in, numbers out; printing is elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from qatrun.errors import MismatchError, Problem
 from qatrun.evaluate import paired
+from qatrun.evaluate.attribution import HELD_OUT, rise
+from qatrun.evaluate.paired import Bounds, Flips, Interval, Rate
 from qatrun.evaluate.scores import Scores, TaskScore
-from qatrun.records.comparison import ArmComparison, TaskComparison
+from qatrun.evaluate.text import perplexity
+from qatrun.recipe.schema import PERPLEXITY, TRAINING
+from qatrun.records.comparison import ArmComparison, PerplexityComparison, TaskComparison, TrainingComparison
+from qatrun.records.scores import TextScores
+from qatrun.records.values import Verdict
 
 CONDITIONAL_ON = "these checkpoints, one training seed, these items: another seed may differ by more than the interval"
+TRAINING_PP = 3.0  # from which a loss in training is said where no budget is given
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model answered and read; `texts` is None of a folder that only holds answers."""
+
+    scores: Scores
+    texts: TextScores | None = None
 
 
 def compare(
-    start: Scores | None, twin: Scores, arm: Scores, arm_off: Scores | None, budgets: Mapping[str, float]
+    start: Scored | None, twin: Scored, arm: Scored, arm_off: Scores | None, budgets: Mapping[str, float | None]
 ) -> ArmComparison:
-    """Compare an arm with its twin on the items that both answered.
+    """Compare an arm with its twin on the items that both answered and the text that both read.
 
     Args:
-        start: scores of the model before training, where there are any.
-        arm_off: scores of the arm with its quantizers off, where there are any.
-        budgets: task -> largest acceptable drop, percentage points; one for each of the twin's tasks.
+        start: of the model before training, where it was scored.
+        arm_off: of the arm with its quantizers off, where it was scored.
+        budgets: task -> largest acceptable drop, percentage points, one for each of the twin's tasks; PERPLEXITY ->
+            largest acceptable rise, percent; TRAINING -> largest acceptable drop from the start model.
     Raises:
         MismatchError: not the same tasks, few-shot examples or items; names the difference.
     """
-    others = {"start": start, "arm": arm, "arm with quantizers off": arm_off}
+    of_start = None if start is None else start.scores
+    others = {"start": of_start, "arm": arm.scores, "arm with quantizers off": arm_off}
     problems = [
-        problem for name, scores in others.items() if scores is not None for problem in _unpaired(twin, scores, name)
+        problem
+        for name, scores in others.items()
+        if scores is not None
+        for problem in _unpaired(twin.scores, scores, name)
     ]
     if problems:
         raise MismatchError(problems)
-    tasks = [
-        _compare_task(
-            score,
-            arm.tasks[name],
-            start=None if start is None else start.tasks[name].accuracy,
-            arm_off=None if arm_off is None else arm_off.tasks[name].accuracy,
-            budget_pp=budgets[name],
-        )
-        for name, score in twin.tasks.items()
-    ]
-    verdict = paired.worst_verdict(task.verdict for task in tasks)
-    assert verdict is not None  # a recipe has a task
-    return ArmComparison(tasks=tasks, verdict=verdict, conditional_on=CONDITIONAL_ON)
+    flips = {task: _flips([(score, arm.scores.tasks[task])]) for task, score in twin.scores.tasks.items()}
+    drops: dict[str, tuple[Bounds, float]] = {
+        task: (partial(_drop_interval, of_task), float(budgets[task] or 0.0) / 100.0) for task, of_task in flips.items()
+    }
+    text, limit = _rise(twin, arm), budgets.get(PERPLEXITY)
+    if text is not None and limit is not None:
+        drops[PERPLEXITY] = (text.interval, math.log1p(limit / 100.0))
+    lost = (
+        None
+        if start is None
+        else _flips([(score, arm.scores.tasks[task]) for task, score in start.scores.tasks.items()])
+    )
+    asked = budgets.get(TRAINING)
+    if lost is not None and asked is not None:
+        drops[TRAINING] = (partial(_drop_interval, lost), asked / 100.0)
+    verdicts = paired.judge(drops)
+    worst = paired.worst_verdict(verdicts.values())
+    assert worst is not None  # a recipe has a task
+    return ArmComparison(
+        tasks=[
+            _compare_task(score, arm.scores.tasks[task], flips[task], drops[task][1], verdicts[task]).model_copy(
+                update={
+                    "start": None if start is None else start.scores.tasks[task].accuracy,
+                    "arm_off": None if arm_off is None else arm_off.tasks[task].accuracy,
+                }
+            )
+            for task, score in twin.scores.tasks.items()
+        ],
+        perplexity=None if text is None else _compare_texts(start, twin, arm, text, limit, verdicts.get(PERPLEXITY)),
+        training=None if lost is None else _compare_training(lost, asked, verdicts.get(TRAINING)),
+        verdict=worst,
+        conditional_on=CONDITIONAL_ON,
+    )
 
 
 def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:
@@ -63,23 +106,31 @@ def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:
     ]
 
 
-def _compare_task(
-    twin: TaskScore, arm: TaskScore, *, start: float | None, arm_off: float | None, budget_pp: float
-) -> TaskComparison:
-    same = arm.items.places(twin.items.item_id)
-    flips = paired.count_flips(twin.items.correct, arm.items.correct[same])
-    interval, budget = paired.drop_interval(flips), budget_pp / 100.0
-    verdict = paired.judge(interval, budget)
-    shift = np.abs(arm.items.loglikelihood[same] - twin.items.loglikelihood)
+def _flips(pairs: Sequence[tuple[TaskScore, TaskScore]]) -> Flips:
+    """Of all items of these tasks together, before and after."""
+    counted = [
+        paired.count_flips(before.items.correct, after.items.correct[after.items.places(before.items.item_id)])
+        for before, after in pairs
+    ]
+    return Flips(*(sum(getattr(flips, name) for flips in counted) for name in ("to_wrong", "to_right", "num_items")))
+
+
+def _drop_interval(flips: Flips, confidence: float) -> Interval:
+    return paired.drop_interval(flips, confidence=confidence)
+
+
+def _compare_task(twin: TaskScore, arm: TaskScore, flips: Flips, budget: float, verdict: Verdict) -> TaskComparison:
+    interval = paired.drop_interval(flips)
+    shift = np.abs(arm.items.loglikelihood[arm.items.places(twin.items.item_id)] - twin.items.loglikelihood)
     return TaskComparison(
         task=twin.task,
         metric=twin.metric,
         num_fewshot=twin.num_fewshot,
         num_items=twin.num_items,
-        start=start,
+        start=None,
         twin=twin.accuracy,
         arm=arm.accuracy,
-        arm_off=arm_off,
+        arm_off=None,
         drop_pp=100.0 * flips.drop,
         drop_relative_percent=100.0 * flips.drop / twin.accuracy if twin.accuracy else None,
         ci95_pp=[100.0 * edge for edge in interval],
@@ -88,12 +139,62 @@ def _compare_task(
         flips_to_right=flips.to_right,
         mean_abs_delta_loglikelihood=float(shift.mean()),
         detectable_drop_pp=100.0 * paired.detectable_drop(flips.num_items, flips.discordance),
-        budget_pp=budget_pp,
+        budget_pp=100.0 * budget,
         verdict=verdict,
-        items_to_settle=paired.items_to_settle(flips.num_items, flips.drop, interval, budget)
-        if verdict == "inconclusive"
-        else None,
+        items_to_settle=_to_settle(verdict, flips.num_items, flips.drop, interval, budget),
     )
+
+
+def _rise(twin: Scored, arm: Scored) -> Rate | None:
+    """Nats a token of held-out text; None where the two read none, or not the same."""
+    before, after = (each.texts.texts.get(HELD_OUT) if each.texts else None for each in (twin, arm))
+    return rise(before, after) if before and after and before.text == after.text else None
+
+
+def _compare_texts(
+    start: Scored | None, twin: Scored, arm: Scored, text: Rate, budget_percent: float | None, verdict: Verdict | None
+) -> PerplexityComparison:
+    perplexities = [
+        perplexity(each.texts.texts[HELD_OUT].mean) if each and each.texts and HELD_OUT in each.texts.texts else None
+        for each in (start, twin, arm)
+    ]
+    interval = text.interval()
+    budget = 0.0 if budget_percent is None else math.log1p(budget_percent / 100.0)
+    return PerplexityComparison(
+        num_sequences=text.num_clusters,
+        num_tokens=text.num_units,
+        start=perplexities[0],
+        twin=perplexities[1] or 0.0,
+        arm=perplexities[2] or 0.0,
+        rise_percent=_as_percent(text.mean),
+        ci95_percent=[_as_percent(edge) for edge in interval],
+        detectable_rise_percent=_as_percent(text.detectable()),
+        budget_percent=budget_percent,
+        verdict=verdict,
+        sequences_to_settle=_to_settle(verdict, text.num_clusters, text.mean, interval, budget),
+    )
+
+
+def _compare_training(lost: Flips, asked: float | None, verdict: Verdict | None) -> TrainingComparison:
+    budget_pp = TRAINING_PP if asked is None else asked
+    bounds = partial(_drop_interval, lost)
+    return TrainingComparison(
+        num_items=lost.num_items,
+        drop_pp=100.0 * lost.drop,
+        ci95_pp=[100.0 * edge for edge in bounds(0.95)],
+        budget_pp=budget_pp,
+        asked=asked is not None,
+        verdict=verdict or paired.judge({TRAINING: (bounds, budget_pp / 100.0)})[TRAINING],
+    )
+
+
+def _to_settle(verdict: Verdict | None, num: int, drop: float, interval: Interval, budget: float) -> int | None:
+    return paired.items_to_settle(num, drop, interval, budget) if verdict == "inconclusive" else None
+
+
+def _as_percent(nats: float) -> float:
+    """A rise of log-perplexity as one of perplexity; infinite beyond what a float holds."""
+    return 100.0 * (perplexity(nats) - 1.0)
 
 
 def _unpaired(twin: Scores, other: Scores, name: str) -> list[Problem]:

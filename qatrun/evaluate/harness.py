@@ -30,7 +30,8 @@ from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
 from qatrun.evaluate.templates import sandboxed_templates
-from qatrun.files import SAMPLES, SCORES_OF_LM_EVAL, replace_file
+from qatrun.files import replace_file
+from qatrun.layout import SAMPLES, SCORES_OF_LM_EVAL
 from qatrun.recipe import EvalConfig
 
 SOFTMAX_DTYPE = "float32"

@@ -16,7 +16,7 @@ All quantities here are fractions of the items, not percentage points.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -28,6 +28,7 @@ from scipy.stats import binomtest, norm, t
 from qatrun.records.values import Verdict
 
 Interval = tuple[float, float]
+Bounds = Callable[[float], Interval]  # confidence -> two-sided interval
 
 TYPICAL_DISCORDANCE = 0.05
 _EDGE = 1.0 - 1e-12
@@ -148,11 +149,13 @@ class Rate:
 
     Attributes:
         num_clusters: how many have any unit; the interval is Student's t over them, infinite for fewer than two.
+        num_units: in all.
     """
 
     mean: float
     stderr: float
     num_clusters: int
+    num_units: int
 
     @classmethod
     def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike) -> Rate:
@@ -164,14 +167,12 @@ class Rate:
         """
         total, units = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
         total, units = total[units > 0], units[units > 0]
-        n = len(units)
-        if n == 0:
-            return cls(0.0, math.inf, 0)
-        mean = float(total.sum() / units.sum())
-        if n == 1:
-            return cls(mean, math.inf, n)
+        n, num_units = len(units), int(units.sum())
+        mean = float(total.sum() / num_units) if n else 0.0
+        if n < 2:
+            return cls(mean, math.inf, n, num_units)
         residuals = total - mean * units
-        return cls(mean, float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / units.sum()), n)
+        return cls(mean, math.sqrt(n / (n - 1) * float((residuals**2).sum())) / num_units, n, num_units)
 
     def interval(self, confidence: float = 0.95) -> Interval:
         """Two-sided."""
@@ -179,6 +180,10 @@ class Rate:
             return -math.inf, math.inf
         half = float(t.ppf((1.0 + confidence) / 2.0, self.num_clusters - 1)) * self.stderr
         return self.mean - half, self.mean + half
+
+    def detectable(self, *, power: float = 0.8, alpha: float = 0.05) -> float:
+        """Smallest true mean that a two-sided test of this level finds with this probability."""
+        return float(norm.ppf(1.0 - alpha / 2.0) + norm.ppf(power)) * self.stderr
 
 
 def mcnemar_p(flips: Flips) -> float:
@@ -216,12 +221,29 @@ def detectable_drop(
     return float(brentq(lambda d: num_items * d - (z_alpha + z_beta * math.sqrt(1.0 - d)) ** 2, 0.0, 1.0))
 
 
-def judge(interval: Interval, budget: float) -> Verdict:
-    """`within` when the whole interval lies below the budget, `exceeds` when it lies above, else `inconclusive`."""
-    low, high = interval
-    if high < budget:
-        return "within"
-    return "exceeds" if low > budget else "inconclusive"
+def judge(drops: Mapping[str, tuple[Bounds, float]]) -> dict[str, Verdict]:
+    """`within` where the whole 95 % interval lies below the budget, `exceeds` where the drop surely lies above it, else
+    `inconclusive`.
+
+    Of several drops that all lie at their budgets, one or more is said to exceed it in at most 2.5 % of studies, as of a
+    single one: Holm's procedure, in which k drops still open are judged by intervals of confidence 1 - 0.05 / k. All are
+    within only where each is, which needs no correction.
+
+    Args:
+        drops: name -> (its interval at a confidence, its budget).
+    Source: Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979)
+    65-70.
+    """
+    exceeding: set[str] = set()
+    while len(exceeding) < len(drops):
+        left = [name for name in drops if name not in exceeding]
+        confidence = 1.0 - 0.05 / len(left)
+        found = {name for name in left if drops[name][0](confidence)[0] > drops[name][1]}
+        if not found:
+            break
+        exceeding |= found
+    within = {name for name, (bounds, budget) in drops.items() if bounds(0.95)[1] < budget}
+    return {name: "exceeds" if name in exceeding else "within" if name in within else "inconclusive" for name in drops}
 
 
 def worst_verdict(verdicts: Iterable[Verdict | None]) -> Verdict | None:
@@ -229,10 +251,15 @@ def worst_verdict(verdicts: Iterable[Verdict | None]) -> Verdict | None:
     return max((verdict for verdict in verdicts if verdict is not None), key=get_args(Verdict).index, default=None)
 
 
-def items_to_settle(num_items: int, drop: float, interval: Interval, budget: float) -> int | None:
-    """About how many items would settle an inconclusive verdict, were the drop and the flip rate to stay as observed.
+def items_to_settle(
+    num_items: int, drop: float, interval: Interval, budget: float, *, power: float = 0.8
+) -> int | None:
+    """About how many items would settle an inconclusive verdict with this probability, were the true drop and the flip
+    rate what was observed.
 
-    The interval shrinks as 1/sqrt(n), so it fits between drop and budget at n = num_items * (half width / gap)^2.
+    The interval shrinks as 1/sqrt(n). It fits between drop and budget at n = num_items * (half width / gap)^2, in every
+    other study of that size; with a half width of z(0.975) + z(power) standard errors in place of z(0.975), in `power`
+    of them.
 
     Returns:
         More than `num_items`; None where the observed drop equals the budget, which no number of items settles.
@@ -241,4 +268,5 @@ def items_to_settle(num_items: int, drop: float, interval: Interval, budget: flo
     if gap == 0.0:
         return None
     half_width = interval[1] - drop if drop < budget else drop - interval[0]
+    half_width *= 1.0 + float(norm.ppf(power) / norm.ppf(0.975))
     return max(num_items + 1, math.ceil(num_items * (half_width / gap) ** 2))

@@ -37,8 +37,9 @@ import numpy.typing as npt
 
 from qatrun.errors import MismatchError, Problem
 from qatrun.evaluate import paired
-from qatrun.evaluate.paired import Interval, standard_deviation, t_interval
+from qatrun.evaluate.paired import Interval, Rate, standard_deviation, t_interval
 from qatrun.evaluate.scores import Scores
+from qatrun.records.scores import TextScore
 from qatrun.records.seeds import Answer
 
 Correct = npt.NDArray[np.bool_]
@@ -72,15 +73,16 @@ class Difference:
         return "hurts" if high < 0.0 else "no effect shown"
 
 
-def difference(first: Correct, second: Correct) -> Difference:
+def difference(first: Correct, second: Correct, confidence: float = 0.95) -> Difference:
     """Compare two models over the same items and seeds.
 
     Args:
         first, second: [num_seeds, num_items], rows and columns of both in the same order.
+        confidence: of the intervals.
     """
     differences = first.astype(np.float64) - second.astype(np.float64)
     per_seed = differences.mean(axis=1)
-    items, seeds = _item_interval(first, second), t_interval(per_seed)
+    items, seeds = _item_interval(first, second, confidence), t_interval(per_seed, confidence=confidence)
     mean = float(per_seed.mean())
     return Difference(
         per_seed=tuple(per_seed.tolist()),
@@ -90,6 +92,34 @@ def difference(first: Correct, second: Correct) -> Difference:
         seeds=seeds,
         interval=items if seeds is None else _in_quadrature(mean, items, seeds),
     )
+
+
+@dataclass(frozen=True)
+class TextRise:
+    """What one model lost against another on one text, over seeds: nats a token.
+
+    Attributes:
+        of_text: its mean over the seeds, sequence by sequence.
+        per_seed: one value for each seed.
+    """
+
+    of_text: Rate
+    per_seed: tuple[float, ...]
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """That holds both sequences and seeds, as `Difference.interval` does."""
+        text, seeds = self.of_text.interval(confidence), t_interval(self.per_seed, confidence=confidence)
+        return text if seeds is None else _in_quadrature(self.of_text.mean, text, seeds)
+
+
+def text_rise(first: Sequence[TextScore], second: Sequence[TextScore]) -> TextRise | None:
+    """From the first model to the second, one score of each for each seed; None where not all read the same text."""
+    if len({score.text for score in (*first, *second)}) != 1:
+        return None
+    pairs = zip(first, second, strict=True)
+    lost = np.array([np.sum(after.nats, axis=1) - np.sum(before.nats, axis=1) for before, after in pairs])
+    sizes = np.sum(first[0].num_targets, axis=1)
+    return TextRise(Rate.of(lost.mean(axis=0), sizes), tuple((lost.sum(axis=1) / sizes.sum()).tolist()))
 
 
 def correct_of_seeds(scores: Sequence[Scores], tasks: Sequence[str]) -> Correct:
@@ -129,15 +159,15 @@ def _in_order(scores: Scores, reference: Scores, task: str) -> Correct:
     return items.correct[items.places(expected)]
 
 
-def _item_interval(first: Correct, second: Correct) -> Interval:
+def _item_interval(first: Correct, second: Correct, confidence: float) -> Interval:
     """`paired.drop_interval` for one seed. For more, the bootstrap of the mean over seeds, widened where it is shorter
     than what no flip at all in this many items leaves open."""
     if len(first) == 1:
-        low, high = paired.drop_interval(paired.count_flips(first[0], second[0]))
+        low, high = paired.drop_interval(paired.count_flips(first[0], second[0]), confidence=confidence)
         return low, high
     of_items = (first.astype(np.float64) - second.astype(np.float64)).mean(axis=0)
-    low, high = paired.paired_bootstrap(of_items)
-    least_low, least_high = paired.tango_interval(paired.Flips(0, 0, len(of_items)))
+    low, high = paired.paired_bootstrap(of_items, confidence=confidence)
+    least_low, least_high = paired.tango_interval(paired.Flips(0, 0, len(of_items)), confidence=confidence)
     mean = float(of_items.mean())
     return min(low, mean + least_low), max(high, mean + least_high)
 

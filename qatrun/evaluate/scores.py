@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qatrun.errors import DamagedFileError, Problem
-from qatrun.files import ITEMS_FILE, SCORES_FILE, read_json, reading, replace_file, sha256
+from qatrun.files import read_json, reading, replace_file, sha256
+from qatrun.layout import ITEMS_FILE, SCORES_FILE
 from qatrun.records.scores import ScoresSummary, TaskSummary
 
 

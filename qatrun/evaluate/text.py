@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from qatrun.data import IGNORE_INDEX, Batch
 from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
-from qatrun.files import TEXT_FILE, read_json, write_json
+from qatrun.files import read_json, write_json
+from qatrun.layout import TEXT_FILE
 from qatrun.records.scores import STRATA, TextScore, TextScores
 
 
@@ -30,7 +31,8 @@ def score_texts(
     Raises:
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    scored = {name: _score(model, text, batch_size) for name, text in texts.items() if text.num_targets}
+    once = {id(text): _score(model, text, batch_size) for text in texts.values() if text.num_targets}
+    scored = {name: once[id(text)] for name, text in texts.items() if text.num_targets}
     found = TextScores(texts=scored)
     if output_dir is not None:
         write_json(output_dir / TEXT_FILE, found)

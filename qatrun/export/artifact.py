@@ -1,7 +1,7 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), their scales; the rest in the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales; the rest in the compute dtype
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
@@ -22,17 +22,16 @@ from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors, save_description
-from qatrun.numerics import GRIDS, Grid
+from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, quantized_linears, replace_linear
 from qatrun.recipe import ModelConfig
 from qatrun.records.quantized import Quantized, Versioned
 from qatrun.scheme import GRANULARITIES
 from qatrun.tokenizer import load_tokenizer
 
-FOLDER = "quantized"
-PLAN_FILE = "plan.json"
-WEIGHTS_FILE = "model.safetensors"
+FOLDER = QUANTIZED
 FORMAT_VERSION = 2
 SHOWN = 5  # wrong tensors that are named one by one
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
@@ -121,7 +120,7 @@ def read_plan(folder: Path) -> QuantPlan:
 
 def size_bytes(folder: Path) -> int:
     """Size of the weights in a model folder, quantized or plain."""
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob(WEIGHTS_FILES))
 
 
 def _description(folder: Path) -> Quantized:
@@ -148,7 +147,10 @@ def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Modul
             f"{name}.weight_scale", tensors, GRANULARITIES[scheme.granularity].scale_shape(shape)
         )
         yield from _scale_problems(f"{name}.input_scale", tensors, ())
+        if not plan.schemes[name]["input"].symmetric:
+            yield from _zero_point_problems(f"{name}.input_zero_point", tensors)
     leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
+    leaves |= {f"{name}.input_zero_point" for name in plan.linears if not plan.schemes[name]["input"].symmetric}
     replaced = {f"{name}.weight" for name in plan.linears}
     for name in tensors.keys() - leaves:
         stored, asked = tensors[name], expected.get(name)
@@ -173,6 +175,12 @@ def _scale_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, 
     right = scale is not None and scale.dtype == torch.float32 and scale.shape == shape
     if scale is None or not right or not ((scale >= SMALLEST_SCALE) & scale.isfinite()).all():
         yield f"{name} must be {_shown(torch.float32, shape)}, positive and finite ({_got(scale)})"
+
+
+def _zero_point_problems(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    zero = tensors.get(name)
+    if zero is None or zero.dtype != torch.int8 or zero.dim():
+        yield f"{name} must be {_shown(torch.int8, ())} ({_got(zero)})"
 
 
 def _shown(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
@@ -207,7 +215,9 @@ def _quantized(
     grid, bias = _grid_of(plan, name), tensors.get(f"{name}.bias")
     values = grid.decode(tensors[f"{name}.codes"]).to(dtype)
     weight = QTensor(grid, values, None, tensors[f"{name}.weight_scale"])
-    return QuantizedLinear(weight, bias, plan.schemes[name]["input"], tensors[f"{name}.input_scale"], shared_input)
+    scale = tensors[f"{name}.input_scale"]
+    fit = scale, inverse_scale(scale), tensors.get(f"{name}.input_zero_point")
+    return QuantizedLinear(weight, bias, plan.schemes[name]["input"], fit, shared_input)
 
 
 def _grid_of(plan: QuantPlan, linear: str) -> Grid:

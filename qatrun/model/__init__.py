@@ -19,6 +19,7 @@ from qatrun.model.load import (
     load_model,
     on_device,
 )
+from qatrun.model.writing import write_text
 
 __all__ = [
     "DTYPES",
@@ -37,4 +38,5 @@ __all__ = [
     "save_description",
     "save_model",
     "text_config",
+    "write_text",
 ]

@@ -10,13 +10,15 @@ from qatrun.numerics.grid import Grid, Overflow
 from qatrun.numerics.grids import GRIDS, decode, encode, grid_of, round_to_format, saturates
 from qatrun.numerics.passes import Quantized, codes_to_grid, quantize, rescale_, scale_gradient
 from qatrun.numerics.product import bfloat16_products, bfloat16_way, product_dtype, recomputed_products
-from qatrun.numerics.scales import amax, inverse_scale, scale_from_amax
+from qatrun.numerics.scales import Fit, affine_from_reach, amax, inverse_scale, own_fit, reach, scale_from_amax
 
 __all__ = [
     "GRIDS",
+    "Fit",
     "Grid",
     "Overflow",
     "Quantized",
+    "affine_from_reach",
     "amax",
     "bfloat16_products",
     "bfloat16_way",
@@ -26,8 +28,10 @@ __all__ = [
     "fake_quantize",
     "grid_of",
     "inverse_scale",
+    "own_fit",
     "product_dtype",
     "quantize",
+    "reach",
     "recomputed_products",
     "rescale_",
     "round_to_format",

@@ -22,6 +22,7 @@ from torch import Tensor
 from qatrun.numerics import native
 from qatrun.numerics.grid import Grid, as_float32
 from qatrun.numerics.grids import GRIDS
+from qatrun.numerics.int8 import ShiftedIntegers
 from qatrun.numerics.scales import amax
 
 
@@ -50,6 +51,7 @@ def quantize(
     grid: Grid,
     limit: float | None,
     *,
+    zero: Tensor | None = None,
     values: torch.dtype | None,
     codes: bool = False,
     blocked: bool = False,
@@ -60,15 +62,16 @@ def quantize(
         x: [..., d] float32 or bfloat16.
         inv_scale: float32, [] or one a row of x, [..., 1].
         limit: clip at +-limit on the grid; None: at the format's own edge.
+        zero: the zero-point of an INT8 tensor, shape of inv_scale; None: it is symmetric.
         values, codes, blocked: which results are wanted, values in which dtype.
     """
     x = x.detach().contiguous()
     per_row = (*x.shape[:-1], 1)
     native.check("inv_scale", inv_scale, torch.float32, (), per_row)
     kernels = _kernels_for((x, inv_scale), (x.dtype, values or x.dtype))
-    if kernels is None or grid.native is None:
+    if kernels is None or grid.native is None or zero is not None:
         reference: Callable[..., Quantized] = _on_device(x, _quantize_reference)
-        return reference(x, inv_scale, grid.format.name, limit, values, codes, blocked)
+        return reference(x, inv_scale, grid.format.name, limit, values, codes, blocked, zero)
     result = Quantized(
         values=None if values is None else torch.empty(x.shape, dtype=values),
         codes=torch.empty(x.shape, dtype=grid.code_dtype) if codes else None,
@@ -96,12 +99,12 @@ def quantize(
     return result
 
 
-def codes_to_grid(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The grid values that codes of any shape stand for, in float32 or bfloat16."""
+def codes_to_grid(codes: Tensor, grid: Grid, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+    """The grid values that codes of any shape stand for, in float32 or bfloat16; `zero` as of `quantize`."""
     native.check("codes", codes, grid.code_dtype, codes.shape)
     kernels = _kernels_for((codes,), (dtype,))
-    if kernels is None:
-        values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, grid.format.name, dtype)
+    if kernels is None or zero is not None:
+        values: Tensor = _on_device(codes, _codes_to_grid_reference)(codes, grid.format.name, dtype, zero)
         return values
     out = torch.empty(codes.shape, dtype=dtype)
     kernels.decode(
@@ -198,8 +201,9 @@ def _quantize_reference(
     values: torch.dtype | None,
     codes: bool,
     blocked: bool,
+    zero: Tensor | None = None,
 ) -> Quantized:
-    grid, scaled = GRIDS[format], as_float32(x) * inv_scale
+    grid, scaled = _grid(format, zero), as_float32(x) * inv_scale
     rounded = grid.round(scaled, limit)
     saturated, underflowed = grid.saturates(scaled, limit), x.bool() & ~rounded.bool()
     return Quantized(
@@ -211,8 +215,12 @@ def _quantize_reference(
     )
 
 
-def _codes_to_grid_reference(codes: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    return GRIDS[format].decode(codes).to(dtype)
+def _codes_to_grid_reference(codes: Tensor, format: str, dtype: torch.dtype, zero: Tensor | None = None) -> Tensor:
+    return _grid(format, zero).decode(codes).to(dtype)
+
+
+def _grid(format: str, zero: Tensor | None) -> Grid:
+    return GRIDS[format] if zero is None else ShiftedIntegers(zero)
 
 
 def _rescale_reference(y: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:

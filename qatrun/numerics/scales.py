@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from qatrun.numerics.grid import as_float32
-from qatrun.scheme import GRANULARITIES
+from qatrun.scheme import ASYMMETRIC_STEPS, GRANULARITIES, Scheme
+
+# Scale, its inverse, and the zero-point if there is one: float32, of one shape.
+Fit = tuple[Tensor, Tensor, Tensor | None]
 
 # Between these, a scale and its reciprocal are both normal float32 numbers: finite, and safe from flushing to zero.
 _MIN_SCALE = 2.0**-126
@@ -39,10 +42,10 @@ def amax(x: Tensor, granularity: str) -> Tensor:
     return values.abs().amax(dim=-1, keepdim=True).to(torch.float32)
 
 
-def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor | None = None) -> Tensor:
+def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor | float = 1.0) -> Tensor:
     """The scale that maps amax to target_amax.
 
-    An amax that tells nothing (<= 0, Inf or NaN) keeps the previous scale, 1 if there is none.
+    An amax that tells nothing (<= 0, Inf or NaN) keeps the previous scale.
 
     Args:
         amax: any shape, float32.
@@ -55,7 +58,42 @@ def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor 
     values = as_float32(amax)
     fresh = (values.double() / target_amax).clamp(_MIN_SCALE, _MAX_SCALE).to(torch.float32)
     usable = values.isfinite() & (values > 0)
-    return torch.where(usable, fresh, 1.0 if previous is None else previous)
+    return torch.where(usable, fresh, previous)
+
+
+def reach(x: Tensor, granularity: str) -> Tensor:
+    """How far x reaches below zero and above it, [2, of `Granularity.scale_shape`] float32 >= 0; as `amax` else."""
+    rows = GRANULARITIES[granularity].rows
+    values = x.detach() if rows or x.numel() else x.new_zeros(1)
+    least, largest = values.aminmax(dim=-1, keepdim=True) if rows else values.aminmax()
+    return torch.stack([-least, largest]).clamp(min=0).to(torch.float32)
+
+
+def affine_from_reach(reach: Tensor, scale: Tensor | float = 1.0, zero: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """(scale, zero-point) that map a range to the codes -128..127, and zero to one of them.
+
+        scale = (below + above) / 255, zero = -128 + below / scale          rounded half to even
+
+    Args:
+        reach: [2, ...] float32, of the range, as the function of that name gives it.
+        scale, zero: what both stay where the range tells nothing (empty, Inf or NaN).
+    Returns:
+        float32, each of the shape of reach[0].
+    Source: the affine quantization of arXiv:1712.05877, section 2.1; in it, too, the range is widened to hold zero.
+    """
+    extent = reach.sum(0)
+    scale = scale_from_amax(extent, ASYMMETRIC_STEPS, previous=scale)
+    fresh = (reach[0].double() / scale).to(torch.float32).round() - 128
+    return scale, torch.where(extent.isfinite() & (extent > 0), fresh, zero)
+
+
+def own_fit(x: Tensor, scheme: Scheme) -> Fit:
+    """What fits this very tensor x [..., d], at the scheme's granularity."""
+    if scheme.symmetric:
+        scale, zero = scale_from_amax(amax(x, scheme.granularity), scheme.target_amax), None
+    else:
+        scale, zero = affine_from_reach(reach(x, scheme.granularity))
+    return scale, inverse_scale(scale), zero
 
 
 def inverse_scale(scale: Tensor) -> Tensor:

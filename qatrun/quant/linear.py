@@ -36,7 +36,7 @@ class _FakeQuantMatmul(torch.autograd.Function):
         dtype = _compute_dtype(x)
         on_x = linear.quant.of["input"].on_grid_once(x, dtype, codes=with_codes)
         on_w = linear.weight_on_grid(weight, dtype)
-        ctx.save_for_backward(on_x.saved, on_x.scale, on_x.blocked, on_w.saved, on_w.scale, on_w.blocked)
+        ctx.save_for_backward(*on_x.kept, *on_w.kept)
         ctx.linear, ctx.grids = linear, (on_x.grid, on_w.grid)
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
         return scaled_matmul(on_x, on_w, bias, dtype)
@@ -44,7 +44,7 @@ class _FakeQuantMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, (x_grid, w_grid) = ctx.saved_tensors, ctx.grids
-        on_x, on_w = QTensor.of_saved(x_grid, *saved[:3]), QTensor.of_saved(w_grid, *saved[3:])
+        on_x, on_w = QTensor.of_saved(x_grid, *saved[:4]), QTensor.of_saved(w_grid, *saved[4:])
         x_dtype, w_dtype, b_dtype = (
             dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
@@ -159,9 +159,7 @@ class FakeQuantLinear(nn.Module):
         on_x = operators.on_grid(
             x, quantizer.scheme, quantizer.number, dtype, codes=codes, takes_gradient=x.requires_grad
         )
-        in_graph: Tensor = operators.linear(
-            x, weight, self.bias, on_x.values, on_x.saved, on_x.scale, on_x.blocked, self.number
-        )[0]
+        in_graph: Tensor = operators.linear(x, weight, self.bias, on_x.values, *on_x.kept, self.number)[0]
         return in_graph
 
     def _observed(self, x: Tensor, y: Tensor) -> Tensor:

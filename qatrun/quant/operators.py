@@ -60,17 +60,18 @@ def on_grid(
 ) -> QTensor:
     """x [..., d] quantized by the owner of that number, whose scheme this is; see `qtensor.to_grid`."""
     grid, masked = GRIDS[scheme.format], holds_back(scheme, takes_gradient)
-    x_values, x_codes, scale, blocked = to_grid(
+    x_values, x_codes, scale, blocked, zero = to_grid(
         x.detach(), owner, values, grid.code_dtype if codes else None, scheme.granularity, masked
     )
-    return QTensor(grid, x_values, x_codes if codes else None, scale, blocked if masked else None)
+    kept = blocked if masked else None, None if scheme.symmetric else zero
+    return QTensor(grid, x_values, x_codes if codes else None, scale, *kept)
 
 
 @custom_op("qatrun::to_grid", mutates_args=(), tags=_TAGS)
 def to_grid(
     x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, granularity: str, masked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, codes, scale, blocked) of x, empty where not asked for.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(values, codes, scale, blocked, zero) of x, empty where not asked for; without a zero-point 0.
 
     Args:
         granularity: what shares a scale, by its name.
@@ -81,18 +82,21 @@ def to_grid(
         x.new_empty(0) if codes is None else result.codes,
         result.scale.clone(),
         x.new_empty(0) if not masked else result.blocked,
+        torch.zeros_like(result.scale) if result.zero is None else result.zero.clone(),
     )
 
 
 @to_grid.register_fake
 def _(
     x: Tensor, owner: Tensor, values: torch.dtype, codes: torch.dtype | None, granularity: str, masked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale = x.new_empty(GRANULARITIES[granularity].scale_shape(x.shape), dtype=torch.float32)
     return (
         x.new_empty(x.shape, dtype=values),
         x.new_empty(0) if codes is None else x.new_empty(x.shape, dtype=codes),
-        x.new_empty(GRANULARITIES[granularity].scale_shape(x.shape), dtype=torch.float32),
+        scale,
         x.new_empty(-(-x.numel() // 8), dtype=torch.uint8) if masked else x.new_empty(0),
+        torch.empty_like(scale),
     )
 
 
@@ -105,13 +109,14 @@ def linear(
     saved: Tensor,
     scale: Tensor,
     blocked: Tensor | None,
+    zero: Tensor | None,
     owner: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y of the owner of that number, and the generation of its scales, [] int64.
 
     Args:
         x, weight, bias: what gradients are for; the weight [out, in] as it is to be quantized.
-        values, scale, blocked: x on its grid.
+        values, scale, blocked, zero: x on its grid.
         saved: the values or their codes, whichever the backward is to keep.
     """
     module = _find(owner)
@@ -125,8 +130,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, *others: A
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, saved, scale, blocked, owner = inputs
-    ctx.save_for_backward(weight, saved, scale, blocked, owner, output[1])
+    x, weight, bias, _, *kept_and_owner = inputs
+    ctx.save_for_backward(weight, *kept_and_owner, output[1])
     ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
 
 
@@ -135,7 +140,7 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, 
     dtypes = (dtype if needs else None for dtype, needs in zip(ctx.dtypes, needed, strict=True))
     gradients = linear_gradients(grad, *ctx.saved_tensors, *dtypes)
     given = (gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True))
-    return *given, None, None, None, None, None
+    return *given, None, None, None, None, None, None
 
 
 linear.register_autograd(_linear_backward, setup_context=_keep_for_backward)
@@ -148,6 +153,7 @@ def linear_gradients(
     saved: Tensor,
     scale: Tensor,
     blocked: Tensor | None,
+    zero: Tensor | None,
     owner: Tensor,
     generation: Tensor,
     to_x: torch.dtype | None,
@@ -162,7 +168,7 @@ def linear_gradients(
     module = _find(owner)
     if int(generation) != module.generation():
         raise RuntimeError("scales moved between forward and backward: call push after the backward")
-    on_x = QTensor.of_saved(module.input_grid, saved, scale, blocked)
+    on_x = QTensor.of_saved(module.input_grid, saved, scale, blocked, zero)
     found = module.gradients(grad, on_x, module.weight_on_grid(weight, grad.dtype), (to_x, to_weight, to_bias))
     of_x, of_weight, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)
     return of_x, of_weight, of_bias

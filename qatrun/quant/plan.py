@@ -92,7 +92,7 @@ class QuantPlan:
         """Plain data that `from_dict` reads back: the different schemes, and for each linear which of them are its."""
         different = list(dict.fromkeys(scheme for of_roles in self.schemes.values() for scheme in of_roles.values()))
         return {
-            "schemes": [asdict(scheme) for scheme in different],
+            "schemes": [asdict(scheme, dict_factory=_unless_symmetric) for scheme in different],
             "linears": {
                 name: {role: different.index(scheme) for role, scheme in of_roles.items()}
                 for name, of_roles in self.schemes.items()
@@ -132,12 +132,19 @@ class QuantPlan:
         return None
 
 
+def _unless_symmetric(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A scheme as it was before there was the key; old trunks are known by that."""
+    return {key: value for key, value in items if (key, value) != ("symmetric", True)}
+
+
 def _scheme_problem(role: Role, scheme: Scheme) -> str | None:
     if scheme.format not in FORMATS or scheme.scaling.algorithm not in RULES:
         return f"format {scheme.format!r}, scaled by {scheme.scaling.algorithm!r}"
     if scheme.granularity not in GRANULARITIES or role not in GRANULARITIES[scheme.granularity].roles:
         return f"granularity: no {role} has a scale {scheme.granularity}"
-    if not 0 < scheme.target_amax <= FORMATS[scheme.format].max_finite:
+    if problem := scheme.asymmetry_problem(role):
+        return f"symmetric: {problem}"
+    if scheme.symmetric and not 0 < scheme.target_amax <= FORMATS[scheme.format].max_finite:
         return f"target_amax: {scheme.target_amax:g} is no value of {scheme.format}"
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qatrun.numerics import GRIDS, Grid, Quantized, amax, codes_to_grid, inverse_scale, quantize, scale_from_amax
+from qatrun.numerics import GRIDS, Fit, Grid, Quantized, codes_to_grid, quantize
 from qatrun.scheme import Scheme
 
 
@@ -20,6 +20,7 @@ class QTensor:
         codes: [..., d] 8-bit codes, or None.
         scale: float32, of the granularity's `scale_shape`.
         blocked: where the STE holds the gradient back, as bits (see `numerics.Quantized`); None: nowhere.
+        zero: float32, shape of scale: values = codes - zero; None: codes are the grid's own.
     """
 
     grid: Grid
@@ -27,12 +28,13 @@ class QTensor:
     codes: Tensor | None
     scale: Tensor
     blocked: Tensor | None = None
+    zero: Tensor | None = None
 
     @classmethod
-    def of_saved(cls, grid: Grid, saved: Tensor, scale: Tensor, blocked: Tensor | None) -> QTensor:
-        """Again from what a backward has kept."""
+    def of_saved(cls, grid: Grid, saved: Tensor, scale: Tensor, blocked: Tensor | None, zero: Tensor | None) -> QTensor:
+        """Again from what a backward has `kept`."""
         values, codes = (saved, None) if saved.is_floating_point() else (None, saved)
-        return cls(grid, values, codes, scale, blocked)
+        return cls(grid, values, codes, scale, blocked, zero)
 
     @property
     def saved(self) -> Tensor:
@@ -41,9 +43,14 @@ class QTensor:
         assert kept is not None
         return kept
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `of_saved` needs."""
+        return self.saved, self.scale, self.blocked, self.zero
+
     def values_in(self, dtype: torch.dtype) -> Tensor:
         """The grid values in the compute dtype."""
-        return codes_to_grid(self.saved, self.grid, dtype) if self.values is None else self.values.to(dtype)
+        return codes_to_grid(self.saved, self.grid, dtype, self.zero) if self.values is None else self.values.to(dtype)
 
     def operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What a matrix product multiplies, [..., d] exact in that dtype, and the scale that is left outside: float32, []
@@ -56,17 +63,10 @@ class QTensor:
         return matrix * scale
 
 
-def own_scales(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(scale, inv_scale), float32, of this very tensor x [..., d], at the scheme's granularity."""
-    scale = scale_from_amax(amax(x, scheme.granularity), scheme.target_amax)
-    return scale, inverse_scale(scale)
-
-
 def to_grid(
     x: Tensor,
     scheme: Scheme,
-    scale: Tensor,
-    inv_scale: Tensor,
+    fit: Fit,
     values: torch.dtype | None,
     *,
     codes: bool = False,
@@ -78,9 +78,9 @@ def to_grid(
         values, codes: which of the two are wanted, values in which dtype.
         takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
     """
-    grid, blocked = GRIDS[scheme.format], holds_back(scheme, takes_gradient)
-    seen = quantize(x, inv_scale, grid, scheme.limit, values=values, codes=codes, blocked=blocked)
-    return QTensor(grid, seen.values, seen.codes, scale, seen.blocked), seen
+    grid, blocked, (scale, inv_scale, zero) = GRIDS[scheme.format], holds_back(scheme, takes_gradient), fit
+    seen = quantize(x, inv_scale, grid, scheme.limit, zero=zero, values=values, codes=codes, blocked=blocked)
+    return QTensor(grid, seen.values, seen.codes, scale, seen.blocked, zero), seen
 
 
 def holds_back(scheme: Scheme, takes_gradient: bool) -> bool:

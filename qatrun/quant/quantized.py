@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatrun.numerics import GRIDS, Grid, inverse_scale
+from qatrun.numerics import GRIDS, Fit, Grid, own_fit
 from qatrun.quant import operators
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.matmul import scaled_matmul
-from qatrun.quant.qtensor import QTensor, own_scales, to_grid
+from qatrun.quant.qtensor import QTensor, to_grid
 from qatrun.quant.quantizer import Latest
 from qatrun.scheme import Scheme
 
@@ -25,6 +25,7 @@ class QuantizedLinear(nn.Module):
         q_weight: [out, in] grid values in the compute dtype, where they are exact.
         weight_scale: float32, [] per tensor or [out, 1] per channel.
         input_scale: [] float32; unused when inputs are quantized per token.
+        input_zero_point: [] int8, None where inputs are symmetric; unused as well.
         bias: [out] in the compute dtype, or None.
         input_scheme: how inputs are quantized.
         shared_input: the input as last quantized, one for all linears that read the same.
@@ -35,18 +36,21 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor
     input_inv_scale: Tensor
+    input_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(
-        self, weight: QTensor, bias: Tensor | None, input_scheme: Scheme, input_scale: Tensor, shared_input: Latest
+        self, weight: QTensor, bias: Tensor | None, input_scheme: Scheme, input_fit: Fit, shared_input: Latest
     ) -> None:
         super().__init__()
         assert weight.values is not None
         self.weight_grid, self.input_scheme, self.shared_input = weight.grid, input_scheme, shared_input
         self.register_buffer("q_weight", weight.values)
         self.register_buffer("weight_scale", weight.scale)
-        self.register_buffer("input_scale", input_scale)
-        self.register_buffer("input_inv_scale", inverse_scale(input_scale), persistent=False)
+        scale, inv_scale, zero = input_fit
+        self.register_buffer("input_scale", scale.clone())
+        self.register_buffer("input_inv_scale", inv_scale.clone(), persistent=False)
+        self.register_buffer("input_zero_point", None if zero is None else zero.to(torch.int8))
         self.register_buffer("bias", bias)
         self.number = operators.number(self)
 
@@ -64,7 +68,7 @@ class QuantizedLinear(nn.Module):
             QTensor(weight.grid, weight.values_in(dtype), None, weight.scale.clone()),
             None if linear.bias is None else linear.bias.detach().to(dtype),
             of_input.scheme,
-            linear.quant.state.scales.scale[of_input.index].clone(),
+            linear.quant.state.scales.fit(of_input.index),
             of_input.latest,
         )
 
@@ -82,18 +86,20 @@ class QuantizedLinear(nn.Module):
         """[..., in] -> [..., out] in the dtype of x."""
         if torch.compiler.is_compiling():
             on_x = operators.on_grid(x, self.input_scheme, self.number, x.dtype, codes=False, takes_gradient=False)
-            values, x = on_x.values_in(x.dtype), x.detach()
-            y: Tensor = operators.linear(x, self.q_weight, self.bias, values, values, on_x.scale, None, self.number)[0]
+            weight, x = self.q_weight, x.detach()
+            y: Tensor = operators.linear(x, weight, self.bias, on_x.values, *on_x.kept, self.number)[0]
             return y
         on_x = self.shared_input.get(x, partial(self.on_grid, x, x.dtype))
         return scaled_matmul(on_x, self.weight, self.bias, x.dtype)
 
     def on_grid(self, x: Tensor, values: torch.dtype, *, codes: bool = False, takes_gradient: bool = False) -> QTensor:
         """x [..., in] quantized, with the fixed scale or with scales of its rows."""
-        scheme, scales = self.input_scheme, (self.input_scale, self.input_inv_scale)
+        scheme, zero = self.input_scheme, self.input_zero_point
         if scheme.per_row:
-            scales = own_scales(x, scheme)
-        return to_grid(x, scheme, *scales, values, codes=codes, takes_gradient=takes_gradient)[0]
+            fit = own_fit(x, scheme)
+        else:
+            fit = self.input_scale, self.input_inv_scale, None if zero is None else zero.float()
+        return to_grid(x, scheme, fit, values, codes=codes, takes_gradient=takes_gradient)[0]
 
     def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
         """What `q_weight` stands for, in a compute dtype."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatrun.numerics import GRIDS, amax
+from qatrun.numerics import GRIDS, amax, own_fit, reach
 from qatrun.quant import operators
-from qatrun.quant.qtensor import QTensor, own_scales, to_grid
+from qatrun.quant.qtensor import QTensor, to_grid
 from qatrun.quant.scales import takes_own_scale
 from qatrun.quant.state import QuantState
 from qatrun.scheme import Scheme, Slot
@@ -40,8 +40,8 @@ class Quantizer:
         self.number = operators.number(self)  # a copy is another one
 
     def observe(self, x: Tensor) -> None:
-        """Record the amax of x, any shape."""
-        self.state.scales.observe(self.index, amax(x, "per_tensor"))
+        """Record the amax of x, any shape; of an asymmetric slot its range too."""
+        self._observe(x, amax(x, "per_tensor"))
 
     def on_grid(
         self, x: Tensor, values: torch.dtype | None, *, codes: bool = False, takes_gradient: bool = False
@@ -49,12 +49,12 @@ class Quantizer:
         """x [..., d] quantized to values, codes or both (see `to_grid`); records what it saw while training."""
         state = self.state
         if takes_own_scale(self.slot, self.scheme, primed=state.primed, training=state.training):
-            scale, inv_scale = own_scales(x, self.scheme)
+            fit = own_fit(x, self.scheme)
         else:
-            scale, inv_scale = state.scales.scale[self.index], state.scales.inv_scale[self.index]
-        result, seen = to_grid(x, self.scheme, scale, inv_scale, values, codes=codes, takes_gradient=takes_gradient)
+            fit = state.scales.fit(self.index)
+        result, seen = to_grid(x, self.scheme, fit, values, codes=codes, takes_gradient=takes_gradient)
         if state.training:
-            state.scales.observe(self.index, seen.amax)
+            self._observe(x, seen.amax)
             state.tally.count(self.index, seen.counts, x.numel())
             if state.tally.measures_noise:
                 state.tally.measure_noise(self.index, x, result.dequantized())
@@ -65,6 +65,9 @@ class Quantizer:
         key = x if key is None else key
         make = partial(self.on_grid, x, values, codes=codes, takes_gradient=key.requires_grad)
         return self.latest.get(key, make, values, codes, self.state.generation())
+
+    def _observe(self, x: Tensor, amax: Tensor) -> None:
+        self.state.scales.observe(self.index, amax, None if self.scheme.symmetric else reach(x, "per_tensor"))
 
 
 class Latest:

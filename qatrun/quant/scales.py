@@ -6,6 +6,9 @@ Delayed tensor scaling (DTS) gives the scale of a step from amaxes seen before i
     estimate  = a rule of `scheme.RULES` over the window
     scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
 
+An asymmetric slot has columns of history besides, of how far its tensors reach below zero and above it; scale and zero-point
+come from both (see `numerics.affine_from_reach`), by the same rule.
+
 These are the semantics of Transformer Engine's delayed scaling. All slots live in `[window, num_slots]` and `[num_slots]`
 tensors, so a push is the same few operations however many layers there are. Forward and backward only ever raise `amax`, by
 a maximum: what activation checkpointing recomputes changes nothing, and every micro-batch counts.
@@ -18,8 +21,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qatrun.numerics import inverse_scale, scale_from_amax
+from qatrun.numerics import Fit, affine_from_reach, inverse_scale, scale_from_amax
 from qatrun.scheme import RULES, Scheme, Slot
+
+_NEXT_TO_ZERO = 2.0**-126  # the smallest normal number
 
 
 def takes_own_scale(slot: Slot, scheme: Scheme, *, primed: bool, training: bool) -> bool:
@@ -36,9 +41,11 @@ class Scales:
     Attributes:
         names: of the slots, in the order of all that is kept for them.
         index: slot -> its place in that order.
-        history: [window, num_slots] float32, newest row first; 0 where nothing was seen.
-        amax: [num_slots] float32, the largest seen since the last push.
+        columns: of history: the amax of each slot, then how far each asymmetric one reaches below zero and above it.
+        history: [window, num_columns] float32, newest row first; 0 where nothing was seen.
+        amax: [num_columns] float32, the largest seen since the last push.
         scale, inv_scale: [num_slots] float32; units of the tensor per unit of the grid, and the reciprocal.
+        zero: [num_slots] float32, zero-points; 0 where it is symmetric.
         target: [num_slots] float32, the grid values that amax is mapped to.
         unit: what a push closes, the same for all slots.
         num_pushes: rows that history has had.
@@ -50,12 +57,18 @@ class Scales:
         kinds = [scheme.scaling for scheme in schemes]
         self.names = tuple(str(slot) for slot in slots)
         self.index: Mapping[Slot, int] = {slot: i for i, slot in enumerate(slots)}
-        self._observed_as = tuple(str(observed_as[slot]) for slot in slots)
+        ranged = [slot for slot, scheme in slots.items() if not scheme.symmetric]
+        self._sides = {self.index[slot]: slice(num + 2 * i, num + 2 * i + 2) for i, slot in enumerate(ranged)}
+        self._ranged = torch.tensor(list(self._sides), dtype=torch.int64)
+        self.columns, self._observed_as = (
+            [*map(str, of.values()), *(f"{of[slot]}{side}" for slot in ranged for side in ("<0", ">0"))]
+            for of in ({slot: slot for slot in slots}, observed_as)
+        )
         self.unit = kinds[0].unit
         self.num_pushes = self.num_changes = 0
-        self.history = torch.zeros(max(kind.window for kind in kinds), num)
-        self.amax = torch.zeros(num)
-        self.scale, self.inv_scale = torch.ones(num), torch.ones(num)
+        self.amax = torch.zeros(len(self.columns))
+        self.history = torch.zeros(max(kind.window for kind in kinds), len(self.columns))
+        self.scale, self.inv_scale, self.zero = torch.ones(num), torch.ones(num), torch.zeros(num)
         self.target = torch.tensor([scheme.target_amax for scheme in schemes])
         self.delayed = torch.tensor([kind.type == "delayed" for kind in kinds])
         self.dynamic = torch.tensor([kind.type == "dynamic" for kind in kinds])
@@ -68,6 +81,7 @@ class Scales:
             ]
         )
         self._rules = tuple(dict.fromkeys(kinds))  # few, however many slots
+        kinds += [slots[slot].scaling for slot in ranged for _ in range(2)]
         self._follows = torch.tensor([[kind == rule for kind in kinds] for rule in self._rules])
 
     def to(self, device: torch.device) -> None:
@@ -77,10 +91,18 @@ class Scales:
                 setattr(self, name, value.to(device))
 
     @torch.no_grad()
-    def observe(self, slot: int, amax: Tensor) -> None:
-        """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible)."""
+    def observe(self, slot: int, amax: Tensor, reach: Tensor | None = None) -> None:
+        """Raise a slot's amax since the last push to at least this one ([] float32, NaN stays visible); of an asymmetric
+        one, too, how far it reaches below zero and above it ([2] float32)."""
         seen = self.amax[slot]
         torch.maximum(seen, amax, out=seen)
+        if reach is not None:  # where it has no value on a side, that is not nothing seen
+            seen = self.amax[self._sides[slot]]
+            torch.maximum(seen, torch.maximum(reach, amax.clamp(max=_NEXT_TO_ZERO)), out=seen)
+
+    def fit(self, slot: int) -> Fit:
+        """What a slot's tensors are scaled with now."""
+        return self.scale[slot], self.inv_scale[slot], self.zero[slot] if slot in self._sides else None
 
     @torch.no_grad()
     def push(self) -> None:
@@ -97,31 +119,49 @@ class Scales:
     @torch.no_grad()
     def move(self, which: Tensor) -> None:
         """Renew the scales of some slots, [num_slots] bool, from the history."""
-        moved = scale_from_amax(self._estimate(), self.target, previous=self.scale)
-        self.scale = torch.where(which, moved, self.scale)
+        scale, zero = self._fitting(self._estimate())
+        self.scale, self.zero = torch.where(which, scale, self.scale), torch.where(which, zero, self.zero)
         self.inv_scale = inverse_scale(self.scale)
         self.num_changes += 1
 
-    def used(self, *, primed: bool) -> Tensor:
-        """[num_slots] float32: the scales that the tensors seen since the last push were quantized with; of a slot whose
-        tensors have scales of their own, that of the largest."""
-        fitting = scale_from_amax(self.amax, self.target, previous=self.scale)
-        return torch.where(self._own_scale[int(primed)], fitting, self.scale)
+    def used(self, *, primed: bool) -> tuple[Tensor, Tensor]:
+        """(scale, overshoot), [num_slots] float32: what the tensors seen since the last push were quantized with, and their
+        amax over what that stands for, of an asymmetric slot on the side that goes further past its edge. Where tensors
+        have scales of their own, both are of the largest."""
+        own, (scale, zero) = self._own_scale[int(primed)], self._fitting(self.amax)
+        scale, zero = torch.where(own, scale, self.scale), torch.where(own, zero, self.zero)
+        overshoot = self.amax[: len(scale)] / (scale * self.target)
+        if self._sides:
+            edges = torch.stack([128.5 + zero, 127.5 - zero])[:, self._ranged] * scale[self._ranged]
+            overshoot = overshoot.index_copy(0, self._ranged, (self._reach(self.amax) / edges).amax(0))
+        return scale, overshoot
 
     def forget(self) -> None:
         """Begin a new history."""
         self.history, self.amax = torch.zeros_like(self.history), torch.zeros_like(self.amax)
         self.num_pushes = 0
 
-    def adopt(self, names: list[str], history: Tensor, num_pushes: int) -> None:
-        """Take the amax history that another state, a trunk's, observed, its slots in the order of their names."""
-        theirs = {name: i for i, name in enumerate(names)}
-        columns = torch.tensor([theirs[name] for name in self._observed_as])
-        self.history = history[: len(self.history), columns].to(self.history.device)
+    def adopt(self, columns: list[str], history: Tensor, num_pushes: int) -> None:
+        """Take the amax history that another state, a trunk's, observed, in columns of these names."""
+        theirs = {name: i for i, name in enumerate(columns)}
+        wanted = torch.tensor([theirs[name] for name in self._observed_as])
+        self.history = history[: len(self.history), wanted].to(self.history.device)
         self.num_pushes = num_pushes
 
+    def _fitting(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero-point), [num_slots], for what was seen, [num_columns]; as they are where that tells nothing."""
+        scale, zero = scale_from_amax(seen[: len(self.scale)], self.target, previous=self.scale), self.zero
+        if self._sides:
+            ranged = affine_from_reach(self._reach(seen), self.scale[self._ranged], zero[self._ranged])
+            scale, zero = (of.index_copy(0, self._ranged, new) for of, new in zip((scale, zero), ranged, strict=True))
+        return scale, zero
+
+    def _reach(self, seen: Tensor) -> Tensor:
+        """[2, num_asymmetric] of [num_columns]"""
+        return seen[len(self.scale) :].view(-1, 2).t()
+
     def _estimate(self) -> Tensor:
-        """[num_slots] amax estimates, each slot's by its own rule."""
+        """[num_columns] estimates, each slot's by its own rule."""
         estimate = self.history[0]
         for scaling, follows in zip(self._rules, self._follows, strict=True):
             estimate = torch.where(follows, RULES[scaling.algorithm](self.history, scaling), estimate)

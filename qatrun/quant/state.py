@@ -106,12 +106,12 @@ class ResumableState:
         scales = self._state.scales
         tensors = {name: getattr(scales, name) for name in _TENSORS}
         phase = {"primed": self._state.primed, "mode": self._state.mode.value}
-        return {**tensors, **phase, "names": list(scales.names), "num_pushes": scales.num_pushes}
+        return {**tensors, **phase, "names": list(scales.columns), "num_pushes": scales.num_pushes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become exactly the state that was checkpointed under the same plan."""
         scales = self._state.scales
-        for name in _TENSORS:
+        for name in state.keys() & _TENSORS:  # zero-points came later than checkpoints
             setattr(scales, name, state[name].to(scales.scale.device))
         scales.num_pushes = state["num_pushes"]
         scales.num_changes += 1
@@ -122,4 +122,4 @@ class ResumableState:
         self._state.scales.adopt(state["names"], state["history"], state["num_pushes"])
 
 
-_TENSORS = ("history", "amax", "scale", "inv_scale")
+_TENSORS = ("history", "amax", "scale", "inv_scale", "zero")

@@ -51,14 +51,14 @@ class Tally:
 
     @torch.no_grad()
     def note_amax(self, amax: Tensor) -> None:
-        """Keep the amaxes, [num_slots], of a unit of history that ends."""
-        self.amax = torch.maximum(self.amax, amax)
+        """Keep the amaxes, [num_slots, or more], of a unit of history that ends."""
+        self.amax = torch.maximum(self.amax, amax[: len(self.amax)])
 
     @torch.no_grad()
     def note_fit(self, scales: Scales, *, primed: bool) -> None:
         """Keep how well the scales of a unit that ends fitted what they scaled."""
-        self.scale = scales.used(primed=primed)
-        self.overshoot = torch.fmax(self.overshoot, scales.amax / (self.scale * scales.target))
+        self.scale, overshoot = scales.used(primed=primed)
+        self.overshoot = torch.fmax(self.overshoot, overshoot)
 
     def num_saturated(self) -> Tensor:
         """[] int64: slots that clipped any value."""

@@ -10,8 +10,8 @@ from qatrun.recipe.qat import Count, Section
 
 
 class ProbeConfig(Section):
-    """The forgetting probe: how far the model has moved from the start model on fixed held-out text (`data.probe`), as
-    the KL divergence in nats per token, with quantizers off and on."""
+    """The forgetting probe: the loss on fixed text of what the start model knew (`data.probe`), and the KL divergence from
+    the start model there, in nats per token, with quantizers off and on."""
 
     every: Count = Field(50, description="optimizer steps between probes")
     sequences: Count = Field(16, description="packed sequences of `data.seq_len` tokens")
@@ -29,11 +29,18 @@ class AlarmConfig(Section):
     )
     patience: Count = Field(20, description="optimizer steps that `clip_fraction` is averaged over")
     sqnr_db: float | None = Field(10.0, description="signal to quantization noise of a tensor, in dB, twice in a row")
+    forgetting_nats: PositiveFloat | None = Field(
+        0.05,
+        description="rise of the loss on what the start model knew, nats per token, quantizers off, twice in a row",
+    )
+    quantization_nats: PositiveFloat | None = Field(
+        0.05, description="nats per token that quantizers add to that loss, twice in a row"
+    )
     forgetting_kl: PositiveFloat | None = Field(
-        0.15, description="nats per token from the start model, quantizers off, twice in a row"
+        None, description="KL from the start model, nats per token, quantizers off, twice in a row: moved, if not lost"
     )
     quantization_kl: PositiveFloat | None = Field(
-        0.05, description="nats per token that quantizers add to that, twice in a row"
+        None, description="nats per token that quantizers add to that divergence, twice in a row: likewise"
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from qatrun.formats import FORMATS, ROLES, Role, get_format
 from qatrun.patterns import check_pattern
-from qatrun.scheme import GRANULARITIES, RULES, Assignment, Clip, Scaling, Scheme, Ste
+from qatrun.scheme import ASYMMETRIC_STEPS, GRANULARITIES, RULES, Assignment, Clip, Scaling, Scheme, Ste
 
 if TYPE_CHECKING:
     FormatName = str
@@ -97,6 +97,12 @@ class RoleConfig(Section):
         None,
         description="grid value that amax is mapped to, at most the format's largest; null: the format's default",
     )
+    symmetric: bool = Field(
+        True,
+        exclude_if=bool,  # as `is_null` says
+        description="whether zero has the middle code; false: the range from the least to the largest value takes all "
+        "codes, which a zero-point shifts (int8 inputs only)",
+    )
     scaling: RoleScaling | None = Field(
         None,
         description="keys that differ from `qat.scaling`; null: none do "
@@ -163,11 +169,13 @@ class QatConfig(Section):
         scaling = {} if config.scaling is None else config.scaling.model_dump()
         if GRANULARITIES[config.granularity].rows:
             scaling = {"type": "dynamic", **scaling}
+        target = get_format(format_name).target_amax[role] if config.symmetric else ASYMMETRIC_STEPS
         return Scheme(
             format=format_name,
             granularity=config.granularity,
-            target_amax=config.target_amax or get_format(format_name).target_amax[role],
+            target_amax=config.target_amax or target,
             scaling=Scaling(**(self.scaling.model_dump() | scaling)),
             clip=self.clip,
             ste=self.ste,
+            symmetric=config.symmetric,
         )

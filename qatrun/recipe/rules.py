@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qatrun.formats import Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
-from qatrun.recipe.schema import START, Arm, Recipe, Source
+from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
 
@@ -76,6 +76,17 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
         yield _finding(message, "qat.start_step", "train.steps")
 
 
+def arm_warnings(arm: Arm) -> Iterator[Finding]:
+    """What one arm's sections say together that can be run, but is hardly meant."""
+    steps, rise = arm.train.steps, arm.train.lr_warmup_steps
+    if rise >= steps:
+        message = f"the learning rate rises over all {steps} steps: it reaches train.learning_rate in the last"
+        yield _finding(message, "train.lr_warmup_steps", "train.steps")
+    elif 2 * rise > steps:
+        message = f"the learning rate still rises when most of the training is over ({rise} of {steps} steps)"
+        yield _finding(message, "train.lr_warmup_steps", "train.steps")
+
+
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:
     if source.messages_column is not None and source.text_column is not None:
         message = "text_column and messages_column exclude each other: give one"
@@ -114,7 +125,10 @@ def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
     if role == "grad_output" and scheme.format == "int8":
         message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
         yield _finding(message, f"{section}.format", "qat.format")
-    elif scheme.target_amax > largest:
+    elif problem := scheme.asymmetry_problem(role):
+        keys = (f"{section}.{key}" for key in ("symmetric", "format", "target_amax", "scaling.type"))
+        yield _finding(problem, *keys, "qat.format", "qat.scaling.type")
+    elif scheme.symmetric and scheme.target_amax > largest:
         message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
         yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
 
@@ -122,8 +136,8 @@ def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
 def study_findings(recipe: Recipe) -> Iterator[Finding]:
     """Every rule that the shared sections break."""
     for task in recipe.budget:
-        if task not in recipe.eval.tasks:
-            message = f"no such task in eval.tasks{suggestion(task, recipe.eval.tasks)}"
+        if task not in (choices := (*recipe.eval.tasks, PERPLEXITY, TRAINING)):
+            message = f"no such task in eval.tasks{suggestion(task, choices)}"
             yield Finding((("budget", task), ("eval", "tasks", task)), message)
     yield from _seed_findings(recipe)
     for name, (first, second) in recipe.contrasts.items():

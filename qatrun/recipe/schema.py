@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -30,6 +31,8 @@ from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 
 DEFAULT_BUDGET_PP = 1.0
+DEFAULT_BUDGET_PERPLEXITY = 1.0  # percent
+PERPLEXITY, TRAINING = "perplexity", "training"  # keys of a budget that name no task
 PLAIN_FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 RESERVED_ARM_NAMES = re.compile(r"start|trunk.*|eval|checkpoints|quantized")
 
@@ -61,10 +64,19 @@ def _is_pair(names: Any) -> Any:
     return names
 
 
+def _percent(budget: Any) -> Any:
+    """`1 %` as the number that it is."""
+    if isinstance(budget, Mapping) and isinstance(text := budget.get(PERPLEXITY), str):
+        with suppress(ValueError):
+            return {**budget, PERPLEXITY: float(text.removesuffix("%"))}
+    return budget
+
+
 def _without_null(tasks: Any) -> Any:
     return {name: value for name, value in tasks.items() if value is not None} if isinstance(tasks, dict) else tasks
 
 
+Budgets = dict[str, float | None]  # of PERPLEXITY alone it may be None
 FolderName = Annotated[str, AfterValidator(_plain_folder_name)]
 ArmName = Annotated[FolderName, AfterValidator(_not_reserved)]
 Overrides = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
@@ -134,9 +146,12 @@ class DataConfig(Section):
     )
     probe: Source | None = Field(
         None,
-        description="held-out text of the kind the model was pretrained on, for the forgetting probe; null: `valid`",
+        description="text of the kind the model was pretrained on, for the forgetting probe; null: what the start model "
+        "writes itself, or the held-out text where that is of the same kind",
     )
-    valid_sequences: Count = Field(64, description="packed sequences held out for perplexity")
+    valid_sequences: Count = Field(
+        64, description="packed sequences held out for perplexity, and of text for the forgetting probe"
+    )
     seq_len: int = Field(1024, ge=2, description="tokens per packed sequence")
 
 
@@ -242,10 +257,14 @@ class Recipe(Section):
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")
     diagnose: DiagnoseConfig = Field(DiagnoseConfig(), description="what is asked when a drop is to be explained")
-    budget: dict[NonEmpty, PositiveFloat] = Field(
+    budget: Annotated[dict[NonEmpty, PositiveFloat | None], BeforeValidator(_percent)] = Field(
         default_factory=dict,
         validate_default=True,
-        description=f"task -> largest acceptable drop, in percentage points; {DEFAULT_BUDGET_PP} for a task not named",
+        description=f"task -> largest acceptable drop, in percentage points; {DEFAULT_BUDGET_PP} for a task not named. "
+        f"`{PERPLEXITY}`: largest acceptable rise of held-out perplexity against the twin, in percent (`1` or `1 %`; "
+        f"default {DEFAULT_BUDGET_PERPLEXITY:g}; null: not judged). `{TRAINING}`: largest acceptable drop from the start "
+        "model to the arm over all tasks, in percentage points (default: only said, never failed)",
+        examples=[{"hellaswag": 1.0, "perplexity": 1.0, "training": 3.0}],
     )
     contrasts: dict[NonEmpty, TwoArms] = Field(
         default_factory=dict,
@@ -258,9 +277,10 @@ class Recipe(Section):
 
     @field_validator("budget")
     @classmethod
-    def _every_task_has_a_budget(cls, budget: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+    def _every_task_has_a_budget(cls, budget: dict[str, float | None], info: ValidationInfo) -> Budgets:
         tasks = info.data["eval"].tasks if "eval" in info.data else {}
-        return dict.fromkeys(tasks, DEFAULT_BUDGET_PP) | budget
+        given = {name: value for name, value in budget.items() if value is not None or name == PERPLEXITY}
+        return {**dict.fromkeys(tasks, DEFAULT_BUDGET_PP), PERPLEXITY: DEFAULT_BUDGET_PERPLEXITY, **given}
 
     @property
     def arm_names(self) -> tuple[str, ...]:

@@ -23,7 +23,9 @@ class TaskComparison(Record):
         flips_to_wrong: items right in the twin and wrong in the arm; `flips_to_right` the other way round.
         mean_abs_delta_loglikelihood: nats, of the right answer, arm against twin.
         detectable_drop_pp: smallest drop that this many items would show at 80% power, at the observed rate of flips.
-        items_to_settle: about how many items would settle it; None where it is settled, or the drop equals the budget.
+        verdict: `exceeds` is controlled over all rows of an arm, see `evaluate.paired.judge`.
+        items_to_settle: about how many items would settle it with 80% power; None where it is settled, or the drop equals
+            the budget.
     """
 
     task: str
@@ -47,10 +49,56 @@ class TaskComparison(Record):
     items_to_settle: int | None
 
 
+class PerplexityComparison(Record):
+    """Held-out perplexity.
+
+    Attributes:
+        start, twin, arm: perplexities; `start` None where it was not scored.
+        rise_percent: of the arm's over the twin's; `ci95_percent` its interval over sequences, paired.
+        detectable_rise_percent: smallest rise that this text would show at 80% power.
+        budget_percent: None: not judged.
+        sequences_to_settle: as `items_to_settle` of a task.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    start: float | None
+    twin: float
+    arm: float
+    rise_percent: float
+    ci95_percent: Interval
+    detectable_rise_percent: float
+    budget_percent: float | None
+    verdict: Verdict | None
+    sequences_to_settle: int | None
+
+
+class TrainingComparison(Record):
+    """From the start model to the arm as deployed, over the items of all tasks: what training and quantization lost.
+
+    Attributes:
+        asked: whether the recipe gives a budget, and so whether the verdict counts; else it is only said.
+    """
+
+    num_items: int
+    drop_pp: float
+    ci95_pp: Interval
+    budget_pp: float
+    asked: bool
+    verdict: Verdict
+
+
 class ArmComparison(Record):
-    """An arm against its twin on every task; `verdict` is the worst of the tasks'."""
+    """An arm against its twin; `verdict` is the worst of the tasks', of perplexity's and, where it counts, of training's.
+
+    Attributes:
+        perplexity: None where the two read no text.
+        training: None where the start model was not scored.
+    """
 
     tasks: list[TaskComparison]
+    perplexity: PerplexityComparison | None = None
+    training: TrainingComparison | None = None
     verdict: Verdict
     conditional_on: str
 

@@ -87,6 +87,7 @@ class TensorRecord(Record):
         tensor: `<linear>:<role>`.
         clip_fraction: mean over the steps.
         overshoot: the largest of its amax over what the scale stood for.
+        typical_overshoot: the median of that; None where it is not known.
         sqnr_db: the last one measured; None if none was.
         since_step: the first step in which it clipped noticeably; None if it never did.
         scale: the last one used; None where each channel or token has its own.
@@ -98,6 +99,7 @@ class TensorRecord(Record):
     sqnr_db: float | None
     since_step: int | None
     scale: float | None = None
+    typical_overshoot: float | None = None
 
 
 class ArmDiagnosis(Record):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from qatrun.files import Record
 
 
@@ -66,3 +68,4 @@ class DryRun(Record):
     tasks: list[DryRunTask]
     assumed_discordance: float
     problems: list[str]
+    warnings: list[str] = Field(default_factory=list)

@@ -36,11 +36,26 @@ class TaskOfSeeds(Record):
     verdict: Verdict | None
 
 
+class TextOfSeeds(Record):
+    """Held-out perplexity of an arm over its twin's, in percent, a value for each seed; fields as of TaskOfSeeds.
+
+    Attributes:
+        budget_percent: None: not judged.
+    """
+
+    rise_percent: list[float]
+    rise_mean_percent: float
+    rise_ci95_percent: Interval
+    budget_percent: float | None
+    verdict: Verdict | None
+
+
 class ArmOfSeeds(Record):
     """One arm.
 
     Attributes:
-        verdict: the worst of the tasks'; None without a twin.
+        verdict: the worst of the tasks' and of perplexity's; None without a twin.
+        text: None without a twin, and where seeds or arms read other texts.
         loss_ape_percent: "after_switch" -> of each seed; None where it is not known.
         findings: of the diagnosis of each seed; None unless all are diagnosed.
     """
@@ -50,6 +65,7 @@ class ArmOfSeeds(Record):
     verdict: Verdict | None = None
     tasks: dict[str, TaskOfSeeds]
     all_tasks: TaskOfSeeds
+    text: TextOfSeeds | None = None
     perplexity: list[float] = Field(default_factory=list)
     loss_ape_percent: dict[str, list[float]] | None = None
     findings: list[list[str]] | None = None

@@ -13,7 +13,12 @@ from qatrun.records.values import Number, Step
 
 
 class MetricsRow(TypedDict):
-    """A line of metrics.jsonl: one optimizer step."""
+    """A line of metrics.jsonl: one optimizer step.
+
+    Attributes:
+        kl_off, kl_on: of a probed step, KL from the start model, nats a token, quantizers off and, once in use, on.
+        nll_start, nll_off, nll_on: on the same text, nats a token; of the start model, and now.
+    """
 
     step: Annotated[int, Field(ge=1, lt=2**31)]
     phase: Literal["bf16", "qat"]
@@ -24,12 +29,17 @@ class MetricsRow(TypedDict):
     tokens: NotRequired[int]
     kl_off: NotRequired[float]
     kl_on: NotRequired[float]
+    nll_start: NotRequired[float]
+    nll_off: NotRequired[float]
+    nll_on: NotRequired[float]
 
 
 class AlarmRow(TypedDict):
     """A line of alarms.jsonl: what goes wrong since about this step.
 
     Attributes:
+        kind: saturation, resolution, forgetting, divergence (as of a diagnosis), quantization, moved (a high KL without a
+            rise of the loss) or input (of the first step: it is the text, not the training).
         step: optimizer steps done.
         tensor: the worst one; None where it concerns the whole model.
     """

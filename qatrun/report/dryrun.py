@@ -22,6 +22,7 @@ def dry_run(plan: DryRun) -> RenderableType:
     if plan.disk_bytes is not None:
         sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in plan.disk_bytes.items())
         parts.append(Text(f"disk, about: {sizes} (estimate)"))
+    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in plan.warnings]
     parts += [
         Text(),
         _tasks(plan),

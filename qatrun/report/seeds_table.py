@@ -59,6 +59,14 @@ def _tasks(summary: Seeds) -> Grid:
                 *(Text(task), Text(name), f"{100 * found.mean:.2f}", percent(found.sd)),
                 *(*_drop(found), budget, _verdict(found.verdict)),
             )
+    for name, arm in summary.arms.items():
+        if arm.text is not None:
+            limit = arm.text.budget_percent
+            table.add_row(
+                *(Text("perplexity"), Text(name), f"{_mean(arm.perplexity):.4g}", ""),
+                *(f"{arm.text.rise_mean_percent:+.2f}%", interval(arm.text.rise_ci95_percent)),
+                *("-" if limit is None else f"{limit:g}%", _verdict(arm.text.verdict)),
+            )
     return table
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.comparison import Pair, TaskComparison
+from qatrun.records.comparison import Pair, PerplexityComparison, TaskComparison, TrainingComparison
 from qatrun.records.scores import ScoredModel
 from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
@@ -27,6 +27,9 @@ def comparison_table(pair: Pair) -> RenderableType:
     for task in tasks:
         scores.add_row(*_score_cells(task, quantized))
         evidence.add_row(*_evidence_cells(task))
+    if (text := pair.comparison.perplexity) is not None:
+        scores.add_row(*_perplexity_cells(text, pair.perplexity.get("arm_off"), quantized))
+        evidence.add_row(*_text_evidence_cells(text))
     return Group(scores, Text(), evidence, Text(), *_footer(pair))
 
 
@@ -80,6 +83,33 @@ def _score_cells(task: TaskComparison, quantized: bool) -> list[str | Text]:
     ]
 
 
+def _perplexity_cells(text: PerplexityComparison, off: float | None, quantized: bool) -> list[str | Text]:
+    low, high = text.ci95_percent
+    return [
+        Text("perplexity"),
+        *(_perplexity(value) for value in (text.start, text.twin, text.arm, *([off] if quantized else []))),
+        f"{text.rise_percent:+.2f}%",
+        f"{low:+.2f} .. {high:+.2f}%",
+        Text("-") if text.verdict is None else Text(text.verdict, style=VERDICT_STYLES[text.verdict]),
+    ]
+
+
+def _text_evidence_cells(text: PerplexityComparison) -> list[str | Text]:
+    settle, budget = text.sequences_to_settle, text.budget_percent
+    return [
+        Text("perplexity"),
+        f"{text.num_sequences:,}",
+        *("", "", "", ""),
+        f"{text.detectable_rise_percent:.2f}%",
+        "-" if budget is None else f"{budget:g}%",
+        "-" if settle is None else f"~{settle:,}",
+    ]
+
+
+def _perplexity(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 1000 else f"{value:.3g}"
+
+
 def _evidence_cells(task: TaskComparison) -> list[str | Text]:
     relative, settle = task.drop_relative_percent, task.items_to_settle
     return [
@@ -98,9 +128,15 @@ def _evidence_cells(task: TaskComparison) -> list[str | Text]:
 def _footer(pair: Pair) -> list[RenderableType]:
     comparison = pair.comparison
     lines: list[RenderableType] = [verdict_line(comparison.verdict, f"conditional on {comparison.conditional_on}")]
+    if comparison.training is not None:
+        lines.append(_training_line(pair.arm, comparison.training))
     scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
-    if pair.perplexity:
+    if comparison.perplexity is not None:
+        read = comparison.perplexity
+        size = f"{read.num_sequences:,} sequences, {read.num_tokens:,} tokens"
+        lines.append(Text(f"perplexity: of held-out text, {size}"))
+    elif pair.perplexity:
         names = {"start": "start", "twin": pair.twin, "arm": pair.arm, "arm_off": f"{pair.arm} quantizers off"}
         values = ", ".join(f"{names[key]} {value:.3f}" for key, value in pair.perplexity.items())
         lines.append(Text(f"held-out perplexity: {values}"))
@@ -122,6 +158,16 @@ def _footer(pair: Pair) -> list[RenderableType]:
     if pair.mismatches:
         lines.append(Text("compared anyway, although: " + "; ".join(pair.mismatches), style="yellow"))
     return lines
+
+
+def _training_line(arm: str, training: TrainingComparison) -> Text:
+    """What was lost since the start model; a warning where no budget makes it count."""
+    low, high = training.ci95_pp
+    lost = f"{arm} lost {training.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] against the start model over all tasks"
+    counts = "" if training.asked else "; only said, not failed: budget.training makes it count"
+    limit = f"budget {training.budget_pp:g}" if training.asked else f"above {training.budget_pp:g} is worth a look"
+    style = VERDICT_STYLES[training.verdict]
+    return Text.assemble("training: ", (training.verdict, style), f" -- {lost} ({limit}{counts})")
 
 
 def verdict_line(verdict: Verdict, more: str) -> Text:

@@ -9,6 +9,7 @@ from qatrun.lazy import lazy_names
 from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
+    from qatrun.study.fix import fix_study
     from qatrun.study.named import diagnose_study, report_study
     from qatrun.study.pairs import compare_named
     from qatrun.study.results import StudyResult, comparison_csv
@@ -18,6 +19,7 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
+            "qatrun.study.fix": ("fix_study",),
             "qatrun.study.named": ("diagnose_study", "report_study"),
             "qatrun.study.pairs": ("compare_named",),
             "qatrun.study.results": ("StudyResult", "comparison_csv"),
@@ -32,6 +34,7 @@ __all__ = [
     "comparison_csv",
     "diagnose_study",
     "eval_config",
+    "fix_study",
     "preflight",
     "report_study",
     "run",

@@ -13,12 +13,12 @@ from filelock import FileLock, Timeout
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import read_json, replace_file, write_json, writing
+from qatrun.layout import LOCK_FILE, StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.study.contents import is_free, is_study, own_files, saved_recipe, strangers
 from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
-from qatrun.study.layout import LOCK_FILE, StudyFolder
 from qatrun.text import flat
 
 # Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.

@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qatrun.errors import DamagedFileError, QatrunError
-from qatrun.files import read_json
+from qatrun.files import PARTIAL, read_json
+from qatrun.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, START, TRUNK, ArmFolder, StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.records.training import Result
-from qatrun.study.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, START, TRUNK, ArmFolder, StudyFolder
 
 
 def saved_recipe(folder: StudyFolder) -> Recipe | None:
@@ -33,7 +33,7 @@ def is_free(folder: StudyFolder) -> bool:
     """Whether nothing lies there, or only what a study that never got to train left of its first files, torn."""
     if not folder.path.exists():
         return True
-    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and not path.match(".*.partial")}
+    names = {path.name for path in folder.path.iterdir() if path.name != LOCK_FILE and not path.match(PARTIAL)}
     return (
         names <= FIRST_FILES and saved_recipe(folder) is None and all(_is_torn_or_ours(folder, name) for name in names)
     )

@@ -26,6 +26,7 @@ from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity, score_texts
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES
 from qatrun.quant import QuantPlan, calibrated_plan, finest_plan, freeze, input_histograms
 from qatrun.recipe import Arm, Recipe, load_recipe
@@ -34,7 +35,7 @@ from qatrun.records.training import ArmResult
 from qatrun.scheme import Slot
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.sentence import Said
 from qatrun.study.texts import study_texts
@@ -100,6 +101,7 @@ class _Diagnosis:
             findings=findings,
             causes=causes,
             texts=texts,
+            known_text=_described(self.folder.start),
             effects=effects,
             tasks={task: models.effects((task,)) for task in tasks},
             accuracy={task: attribution.accuracies(models.scores, task) for task in tasks},
@@ -171,7 +173,8 @@ class _Diagnosis:
         answers: bool,
     ) -> None:
         tokenizer = load_tokenizer(self.arm.model)
-        texts = study_texts(self.folder, self.recipe, self.arm, tokenizer)
+        known = known_text(self.folder, self.recipe, self.display.on_warning)
+        texts = study_texts(self.folder, self.recipe, self.arm, tokenizer, known)
         data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
         sequences = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids
         model = calibrated(self.arm, weights, plan, sequences.split(batch_size))
@@ -205,6 +208,13 @@ def _since(findings: Sequence[str], records: Sequence[TensorRecord], alarms: Map
     if findings[0] == "saturation" and records and records[0].since_step is not None:
         return records[0].since_step
     return alarms.get(findings[0])
+
+
+def _described(start: ArmFolder) -> str:
+    try:
+        return str(KnownText.load(start))
+    except DamagedFileError:  # a model that writes no text, or a study of an earlier version
+        return ""
 
 
 def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
-from qatrun.export import artifact
-from qatrun.files import read_json, sha256
+from qatrun.files import content_sha256, read_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES, ArmFolder
 from qatrun.records.training import ArmResult, Result
 from qatrun.study.display import Display
-from qatrun.study.layout import ArmFolder
 
-_FILES = "model*.safetensors"
-WEIGHTS = (_FILES, f"{artifact.FOLDER}/{_FILES}", f"{artifact.FOLDER}/{artifact.PLAN_FILE}")
+WEIGHTS = (WEIGHTS_FILES, f"{QUANTIZED}/{WEIGHTS_FILES}", f"{QUANTIZED}/{PLAN_FILE}")
 FROM = "from the newest checkpoint that is whole"
 
 
@@ -34,7 +32,7 @@ def finished(folder: ArmFolder, display: Display) -> ArmResult | None:
 def weights_of(folder: ArmFolder) -> dict[str, str]:
     """Weights file or plan, relative to the arm's folder -> its checksum, of all that is scored."""
     files = [file for name in WEIGHTS for file in folder.path.glob(name)]
-    return {file.relative_to(folder.path).as_posix(): sha256(file) for file in sorted(files)}
+    return {file.relative_to(folder.path).as_posix(): content_sha256(file) for file in sorted(files)}
 
 
 def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
@@ -45,6 +43,13 @@ def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
         for name, checksum in record.weights.items()
         if now.get(name) != checksum
     ]
+
+
+def changed_since_scored(folder: ArmFolder) -> list[str]:
+    """The same of an arm's folder, whose record may be missing or say nothing of weights."""
+    if not folder.result.is_file() or "weights" not in read_json(folder.result, Result).to_dict():
+        return []
+    return changed_weights(folder, read_json(folder.result, ArmResult))
 
 
 def scores_lost(folder: ArmFolder) -> str:

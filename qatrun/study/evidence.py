@@ -5,19 +5,34 @@ A study of one seed is summarized in the same way, with intervals over items alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qatrun.evaluate import paired
-from qatrun.evaluate.replication import Correct, Difference, LossGap, correct_of_seeds, difference, loss_gap
+from qatrun.evaluate.attribution import HELD_OUT
+from qatrun.evaluate.paired import Bounds, Interval
+from qatrun.evaluate.replication import (
+    Correct,
+    Difference,
+    LossGap,
+    TextRise,
+    correct_of_seeds,
+    difference,
+    loss_gap,
+    text_rise,
+)
 from qatrun.evaluate.scores import Scores
+from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.files import read_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe
-from qatrun.recipe.schema import START
+from qatrun.recipe.schema import PERPLEXITY, START
 from qatrun.records.diagnosis import StudyDiagnosis
-from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds
+from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds, TextOfSeeds
 from qatrun.records.training import ArmResult, MetricsRow, Result
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.records.values import Verdict
 from qatrun.study.records import losses
 from qatrun.text import interval
 
@@ -80,14 +95,20 @@ class _Evidence:
     def of_arm(self, name: str) -> ArmOfSeeds:
         """One arm: its scores, and what it lost against its twin of the same seed."""
         twin = self.arms[name].twin
-        tasks = {task: self._of_tasks(name, twin, [task], self.recipe.budget[task]) for task in self._tasks}
+        text = None if twin is None else self._text_rise(name, twin)
+        verdicts = {} if twin is None else self._verdicts(name, twin, text)
+        tasks = {
+            task: self._of_tasks(name, twin, [task], self.recipe.budget[task], verdicts.get(task))
+            for task in self._tasks
+        }
         gaps = [] if twin is None else self._loss_gaps(name, twin)
         return ArmOfSeeds(
             twin=twin,
             label=None,
-            verdict=paired.worst_verdict(task.verdict for task in tasks.values()),
+            verdict=paired.worst_verdict(verdicts.values()),
             tasks=tasks,
-            all_tasks=self._of_tasks(name, twin, self._tasks, None),
+            text=None if text is None else self._of_text(text, verdicts.get(PERPLEXITY)),
+            all_tasks=self._of_tasks(name, twin, self._tasks),
             perplexity=[read_json(study.arm(name).result, ArmResult).perplexity["on"] for study in self.studies],
             loss_ape_percent={"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
             findings=self._findings(name),
@@ -121,14 +142,46 @@ class _Evidence:
     def _correct(self, name: str, tasks: Sequence[str]) -> Correct:
         return correct_of_seeds(self.scores[name], tasks)
 
-    def _of_tasks(self, name: str, twin: str | None, tasks: Sequence[str], budget_pp: float | None) -> TaskOfSeeds:
+    def _verdicts(self, name: str, twin: str, text: TextRise | None) -> dict[str, Verdict]:
+        """Of each task, and of held-out perplexity where it is judged."""
+
+        def bounds(task: str, confidence: float) -> Interval:
+            return difference(self._correct(twin, [task]), self._correct(name, [task]), confidence).interval
+
+        budget = self.recipe.budget
+        drops: dict[str, tuple[Bounds, float]] = {
+            task: (partial(bounds, task), (budget[task] or 0.0) / 100) for task in self._tasks
+        }
+        if text is not None and (limit := budget[PERPLEXITY]) is not None:
+            drops[PERPLEXITY] = (text.interval, math.log1p(limit / 100))
+        return paired.judge(drops)
+
+    def _text_rise(self, name: str, twin: str) -> TextRise | None:
+        read = [[load_texts(study.arm(arm).eval).texts[HELD_OUT] for study in self.studies] for arm in (twin, name)]
+        return text_rise(*read)
+
+    def _of_text(self, text: TextRise, verdict: Verdict | None) -> TextOfSeeds:
+        mean, *edges = (_percent_of_nats(nats) for nats in (text.of_text.mean, *text.interval()))
+        return TextOfSeeds(
+            rise_percent=[_percent_of_nats(nats) for nats in text.per_seed],
+            rise_mean_percent=mean,
+            rise_ci95_percent=edges,
+            budget_percent=self.recipe.budget[PERPLEXITY],
+            verdict=verdict,
+        )
+
+    def _of_tasks(
+        self,
+        name: str,
+        twin: str | None,
+        tasks: Sequence[str],
+        budget_pp: float | None = None,
+        verdict: Verdict | None = None,
+    ) -> TaskOfSeeds:
         """Scores over the items of these tasks together; drops are null for an arm without a twin."""
         correct = self._correct(name, tasks)
         accuracy = correct.mean(axis=1)
         lost = None if twin is None else difference(self._correct(twin, tasks), correct)
-        verdict = None
-        if lost is not None and budget_pp is not None:
-            verdict = paired.judge(lost.interval, budget_pp / 100)
         return TaskOfSeeds(
             num_items=correct.shape[1],
             accuracy=accuracy.tolist(),
@@ -173,6 +226,10 @@ def _answer(found: Difference, first: str, second: str) -> str:
     than = "better" if found.answer == "helps" else "worse"
     edges = interval(_percents(found.interval))
     return f"{found.answer}: {first} is {abs(mean):.2f} pp {than} than {second} (95% interval {edges})"
+
+
+def _percent_of_nats(nats: float) -> float:
+    return 100 * (perplexity(nats) - 1)
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -7,14 +7,13 @@ What comes from the hub is not looked at: it is fetched by revision.
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 from qatrun.errors import DamagedFileError, InputError, Problem
-from qatrun.files import read_json, sha256
+from qatrun.files import content_sha256, read_json
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.environment import StudyEnvironment
-from qatrun.study.layout import StudyFolder
 
 # What a model's folder is read for. That of another study's arm holds more, which may change.
 MODEL_FILES = (
@@ -88,17 +87,6 @@ def _files(path: Path, key: str, output_dir: Path) -> list[Path]:
 def _digest(path: Path, files: list[Path]) -> str:
     """Of a file, its own; of a folder, of the names and contents of its files."""
     if files == [path]:
-        return _digest_of(path, *_signature(path))
-    lines = [f"{file.relative_to(path)} {_digest_of(file, *_signature(file))}\n" for file in files]
+        return content_sha256(path)
+    lines = [f"{file.relative_to(path)} {content_sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
-def _signature(file: Path) -> tuple[int, ...]:
-    """Changes whenever the file does: nobody can set back the time of its last change."""
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-@cache
-def _digest_of(file: Path, *_signature: int) -> str:
-    return sha256(file)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qatrun.layout import StudyFolder, newest_study, no_such_study
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.study.claim import locked
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.layout import StudyFolder, newest_study, no_such_study
 from qatrun.study.page import write_page
 
 

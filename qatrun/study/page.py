@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from qatrun.errors import InputError, Problem
 from qatrun.export import artifact
 from qatrun.files import read_json, reading, replace_file
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.environment import Environment
@@ -22,7 +23,7 @@ from qatrun.records.quantized import Histograms
 from qatrun.records.seeds import Seeds
 from qatrun.records.training import Result
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.doneness import changed_since_scored
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
@@ -57,6 +58,7 @@ def read_study(folder: StudyFolder) -> StudyContent:
         arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
         model=_model(recipe),
         summary=_optional(folder.seeds, Seeds),
+        changed=tuple(text for name in _arm_names(folder, recipe) for text in changed_since_scored(folder.arm(name))),
     )
 
 

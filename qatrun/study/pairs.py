@@ -7,28 +7,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qatrun.errors import InputError, MismatchError, Problem
-from qatrun.evaluate.comparison import compare, setting_mismatches
+from qatrun.evaluate.comparison import Scored, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
+from qatrun.evaluate.text import load_texts
 from qatrun.files import read_json
+from qatrun.layout import EVAL, RESULT_FILE, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
+from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
 from qatrun.records.comparison import Pair
+from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
-from qatrun.study.layout import EVAL, RESULT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
+from qatrun.study.doneness import changed_since_scored
 from qatrun.study.records import losses
 
 
 def compare_arms(
-    twin: ArmFolder, arm: ArmFolder, start: ArmFolder | None, budgets: Mapping[str, float], *, anyway: bool = False
+    twin: ArmFolder,
+    arm: ArmFolder,
+    start: ArmFolder | None,
+    budgets: Mapping[str, float | None],
+    *,
+    anyway: bool = False,
 ) -> Pair:
     """Compare two scored folders.
 
     Args:
         start: the model before training, where its scores are known.
-        budgets: task -> largest acceptable drop, percentage points.
+        budgets: as `evaluate.comparison.compare` has them.
         anyway: compare although they differ in more than quantization; the differences are kept in the result.
     Raises:
         InputError: no scores there.
-        MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, or answered other items.
+        MismatchError: they differ in data, steps, learning rate, seed, model or evaluation, answered other items, or are
+            not what was scored any more.
     """
     twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
     of_twin, of_arm = _record(twin), _record(arm)
@@ -37,9 +47,10 @@ def compare_arms(
     off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
     problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
+    problems += [Problem(f"{text}: its scores are of other weights") for text in _changed(twin, arm)]
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
-    unknown = [task for task in twin_scores.tasks if task not in budgets]
+    unknown = [task for task in twin_scores.tasks if not budgets.get(task)]
     if unknown:
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
@@ -51,7 +62,13 @@ def compare_arms(
     return Pair(
         arm=arm.path.name,
         twin=twin.path.name,
-        comparison=compare(start_scores, twin_scores, arm_scores, off_scores, budgets),
+        comparison=compare(
+            None if start_scores is None else Scored(start_scores, _texts(start)),
+            Scored(twin_scores, _texts(twin)),
+            Scored(arm_scores, _texts(arm)),
+            off_scores,
+            budgets,
+        ),
         loss_ape_percent=_loss_ape(twin, arm, of_arm),
         perplexity={key: value for key, value in perplexity.items() if value is not None},
         cost={key: record.cost for key, record in (("twin", of_twin), ("arm", of_arm)) if record is not None},
@@ -59,6 +76,15 @@ def compare_arms(
         coverage=of_arm.coverage if of_arm else None,
         mismatches=[str(problem) for problem in problems],
     )
+
+
+def _changed(*folders: ArmFolder) -> list[str]:
+    return [text for folder in folders for text in changed_since_scored(folder)]
+
+
+def _texts(folder: ArmFolder | None) -> TextScores | None:
+    """What it read; None where only its answers are known, of an earlier version or scored by `qatrun eval` without text."""
+    return load_texts(folder.eval) if folder is not None and (folder.eval / TEXT_FILE).is_file() else None
 
 
 def _record(folder: ArmFolder) -> ArmResult | None:
@@ -134,15 +160,16 @@ def _start_beside(*folders: ArmFolder) -> ArmFolder | None:
     return start if not parents and start.eval.is_dir() else None
 
 
-def _budgets(folder: ArmFolder, given: Sequence[str]) -> dict[str, float]:
+def _budgets(folder: ArmFolder, given: Sequence[str]) -> Budgets:
     recipe = StudyFolder(folder.path.resolve().parent).recipe
     if recipe.is_file():
         budgets = dict(load_recipe(recipe).budget)
     else:
-        budgets = dict.fromkeys(Scores.load(folder.eval).tasks, DEFAULT_BUDGET_PP)
+        tasks = Scores.load(folder.eval).tasks
+        budgets = {**dict.fromkeys(tasks, DEFAULT_BUDGET_PP), PERPLEXITY: DEFAULT_BUDGET_PERPLEXITY}
     for text in given:
         task, _, value = text.rpartition("=")
-        if task not in budgets:
+        if task not in (*budgets, TRAINING):
             raise InputError(f"--budget {text}: no such task (scored: {', '.join(budgets)})")
         budgets[task] = _positive(value, text)
     return budgets

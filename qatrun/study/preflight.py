@@ -19,6 +19,7 @@ from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
 from qatrun.recipe import Arm, Recipe
+from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
@@ -40,6 +41,7 @@ class Preflight:
         num_parameters: of the recipe's model, tied ones counted once.
         tasks: what would be scored.
         problems: what stands in the way; empty where the recipe can run here and now.
+        warnings: what can be run, but is hardly meant.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Preflight:
     config: Any
     tasks: list[TaskPlan]
     problems: list[Problem]
+    warnings: list[Problem]
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -67,6 +70,7 @@ class Preflight:
             tasks=[self._dry_run_of_task(task) for task in self.tasks],
             assumed_discordance=paired.TYPICAL_DISCORDANCE,
             problems=[str(problem) for problem in self.problems],
+            warnings=[str(problem) for problem in self.warnings],
         )
 
     def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
@@ -92,13 +96,14 @@ class Preflight:
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
         detectable = 100 * paired.detectable_drop(task.num_items) if task.num_items else None
-        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name], detectable_drop_pp=detectable)
+        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
 def preflight(recipe: Recipe) -> Preflight:
     """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising."""
     arms = recipe.arm_by_name
     problems: list[Problem] = []
+    warnings: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
     models: dict[str, nn.Module | None] = {}
@@ -125,7 +130,11 @@ def preflight(recipe: Recipe) -> Preflight:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
             checked_data.add(data)
-            problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key])]
+            odd: list[Problem] = []
+            problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key], odd.append)]
+            warnings += [_named(problem, name, recipe) for problem in odd]
+        found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
+        warnings += [_named(problem, name, recipe) for problem in found]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -140,13 +149,17 @@ def preflight(recipe: Recipe) -> Preflight:
         config=text_config(first) if first is not None else None,
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
+        warnings=list(dict.fromkeys(warnings)),
     )
 
 
 def _role_text(role: Role, scheme: Scheme) -> str:
     scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    return f"{role} {scheme.format} {scheme.granularity}, amax to {scheme.target_amax:g}, {how}"
+    onto = (
+        f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
+    )
+    return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
 
 
 def tracker_problems(names: Sequence[str]) -> list[Problem]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from qatrun.layout import ArmFolder
 from qatrun.recipe import AlarmConfig
 from qatrun.records.diagnosis import TensorRecord
 from qatrun.records.training import MetricsRow
-from qatrun.study.layout import ArmFolder
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
@@ -43,12 +43,14 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
         if not len(rows["step"]):
             continue
         measured = rows["sqnr_db"][np.isfinite(rows["sqnr_db"])]  # Inf: nothing was lost
+        overshoots = rows["overshoot"][~np.isnan(rows["overshoot"])]
         clips = rows["step"][rows["clip_fraction"] > limit]
         records.append(
             TensorRecord(
                 tensor=name,
                 clip_fraction=float(rows["clip_fraction"].mean()),
-                overshoot=float(np.nanmax(rows["overshoot"])) if not np.isnan(rows["overshoot"]).all() else 0.0,
+                overshoot=float(overshoots.max()) if len(overshoots) else 0.0,
+                typical_overshoot=float(np.median(overshoots)) if len(overshoots) else None,
                 sqnr_db=float(measured[-1]) if len(measured) else None,
                 since_step=int(clips[0]) if len(clips) else None,
                 scale=float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,

@@ -7,11 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from qatrun.files import read_json, write_json, writing
+from qatrun.files import read_json, replace_file, write_json, writing
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.training import Result
 from qatrun.study.doneness import scores_lost
-from qatrun.study.layout import StudyFolder
 from qatrun.study.preflight import Preflight
 
 
@@ -33,9 +33,13 @@ def replica_preflight(checked: Preflight, seed: int) -> Preflight:
 
 
 def share_start(source: StudyFolder, target: StudyFolder) -> None:
-    """Give another seed the scores of the start model, which has seen no seed. Its perplexity goes with them: the
-    held-out text is the same whatever the seed (`open_data`)."""
-    if source.path == target.path or not scores_lost(target.start) or scores_lost(source.start):
+    """Give another seed what the start model said, which has seen no seed: the text of what it knew, and its scores. Its
+    perplexity goes with them: the held-out text is the same whatever the seed (`open_data`)."""
+    if source.path == target.path:
+        return
+    if source.start.known_text.is_file() and not target.start.known_text.is_file():
+        replace_file(target.start.known_text, source.start.known_text.read_bytes())
+    if not scores_lost(target.start) or scores_lost(source.start):
         return
     with writing(target.start.path):
         shutil.copytree(source.start.eval, target.start.eval, dirs_exist_ok=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from qatrun.evaluate.paired import worst_verdict
 from qatrun.files import replace_file, write_json
-from qatrun.records.comparison import Pair, StudyComparison, TaskComparison
+from qatrun.layout import StudyFolder
+from qatrun.records.comparison import ArmComparison, Pair, StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
 from qatrun.records.values import Verdict
 from qatrun.report import comparison_text
 from qatrun.report.seeds_table import seeds_text
-from qatrun.study.layout import StudyFolder
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
 
 
 def comparison_csv(pairs: Sequence[Pair]) -> str:
-    """The comparisons of several arms in one table: a row for each arm and task, the interval in two columns."""
+    """The comparisons of several arms in one table: a row for each arm and task, the interval in two columns; what is of the
+    arm as a whole, perplexity and training, stands in each of its rows."""
     rows = [
-        {"arm_name": pair.arm, "twin_name": pair.twin, **_task_row(task)}
+        {"arm_name": pair.arm, "twin_name": pair.twin, **_task_row(task), **_arm_row(pair.comparison)}
         for pair in pairs
         for task in pair.comparison.tasks
     ]
@@ -71,6 +72,30 @@ def _task_row(task: TaskComparison) -> dict[str, Any]:
         for name, value in task.to_dict().items()
     ]
     return dict(chain.from_iterable(values))
+
+
+def _arm_row(comparison: ArmComparison) -> dict[str, Any]:
+    text, training = comparison.perplexity, comparison.training
+    row: dict[str, Any] = dict.fromkeys(_OF_ARM)
+    if text is not None:
+        low, high = text.ci95_percent
+        values = (text.twin, text.arm, text.rise_percent, low, high, text.budget_percent, text.verdict)
+        row |= dict(zip(_OF_TEXT, values, strict=True))
+    if training is not None:
+        low, high = training.ci95_pp
+        values_of = (training.drop_pp, low, high, training.budget_pp, training.verdict)
+        row |= dict(zip(_OF_TRAINING, values_of, strict=True))
+    return row
+
+
+_OF_TEXT = (
+    *("perplexity_twin", "perplexity_arm", "perplexity_rise_percent"),
+    *("perplexity_ci95_low_percent", "perplexity_ci95_high_percent", "perplexity_budget_percent", "perplexity_verdict"),
+)
+_OF_TRAINING = (
+    *("training_drop_pp", "training_ci95_low_pp", "training_ci95_high_pp", "training_budget_pp", "training_verdict"),
+)
+_OF_ARM = (*_OF_TEXT, *_OF_TRAINING)
 
 
 def write_summary(folder: StudyFolder, summary: Seeds) -> None:

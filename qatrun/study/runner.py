@@ -12,13 +12,13 @@ from rich.console import Console
 
 from qatrun.errors import InputError, WriteError
 from qatrun.files import replace_file
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.seeds_table import seeds_text
 from qatrun.study.claim import claimed
 from qatrun.study.display import Display
 from qatrun.study.evidence import summarize
-from qatrun.study.layout import StudyFolder
 from qatrun.study.page import write_page
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
@@ -61,6 +61,8 @@ def run_study(
         raise InputError(problems)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
+    for warning in checked.warnings:
+        display.on_warning(str(warning))
     with (
         claimed(folder, recipe, resume=resume, overwrite=overwrite, warn=display.on_warning),
         _saying_how_to_go_on(folder),

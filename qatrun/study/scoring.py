@@ -9,11 +9,11 @@ from qatrun.errors import InputError, Problem
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
 from qatrun.export import artifact
+from qatrun.layout import StudyFolder
 from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ScoredModel, ScoredTask
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.layout import StudyFolder
 from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).

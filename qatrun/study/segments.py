@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qatrun.layout import TRUNK
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm
 from qatrun.scheme import Scheme, Slot
@@ -65,7 +66,8 @@ def observation_plan(plans: list[QuantPlan]) -> QuantPlan | None:
         for slot, scheme in plan.slots().items():
             first = observed.get(observed_as[slot], replace(scheme, clip="format", ste="clipped"))
             window = max(first.scaling.window, scheme.scaling.window)
-            observed[observed_as[slot]] = replace(first, scaling=replace(first.scaling, window=window))
+            scaling, symmetric = replace(first.scaling, window=window), first.symmetric and scheme.symmetric
+            observed[observed_as[slot]] = replace(first, scaling=scaling, symmetric=symmetric)
     groups = {name: group for plan in plans for name, group in plan.input_group.items()}
     names = dict.fromkeys(name for plan in plans for name in plan.linears)
     roles = {name: {role: None for plan in plans for role in plan.schemes.get(name, {})} for name in names}
@@ -100,7 +102,7 @@ def _trunk_segment(key: str, arms: list[Arm], plans: Mapping[str, QuantPlan | No
     return Segment(
         name="trunk",
         arm=arms[0],
-        folder=folder / f"trunk-{identity[:8]}",
+        folder=folder / f"{TRUNK}{identity[:8]}",
         plan=plan,
         quantizes=False,
         last_step=arms[0].warmup.steps,
@@ -120,6 +122,7 @@ def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder
         last_step=arm.train.steps,
         switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
         trunk=trunk.folder if trunk else None,
+        twin=folder / arm.twin if arm.twin is not None else None,
         identity=_digest([_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None]),
     )
 

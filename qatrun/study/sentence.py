@@ -78,7 +78,7 @@ class Said:
         worst = self.worst[0] if self.worst else None
         where = (
             f"worst {worst.tensor} clips {100 * worst.clip_fraction:.2g} % (overshoot up to {worst.overshoot:.1f}x): "
-            f"{advice.against_saturation(self.scheme, worst.overshoot)}"
+            f"{advice.against_saturation(self.scheme, worst.overshoot, worst.typical_overshoot)}"
             if worst is not None
             else ""
         )
@@ -99,7 +99,7 @@ class Said:
     def _divergence(self, cause: Cause) -> str:
         return (
             f"training under quantization lost {_seen(cause)} against {self.twin}, which neither clipping nor the grid "
-            f"explains; {advice.DIVERGENCE}"
+            f"explains; {advice.UNEXPLAINED}"
         )
 
     def _cost(self, name: str) -> str:
@@ -107,7 +107,7 @@ class Said:
         parts = []
         if (text := self.texts.get(name, {}).get("held-out")) is not None:
             low, high = text.ci95
-            parts.append(f"{text.rise:+.3f} nats a token [{low:.3f}, {high:.3f}]")
+            parts.append(f"{text.rise:.3f} nats a token [{low:.3f}, {high:.3f}]")
         if (effect := self.effects.get(name)) is not None:
             low, high = effect.ci95_pp
             parts.append(f"{effect.drop_pp:.1f} pp [{low:.1f}, {high:.1f}]")

@@ -4,18 +4,20 @@ goes on with the first part that is missing."""
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qatrun.data import Batch, open_data, open_probe
+from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import EXPORTS, artifact
 from qatrun.files import filled_folder, read_json, write_json
+from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, load_model, on_device, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Arm
@@ -27,7 +29,7 @@ from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import ArmFolder, StudyFolder
+from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.results import StudyResult, write_comparison, write_summary
@@ -43,6 +45,7 @@ from qatrun.train.segment import Segment, Watched
 def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
     """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
     recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
+    study.keep_known_text()
     study.score_start_model()
     for segments in plan_segments(checked.arms, checked.plans, folder.path):
         study.train_arm(segments)
@@ -56,6 +59,7 @@ class _Study:
     def __init__(self, checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> None:
         self.checked, self.folder, self.display, self.trackers = checked, folder, display, trackers
         self.recipe = checked.recipe
+        self.known: KnownText | None = None
 
     def score_start_model(self) -> None:
         """Score the model before training, so that what all arms lost shows."""
@@ -67,9 +71,13 @@ class _Study:
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
         model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
-        texts = study_texts(self.folder, self.recipe, arm, tokenizer)
+        texts = study_texts(self.folder, self.recipe, arm, tokenizer, self.known)
         value = self._score(model, tokenizer, texts, record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
+
+    def keep_known_text(self) -> None:
+        """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def train_arm(self, segments: ArmSegments) -> None:
         """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
@@ -82,7 +90,7 @@ class _Study:
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
-        texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model))
+        texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model), self.known)
         perplexities = self._score_arm(arm, folder, texts)
         write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
 
@@ -148,19 +156,21 @@ class _Study:
         return model, outcome
 
     def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
-        """The probe's text, and its mini-benchmark if the recipe wants one."""
-        probe = arm.monitor.probe
-        if probe is None:
-            return Watched()
-        text = open_probe(arm.data, tokenizer, probe.sequences)
+        """The probe's text, its mini-benchmark if the recipe wants one, and what the first loss is held against."""
+        probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
+        same_source = valid is None or valid.path == arm.data.train.path
+        nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
+        if probe is None or known is None:
+            return Watched(held_out_nll=nll)
+        text = known.input_ids[: probe.sequences]
         if probe.items is None:
-            return Watched(text)
+            return Watched(text, held_out_nll=nll)
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
 
         def benchmark(model: Any) -> dict[str, float]:
             return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
 
-        return Watched(text, benchmark)
+        return Watched(text, benchmark, nll)
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""

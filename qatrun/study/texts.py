@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from qatrun.data import Batch, open_data, open_probe
+from qatrun.data import Batch, open_data
 from qatrun.evaluate.attribution import HELD_OUT, KNOWN
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
-from qatrun.study.layout import StudyFolder
+from qatrun.study.known_text import KnownText
 
 
-def study_texts(folder: StudyFolder, recipe: Recipe, arm: Arm, tokenizer: Any) -> dict[str, Batch]:
-    """Held-out text, and text that the start model knew where there is such.
+def study_texts(
+    folder: StudyFolder, recipe: Recipe, arm: Arm, tokenizer: Any, known: KnownText | None
+) -> dict[str, Batch]:
+    """Held-out text, and text that the start model knew where there is such; it may be the same.
 
     Raises:
         InputError: the data changed since the study began.
     """
     check_inputs(folder, recipe)
-    texts = {HELD_OUT: open_data(arm.data, tokenizer, arm.train.seed).valid}
-    if arm.data.probe is not None:
-        known = open_probe(arm.data, tokenizer, arm.data.valid_sequences)
-        texts[KNOWN] = Batch(known, known)
-    return texts
+    held_out = open_data(arm.data, tokenizer, arm.train.seed).valid
+    if known is None:
+        return {HELD_OUT: held_out}
+    of_a_kind = known.source == "held-out"
+    return {HELD_OUT: held_out, KNOWN: held_out if of_a_kind else Batch(known.input_ids, known.input_ids)}

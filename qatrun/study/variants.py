@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatrun.layout import ArmFolder
 from qatrun.model import DTYPES, load_model, on_device
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.recipe import Arm
-from qatrun.study.layout import ArmFolder
 from qatrun.train.checkpoint import latest_checkpoint
 
 

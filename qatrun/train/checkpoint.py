@@ -25,15 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatrun.errors import CheckpointError, DamagedFileError, Problem
-from qatrun.files import by_step, filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, sha256, writing
+from qatrun.layout import INCOMPLETE, MANIFEST_FILE, PROGRESS_FILE, by_step, step_name
 from qatrun.records.training import Progress
 from qatrun.train.parts import State
 
-MANIFEST = "manifest.json"
-INCOMPLETE = ".incomplete"
 LARGE = ("model", "optimizer")  # parts with a file of their own
 SHARED = "state"
-FILES = {*(f"{name}.safetensors" for name in (*LARGE, SHARED)), "progress.json"}
+FILES = {*(f"{name}.safetensors" for name in (*LARGE, SHARED)), PROGRESS_FILE}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep_last: int, save_
     Raises:
         WriteError: a full disk, a missing permission; the earlier ones are as they were.
     """
-    target = folder / f"step-{checkpoint.step:06d}"
+    target = folder / step_name(checkpoint.step)
     temporary = folder / INCOMPLETE
     with writing(target):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,9 +87,9 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     with filled_folder(folder):
         for name, content in tensors.items():
             save_file(content, folder / f"{name}.safetensors")
-        (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         manifest = {name: sha256(folder / name) for name in sorted(FILES)}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         flush_to_disk(path)
 
@@ -123,7 +122,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         _check_files(folder)
-        progress: Mapping[str, Any] = read_json(folder / "progress.json", Progress)
+        progress: Mapping[str, Any] = read_json(folder / PROGRESS_FILE, Progress)
         parts: dict[str, dict[str, Any]] = {key: value for key, value in progress.items() if isinstance(value, dict)}
         for file in (*LARGE, SHARED):
             with reading(folder / f"{file}.safetensors"):
@@ -131,7 +130,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             for key, tensor in tensors.items():
                 part, _, name = key.partition("/") if file == SHARED else (file, "/", key)
                 parts.setdefault(part, {})[name] = tensor
-        if progress["step"] != int(folder.name.removeprefix("step-")):
+        if step_name(progress["step"]) != folder.name:
             raise DamagedFileError(Problem(f"it is one of step {progress['step']}"))
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
@@ -144,9 +143,9 @@ def _check_files(folder: Path) -> None:
     Raises:
         DamagedFileError: a file is missing, or is not what the manifest says.
     """
-    manifest = read_json(folder / MANIFEST, dict[str, str])
+    manifest = read_json(folder / MANIFEST_FILE, dict[str, str])
     if missing := sorted(FILES - manifest.keys()):
-        raise DamagedFileError(Problem(f"{MANIFEST} lacks {', '.join(missing)}"))
+        raise DamagedFileError(Problem(f"{MANIFEST_FILE} lacks {', '.join(missing)}"))
     damaged = []
     for name in sorted(FILES):
         with reading(folder / name):

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
-from qatrun.files import CHECKPOINTS, METRICS_FILE
-from qatrun.model import text_config
+from qatrun.layout import CHECKPOINTS, METRICS_FILE
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
 from qatrun.ranks import ALONE
@@ -32,9 +31,6 @@ from qatrun.train.schedule import learning_rate_at, mode_at
 from qatrun.train.segment import Listener, Segment, Watched
 from qatrun.train.signals import StopRequest, stop_on_signals
 from qatrun.train.stepper import Stepper
-
-# A loss this close to that of a uniform guess means labels or weights are wrong, not that the text is hard.
-UNIFORM_GUESS_SHARE = 0.9
 
 # Device -> steps after which losses and norms are read from it, and checked; elsewhere after each, since reading is free.
 FLUSH_EVERY = {"cuda": 10}
@@ -243,7 +239,7 @@ class Session:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 self._stop_on_nonfinite(row, batch)
             if row["step"] == 1:
-                self._warn_if_guessing(row["loss"])
+                self.monitor.see_first_loss(row["loss"], batch)
             self.clock.seconds += seconds
             times = {"seconds": self.clock.seconds, "tokens_per_second": batch.input_ids.numel() / seconds}
             self._report(row | times)
@@ -275,14 +271,6 @@ class Session:
         raise NonFiniteError(
             f"{what} at step {row['step']} of {self.segment.name}; first bad: {', '.join(bad) or 'unknown'}"
         )
-
-    def _warn_if_guessing(self, loss: float) -> None:
-        uniform = math.log(text_config(self.stepper.model).vocab_size)
-        if loss > UNIFORM_GUESS_SHARE * uniform:
-            self.listener.on_warning(
-                f"the first loss is {loss:.2f}, near ln(vocabulary) = {uniform:.2f}: a pretrained model that only "
-                "guesses. Check that model and tokenizer belong together and that its weights are pretrained"
-            )
 
 
 def _observed_steps(quant: QuantState | None, micro_batches: int) -> int:

@@ -10,14 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
+from qatrun.data import Batch
 from qatrun.errors import AlarmStop, DamagedFileError
-from qatrun.files import ALARMS_FILE
+from qatrun.files import read_rows
+from qatrun.layout import ALARMS_FILE, METRICS_FILE, PROBE_FILE
+from qatrun.model import text_config
 from qatrun.quant import Mode
-from qatrun.records.training import AlarmRow
+from qatrun.records.training import AlarmRow, MetricsRow
 from qatrun.train.alarms import AlarmWatch
+from qatrun.train.first_loss import mistake_in_input
 from qatrun.train.metrics import RowsFile, surviving_alarms
 from qatrun.train.parts import State, Stateful
-from qatrun.train.probe import FILE, Probe
+from qatrun.train.probe import Probe
+from qatrun.train.probe_alarms import Twin
 from qatrun.train.segment import Segment, Watched
 from qatrun.train.stepper import Stepper
 from qatrun.train.tensors import TensorFile
@@ -36,10 +41,11 @@ class Monitor(Stateful):
         self.segment, self.watched, self.config = segment, watched, segment.arm.monitor
         self.model, self.quant, self.autocast = stepper.model, stepper.quant, stepper.autocast
         slots = {} if segment.plan is None else segment.plan.slots()
-        self.watch = AlarmWatch(self.config.alarms, slots)
+        self.watch = AlarmWatch(self.config.alarms, slots, _twin(segment))
         self.probe: Probe | None = None
         self.stop: AlarmRow | None = None
         self._tables: list[tuple[int, Tensor]] = []
+        self._of_input: list[AlarmRow] = []
         self._tensors = TensorFile(segment.folder, [str(slot) for slot in slots])
 
     def state_dict(self) -> State:
@@ -69,7 +75,7 @@ class Monitor(Stateful):
         self._tensors.begin(step)
         if self.config.probe is None or self.watched.text is None:
             return problems
-        file = (trunk or folder) / FILE
+        file = (trunk or folder) / PROBE_FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
             self.probe.save(file)
@@ -100,21 +106,28 @@ class Monitor(Stateful):
         ends = self.segment.arm.warmup.steps, self.segment.last_step  # are probed whatever the interval
         if self.probe is None or probe is None or (step % probe.every and step not in ends):
             return {}
-        return self._ask(self.probe)
+        return {"nll_start": self.probe.start_nll, **self._ask(self.probe)}
+
+    def see_first_loss(self, loss: float, batch: Batch) -> None:
+        """Judge the text by the loss of the first step; an alarm is among those that `see` returns next."""
+        vocab_size = text_config(self.model).vocab_size
+        found = mistake_in_input(loss, batch, vocab_size, self.watched.held_out_nll)
+        if found is not None:
+            self._of_input += self.watch.see_input(1, found)
 
     def see(self, rows: Sequence[Mapping[str, Any]]) -> list[AlarmRow]:
         """Take in the steps since the last call, now that their numbers are here; returns new alarms."""
         tables = {step: table.cpu().numpy() for step, table in self._tables}
         self._tables = []
-        alarms: list[AlarmRow] = []
+        alarms, self._of_input = self._of_input, []
         for row in rows:
             step = row["step"]
             if step in tables:
                 self._tensors.add(step, tables[step])
                 if row["phase"] == "qat":
                     alarms += self.watch.see_tensors(step, tables[step], self.config.every)
-            if "kl_off" in row:
-                alarms += self.watch.see_probe(step, row["kl_off"], row.get("kl_on"))
+            if "nll_off" in row:
+                alarms += self.watch.see_probe(step, row)
         for alarm in alarms:
             self._alarms.append(alarm)
         if alarms and self.config.on_alarm == "stop" and self.stop is None:
@@ -153,7 +166,7 @@ class Monitor(Stateful):
         return step % self.config.every == 0 and not repeated
 
     def _ask(self, probe: Probe) -> dict[str, float]:
-        """Divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
+        """Loss, divergence, and accuracy of the mini-benchmark, with quantizers off and, once they are in use, on."""
         if self.quant is None:
             return self._ask_as_it_computes(probe, "off")
         with self.quant.computing(Mode.OFF):
@@ -164,9 +177,19 @@ class Monitor(Stateful):
         return found
 
     def _ask_as_it_computes(self, probe: Probe, quantizers: str) -> dict[str, float]:
-        found = {f"kl_{quantizers}": probe.divergence(self.model, self.autocast)}
+        nll, kl = probe.ask(self.model, self.autocast)
+        found = {f"nll_{quantizers}": nll, f"kl_{quantizers}": kl}
         if self.watched.benchmark is not None:
             with self.autocast():
                 accuracy = self.watched.benchmark(self.model)
             found |= {f"accuracy_{quantizers}/{task}": value for task, value in accuracy.items()}
         return found
+
+
+def _twin(segment: Segment) -> Twin | None:
+    """What is known of it by now."""
+    if segment.twin is None:
+        return None
+    file = segment.twin / METRICS_FILE
+    rows = read_rows(file, MetricsRow, skip_damaged=True) if file.is_file() else []
+    return Twin.of_rows(segment.twin.name, rows)

@@ -1,10 +1,12 @@
-"""The forgetting probe: how far a model has moved from the start model on fixed held-out text.
+"""The forgetting probe: what a model has lost of what the start model knew, on fixed text of that.
 
+    rise of the loss = mean over tokens of  log p(token) - log q(token)
     KL(start || now) = mean over tokens of  sum_v p(v) (log p(v) - log q(v))
 
-p are the start model's next-token probabilities, taken once and kept on disk: the top k of each token, all others
-counted as one outcome (which can only make the divergence smaller). So no second model stays in memory. With quantizers
-off the probe shows what training forgot, or learned instead; with quantizers on, what quantization adds.
+p are the start model's next-token probabilities, q those of now. The rise is what is lost; the divergence, which has no
+direction, only says how far the model has moved. Both with quantizers off, which shows what training did, and on, which
+shows what quantization adds. p is taken once and kept on disk, so that no second model stays in memory: of each token the
+top k, all others counted as one outcome (which can only make the divergence smaller).
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from torch import Tensor
 from qatrun.files import reading, whole_file
 from qatrun.model import text_config
 
-FILE = "probe.safetensors"
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
 
@@ -34,11 +35,13 @@ class Probe:
         input_ids: [num, seq_len] int64.
         likeliest: [num, seq_len, k] int32, its likeliest next tokens.
         log_probs: [num, seq_len, k] float32, of those.
+        nll: [num] float32, of each sequence, nats a token.
     """
 
     input_ids: Tensor
     likeliest: Tensor
     log_probs: Tensor
+    nll: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -46,12 +49,14 @@ class Probe:
         cls, model: Any, input_ids: Tensor, top_k: int, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Probe:
         """Ask the start model, computing as training does; leaves it in the mode it was in."""
-        kept = [
-            logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-            for logits in _logits(model, input_ids, autocast)
-        ]
-        likeliest = torch.cat([top.indices.int().cpu() for top in kept])
-        return cls(input_ids, likeliest, torch.cat([top.values.cpu() for top in kept]))
+        likeliest, log_probs, nll = [], [], []
+        for logits, ids in _logits(model, input_ids, autocast):
+            log_p = logits.log_softmax(-1)
+            top = log_p.topk(min(top_k, logits.shape[-1]), dim=-1)
+            likeliest.append(top.indices.int().cpu())
+            log_probs.append(top.values.cpu())
+            nll.append(_nll(log_p, ids).cpu())
+        return cls(input_ids, torch.cat(likeliest), torch.cat(log_probs), torch.cat(nll))
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
@@ -65,38 +70,56 @@ class Probe:
             DamagedFileError: it is missing, torn or something else.
         """
         with reading(file):
-            return cls(**load_file(file))
+            parts = load_file(file)
+            if "nll" not in parts:
+                raise ValueError("an earlier version wrote it, which kept no loss of the start model")
+            return cls(**parts)
+
+    @property
+    def start_nll(self) -> float:
+        """Of the start model, nats a token."""
+        return float(self.nll.double().mean())
 
     @torch.no_grad()
-    def divergence(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
-        """KL from the start model, nats per token, of the model as it computes now; leaves its mode as it was."""
-        total, done = 0.0, 0
-        for logits in _logits(model, self.input_ids, autocast):
+    def ask(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
+        """(NLL, KL from the start model), nats a token, of the model as it computes now; leaves its mode as it was."""
+        nll, kl, done = 0.0, 0.0, 0
+        for logits, ids in _logits(model, self.input_ids, autocast):
             rows = slice(done, done + len(logits))
-            total += float(_kl(logits, self.likeliest[rows], self.log_probs[rows]).double().sum())
+            log_q = logits.log_softmax(-1)
+            nll += float(_nll(log_q, ids).double().sum())
+            kl += float(_kl(log_q, self.likeliest[rows], self.log_probs[rows]).double().sum())
             done += len(logits)
-        return total / self.input_ids.numel()
+        return nll / done, kl / self.input_ids.numel()
 
 
-def _logits(model: Any, input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Iterator[Tensor]:
-    """[batch, seq_len, vocab] float32 of as many sequences at once as memory permits."""
+def _logits(
+    model: Any, input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """([batch, seq_len, vocab] float32, [batch, seq_len] ids) of as many sequences at once as memory permits."""
     device = next(model.parameters()).device
     at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * text_config(model).vocab_size))
     was_training = model.training
     model.eval()
     try:
         for batch in input_ids.split(at_once):
+            ids = batch.to(device)
             with autocast():
-                logits = model(input_ids=batch.to(device), use_cache=False).logits
-            yield logits.float()
+                logits = model(input_ids=ids, use_cache=False).logits
+            yield logits.float(), ids
     finally:
         model.train(was_training)
 
 
-def _kl(logits: Tensor, likeliest: Tensor, log_probs: Tensor) -> Tensor:
+def _nll(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """[batch] mean nats of each token given those before it, of [batch, seq_len, vocab] log-probabilities."""
+    return -log_probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+
+
+def _kl(log_q: Tensor, likeliest: Tensor, log_probs: Tensor) -> Tensor:
     """[batch, seq_len] nats; one outcome for each of the k, and one for all others together."""
-    p_log = log_probs.to(logits.device)
-    q_log = logits.log_softmax(-1).gather(-1, likeliest.to(logits.device).long())
+    p_log = log_probs.to(log_q.device)
+    q_log = log_q.gather(-1, likeliest.to(log_q.device).long())
     named = (p_log.exp() * (p_log - q_log)).sum(-1)
     p_rest, q_rest = (1 - log.exp().sum(-1) for log in (p_log, q_log))
     tiny = torch.finfo(torch.float32).eps  # sums of float32 probabilities are no better than this

@@ -42,6 +42,7 @@ class Segment:
         last_step: how many optimizer steps are done when it ends.
         switch_step: first step with fake quantization, or a trunk's branch point.
         trunk: folder of the segment it starts from, or None for the pretrained model.
+        twin: that of the arm that trains the same without quantizers; None for a trunk and where there is no such arm.
         identity: hash of everything that decides the outcome; a checkpoint of another identity is refused.
     """
 
@@ -54,16 +55,19 @@ class Segment:
     switch_step: int
     trunk: Path | None
     identity: str
+    twin: Path | None = None
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What the forgetting probe looks at.
+    """What training is held against.
 
     Attributes:
-        text: [num, seq_len] int64 held-out token ids; None: no probe.
-        benchmark: model -> task -> accuracy, on a fixed subset of items; None: no mini-benchmark.
+        text: [num, seq_len] int64 token ids of what the start model knew; None: no forgetting probe.
+        benchmark: model -> task -> accuracy, on a fixed subset of items, asked with the probe; None: no mini-benchmark.
+        held_out_nll: of the start model, nats a token, on held-out text of the source that is trained on; None: none.
     """
 
     text: Tensor | None = None
     benchmark: Callable[[Any], Mapping[str, float]] | None = None
+    held_out_nll: float | None = None

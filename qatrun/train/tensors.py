@@ -23,11 +23,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from qatrun.files import TENSORS, by_step, reading, whole_file
+from qatrun.files import reading, whole_file
+from qatrun.layout import TENSORS, TENSORS_ENDING, UNFINISHED_TENSORS, by_step, step_name
 from qatrun.quant import STATISTICS
 
-UNFINISHED = "unfinished.parquet"
-ENDING = ".parquet"
 Table = npt.NDArray[np.float32]
 
 SCHEMA = pa.schema(
@@ -50,7 +49,7 @@ class TensorFile:
 
     def begin(self, from_step: int) -> None:
         """Go on after so many steps: parts that say something of later ones are dropped."""
-        for last_step, part in by_step(self._folder, ENDING).items():
+        for last_step, part in by_step(self._folder, TENSORS_ENDING).items():
             if last_step > from_step:
                 part.unlink()
 
@@ -72,14 +71,14 @@ class TensorFile:
     def write(self, step: int) -> None:
         """Write what was added since the last part, up to this step, as a part."""
         if self._rows:
-            self._write(self._folder / f"step-{step:06d}{ENDING}")
+            self._write(self._folder / step_name(step, TENSORS_ENDING))
             self._rows.clear()
-        (self._folder / UNFINISHED).unlink(missing_ok=True)
+        (self._folder / UNFINISHED_TENSORS).unlink(missing_ok=True)
 
     def show(self) -> None:
         """Write what was added since the last part for readers of a run that is stopped here."""
         if self._rows:
-            self._write(self._folder / UNFINISHED)
+            self._write(self._folder / UNFINISHED_TENSORS)
 
     def _write(self, file: Path) -> None:
         steps = np.repeat(np.array([step for step, _ in self._rows], dtype=np.int32), len(self._names))
@@ -97,9 +96,9 @@ def read_tensor_stats(folder: Path) -> pa.Table:
     Raises:
         DamagedFileError: a part is torn or something else.
     """
-    parts = by_step(folder / TENSORS, ENDING)
+    parts = by_step(folder / TENSORS, TENSORS_ENDING)
     tables = [_read(part) for part in parts.values()]
-    unfinished = folder / TENSORS / UNFINISHED
+    unfinished = folder / TENSORS / UNFINISHED_TENSORS
     if unfinished.is_file():
         table = _read(unfinished)
         tables.append(table.filter(pc.greater(table["step"], max(parts, default=0))))  # a part may have come since

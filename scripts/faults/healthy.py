@@ -10,10 +10,10 @@ from scipy.stats import beta
 
 from faults.models import Subject
 from faults.studies import FORMATS, STUDIES, recipe_of
+from qatrun.layout import StudyFolder
 from qatrun.recipe import parse_recipe
 from qatrun.study import run_study
 from qatrun.study.display import Display
-from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 
 FOLDER = "healthy"

@@ -18,12 +18,12 @@ from faults.cells import Cell
 from faults.labels import DAMAGED, Judge
 from faults.models import SCORED, Kind, Subject, documents, write_documents
 from qatrun.errors import DamagedFileError
+from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe, Source, parse_recipe
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.study import run_study
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
-from qatrun.study.layout import StudyFolder
 from qatrun.study.records import first_alarms
 from qatrun.tokenizer import load_tokenizer
 

@@ -52,6 +52,7 @@ class StudyContent:
         diagnosis: None where the study was not diagnosed.
         model: path or hub id of the model that the study starts from; empty where the recipe cannot be read.
         summary: for its contrasts; None where the recipe asks none.
+        changed: a phrase on each file that is not what was scored any more.
     """
 
     name: str
@@ -62,6 +63,7 @@ class StudyContent:
     arms: tuple[ArmContent, ...]
     model: str = ""
     summary: Seeds | None = None
+    changed: Sequence[str] = ()
 
     @property
     def pairs(self) -> Sequence[Pair]:

@@ -60,7 +60,7 @@ def _roles_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
             arm.name,
             role,
             scheme.format,
-            scheme.granularity,
+            scheme.granularity if scheme.symmetric else f"{scheme.granularity}, asymmetric",
             scheme.target_amax,
             _scaling(scheme.scaling),
             scheme.clip,

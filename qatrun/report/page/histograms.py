@@ -55,30 +55,37 @@ def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | No
 
 
 @cache
-def grid_magnitudes(name: str) -> npt.NDArray[np.float64]:
-    """Every positive finite value of a format, rising; in units of the grid."""
+def grid_magnitudes(name: str, target: float = 0.0) -> npt.NDArray[np.float64]:
+    """Every positive finite value of a format, rising; in units of the grid. Integers go on to a target beyond it: the
+    steps of an asymmetric tensor."""
+    if target > get_format(name).max_finite:
+        return np.arange(1.0, target + 1.0)
     codes = torch.arange(256, dtype=torch.int64).to(torch.uint8)
     values = decode(codes.view(torch.int8) if name == "int8" else codes, name).double().numpy()
     return np.unique(values[np.isfinite(values) & (values > 0)])
 
 
-def grid_counts(name: str, log2_edges: Sequence[float]) -> npt.NDArray[np.int64]:
+def grid_counts(name: str, log2_edges: Sequence[float], target: float = 0.0) -> npt.NDArray[np.int64]:
     """[num_bins] values of the grid in the octave [2^k, 2^(k+1)) in which each bin begins."""
-    octaves = np.floor(np.log2(grid_magnitudes(name))).astype(int)
+    octaves = np.floor(np.log2(grid_magnitudes(name, target))).astype(int)
     begins = np.floor(np.asarray(log2_edges[:-1])).astype(int)
     return np.array([np.count_nonzero(octaves == begin) for begin in begins], dtype=np.int64)
 
 
+def _largest(entry: HistogramRecord) -> float:
+    return max(get_format(entry.format).max_finite, entry.target_amax)
+
+
 def _share_above(entry: HistogramRecord) -> float:
     """Share of the values in bins that begin at or above the grid's largest value."""
-    edge = math.log2(get_format(entry.format).max_finite)
+    edge = math.log2(_largest(entry))
     above = sum(count for low, count in zip(entry.log2_edges, entry.counts, strict=False) if low >= edge + 1e-9)
     return float(above / entry.num_values)
 
 
 def _table(entry: HistogramRecord) -> Table:
     edges = [float(edge) for edge in entry.log2_edges]
-    grid = grid_counts(entry.format, edges)
+    grid = grid_counts(entry.format, edges, entry.target_amax)
     rows = tuple(
         (f"2^{low:g}", f"2^{high:g}", int(count), 100.0 * count / entry.num_values, int(values))
         for low, high, count, values in zip(edges, edges[1:], entry.counts, grid, strict=False)
@@ -108,7 +115,7 @@ def _draw_histogram(axes: Any, entry: HistogramRecord, numbers: Table, arm: ArmC
     axes.stairs(-GRID_SHARE * peak * grid / most, edges, fill=True, color=MUTED, linewidth=0)
     axes.axhline(0.0, color=MUTED, linewidth=0.8)
     axes.axvline(math.log2(entry.target_amax), color=INK, linewidth=1.0)
-    axes.axvline(math.log2(get_format(entry.format).max_finite), color=INK, linewidth=1.0, dashes=(3, 2))
+    axes.axvline(math.log2(_largest(entry)), color=INK, linewidth=1.0, dashes=(3, 2))
     upwards = MaxNLocator(3).tick_values(0.0, peak)
     upwards = upwards[upwards <= 1.02 * peak]
     axes.set_yticks([-GRID_SHARE * peak, *upwards], [f"grid {most:g}", *(f"{tick:g}" for tick in upwards)])

@@ -150,6 +150,17 @@ def score_table(content: StudyContent) -> Table:
         )
         for pair, task in _compared(content)
     ]
+    rows += [
+        (
+            *(pair.arm, "held-out perplexity"),
+            *(None if value is None else round(value, 4) for value in (text.start, text.twin, text.arm)),
+            pair.perplexity.get("arm_off"),
+            *(f"{signed(text.rise_percent)} %", f"{signed_range(text.ci95_percent)} %"),
+            *(None if text.budget_percent is None else f"{text.budget_percent:g} %", text.verdict),
+        )
+        for pair in content.pairs
+        if (text := pair.comparison.perplexity) is not None
+    ]
     return table(columns, rows, "Accuracy in percent; on and off are the arm's quantizers")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.records.environment import Environment
-from qatrun.report.page import scores
+from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
 from qatrun.report.page.curves import forgetting_figure, loss_figure
@@ -117,7 +117,6 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
 def _verdict(content: StudyContent) -> Verdict:
     diagnosed = content.diagnosed
     verdicts = {pair.arm: pair.comparison.verdict for pair in content.pairs}
-    findings = list(dict.fromkeys(name for arm in diagnosed.values() for name in arm.findings))
     overall = content.comparison.verdict if content.comparison else None
     sentence = content.diagnosis.sentence if content.diagnosis else _plain_sentence(verdicts, overall)
     names = [arm.name for arm in content.arms if arm.name in diagnosed or arm.name in verdicts]
@@ -127,7 +126,8 @@ def _verdict(content: StudyContent) -> Verdict:
             name,
             (
                 VERDICT_CHIPS[verdicts.get(name)],
-                *(_finding_chips(diagnosed[name].findings) if name in diagnosed else ()),
+                *(_cause_chips([diagnosed[name]]) if name in diagnosed else ()),
+                *_alarm_chip(arm for arm in content.arms if arm.name == name),
             ),
         )
         for name in names
@@ -136,7 +136,10 @@ def _verdict(content: StudyContent) -> Verdict:
     return Verdict(
         (
             VERDICT_CHIPS[overall],
-            *(_finding_chips(findings) if content.diagnosis else (Chip("Not diagnosed", "none"),)),
+            *(_cause_chips(diagnosed.values()) if content.diagnosis else (Chip("Not diagnosed", "none"),)),
+            *((Chip("Weights changed since", "bad"),) if content.changed else ()),
+            *_training_chip(content),
+            *_alarm_chip(content.arms),
         ),
         printable(sentence),
         points if len(points) > 1 else (),
@@ -150,9 +153,32 @@ def _of_arm(diagnosed: Mapping[str, ArmDiagnosis], name: str, said: str) -> str:
     return "" if sentence == said else printable(sentence)
 
 
-def _finding_chips(findings: Iterable[str]) -> tuple[Chip, ...]:
-    found = tuple(Chip(printable(name).capitalize(), "bad") for name in findings)
-    return found or (Chip("Nothing broke", "good"),)
+def _cause_chips(arms: Collection[ArmDiagnosis]) -> tuple[Chip, ...]:
+    """What was found, and what was not shown; that nothing broke only where every cause of every arm is ruled out."""
+    found = dict.fromkeys(name for arm in arms for name in arm.findings)
+    open_ = dict.fromkeys(name for arm in arms for name, cause in arm.causes.items() if cause.answer == "not shown")
+    chips = (
+        *(Chip(printable(name).capitalize(), "bad") for name in found),
+        *(Chip(f"{printable(name).capitalize()} not shown", "warn") for name in open_ if name not in found),
+    )
+    if chips:
+        return chips
+    whole = all(arm.causes for arm in arms)  # an earlier version did not say what it ruled out
+    return (Chip("Nothing broke", "good") if whole else Chip("Nothing found", "none"),)
+
+
+def _training_chip(content: StudyContent) -> tuple[Chip, ...]:
+    """Where what training lost is not surely small."""
+    lost = [pair.comparison.training for pair in content.pairs]
+    verdicts = {each.verdict for each in lost if each is not None}
+    if "exceeds" in verdicts:
+        return (Chip("Training lost too much", "bad"),)
+    return (Chip("Training inconclusive", "warn"),) if "inconclusive" in verdicts else ()
+
+
+def _alarm_chip(arms: Iterable[ArmContent]) -> tuple[Chip, ...]:
+    count = sum(len(arm.alarms) for arm in arms)
+    return (Chip(f"{count:,} alarm{'s' if count > 1 else ''}", "alarm"),) if count else ()
 
 
 def _plain_sentence(verdicts: Mapping[str, str], worst: str | None) -> str:
@@ -170,20 +196,25 @@ def _plain_sentence(verdicts: Mapping[str, str], worst: str | None) -> str:
 def _diagnosis_section(content: StudyContent) -> Section:
     if content.diagnosis is None:
         return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
-    figure = scores.attribution_figure(content)
+    figures = (causes.text_figure(content), scores.attribution_figure(content))
+    drawn = tuple(figure for figure in figures if figure is not None)
     worst = [
         (name, row.tensor, row.clip_fraction, row.overshoot, row.sqnr_db, row.since_step)
         for name, arm in content.diagnosed.items()
         for row in arm.worst_tensors
     ]
     columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
-    tables = (scores.variants_table(content.diagnosed), table(columns, worst, "Worst tensors", "worst-tensors"))
+    tables = (
+        causes.causes_table(content.diagnosed),
+        scores.variants_table(content.diagnosed),
+        table(columns, worst, "Worst tensors", "worst-tensors"),
+    )
     return Section(
         "diagnosis",
         "Diagnosis",
-        figures=(figure,) if figure else (),
+        figures=drawn,
         tables=tuple(part for part in tables if part.rows),
-        notes=() if figure else ("The diagnosis holds no effects to draw.",),
+        notes=() if drawn else ("The diagnosis holds no effects to draw.",),
     )
 
 
@@ -199,7 +230,8 @@ def _scores_section(content: StudyContent) -> Section:
         for pair in content.pairs
         for text in pair.mismatches
     )
-    return Section("scores", "Scores", (figure,), tables, notes)
+    changed = tuple(printable(f"{text}: these scores are of other weights.") for text in content.changed)
+    return Section("scores", "Scores", (figure,), tables, (*changed, *notes))
 
 
 def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:

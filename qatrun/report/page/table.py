@@ -62,9 +62,9 @@ def signed(value: float, decimals: int = 2) -> str:
     return f"{value:+.{decimals}f}".replace("-", "−")
 
 
-def signed_range(interval: Sequence[float]) -> str:
+def signed_range(interval: Sequence[float], decimals: int = 2) -> str:
     """An interval of differences."""
-    return f"{signed(interval[0])} to {signed(interval[1])}"
+    return f"{signed(interval[0], decimals)} to {signed(interval[1], decimals)}"
 
 
 def percent(fraction: float | None) -> str | None:

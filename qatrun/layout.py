@@ -2,8 +2,9 @@
 
 runs/<study>/
   recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
+  fix.json             remedies that were tried, and what each gave back
   report.html          the page; report/ the CSV of its figures
-  start/               scores of the model before training
+  start/               scores of the model before training, and known_text.safetensors: text of what it knew
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
@@ -22,36 +23,46 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qatrun import files
 from qatrun.errors import InputError
-from qatrun.export import artifact
+from qatrun.files import PARTIAL, UNFINISHED
 from qatrun.text import suggestion
 
-EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
-RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE = "result.json", "histograms.json", "log_perplexity.json"
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
-ENVIRONMENT_FILE, LOCK_FILE = "environment.json", ".lock"
-FIRST_FILES = {ENVIRONMENT_FILE, files.RECIPE_FILE}  # written before anything is trained
+RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE = "recipe.yaml", "environment.json", ".lock"
+FIRST_FILES = {ENVIRONMENT_FILE, RECIPE_FILE}  # written before anything is trained
+
+METRICS_FILE, ALARMS_FILE, PROBE_FILE = "metrics.jsonl", "alarms.jsonl", "probe.safetensors"
+RESULT_FILE, HISTOGRAMS_FILE = "result.json", "histograms.json"
+CHECKPOINTS, INCOMPLETE, PROGRESS_FILE, MANIFEST_FILE = "checkpoints", ".incomplete", "progress.json", "manifest.json"
+TENSORS, TENSORS_ENDING, UNFINISHED_TENSORS = "tensors", ".parquet", "unfinished.parquet"
+QUANTIZED, PLAN_FILE, WEIGHTS_FILE, WEIGHTS_FILES = "quantized", "plan.json", "model.safetensors", "model*.safetensors"
+
+EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
+SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
+LOG_PERPLEXITY_FILE = "log_perplexity.json"  # of an earlier version
+KNOWN_TEXT_FILE = "known_text.safetensors"
+SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.
 OF_A_STUDY = (
-    *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv", "diagnosis.json"),
-    *(PAGE_FILE, f"{CSV_FOLDER}/*.csv", ".*.partial", f"{CSV_FOLDER}/.*.partial"),
+    *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv"),
+    *("diagnosis.json", "fix.json"),
+    *(PAGE_FILE, f"{CSV_FOLDER}/*.csv", PARTIAL, f"{CSV_FOLDER}/{PARTIAL}"),
 )
 _OF_A_MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
 )
 OF_AN_ARM = (
-    *(files.METRICS_FILE, files.ALARMS_FILE, f"{files.TENSORS}/*.parquet"),
+    *(METRICS_FILE, ALARMS_FILE, f"{TENSORS}/*{TENSORS_ENDING}"),
     *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
-    *(f"{files.CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", "progress.json", "manifest.json")),
-    *(f"{files.CHECKPOINTS}/.incomplete/*", "**/.*.partial", f"**/{files.UNFINISHED}"),
+    *(f"{CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", PROGRESS_FILE, MANIFEST_FILE)),
+    *(f"{CHECKPOINTS}/{INCOMPLETE}/*", f"**/{PARTIAL}", f"**/{UNFINISHED}"),
     *("**/events.out.tfevents*", "**/hparams.yml"),
-    *(f"{EVAL}*/{name}" for name in (files.ITEMS_FILE, files.SCORES_FILE, files.SCORES_OF_LM_EVAL, files.TEXT_FILE)),
-    *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{files.SAMPLES}/*.jsonl"),
-    *(*_OF_A_MODEL, *(f"{artifact.FOLDER}/{name}" for name in (artifact.PLAN_FILE, *_OF_A_MODEL))),
+    *(f"{EVAL}*/{name}" for name in (ITEMS_FILE, SCORES_FILE, SCORES_OF_LM_EVAL, TEXT_FILE)),
+    *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{SAMPLES}/*.jsonl"),
+    *(*_OF_A_MODEL, *(f"{QUANTIZED}/{name}" for name in (PLAN_FILE, *_OF_A_MODEL))),
 )
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 
@@ -72,19 +83,20 @@ class ArmFolder:
 
     path: Path
 
-    quantized = _Below(artifact.FOLDER)
-    plan = _Below(f"{artifact.FOLDER}/{artifact.PLAN_FILE}")
+    quantized = _Below(QUANTIZED)
+    plan = _Below(f"{QUANTIZED}/{PLAN_FILE}")
     eval_off = _Below(EVAL_OFF)
-    checkpoints = _Below(files.CHECKPOINTS)
-    metrics = _Below(files.METRICS_FILE)
-    alarms = _Below(files.ALARMS_FILE)
+    checkpoints = _Below(CHECKPOINTS)
+    metrics = _Below(METRICS_FILE)
+    alarms = _Below(ALARMS_FILE)
     histograms = _Below(HISTOGRAMS_FILE)
     result = _Below(RESULT_FILE)
+    known_text = _Below(KNOWN_TEXT_FILE)  # of the start model only
 
     @property
     def eval(self) -> Path:
         """Its scores; the folder itself where it is one that `qatrun eval --output` wrote."""
-        return self.path if (self.path / files.SCORES_FILE).is_file() else self.path / EVAL
+        return self.path if (self.path / SCORES_FILE).is_file() else self.path / EVAL
 
     def eval_calibrated(self, settings: str) -> Path:
         """Scores of these weights with scales that were calibrated; `settings` is a hash of how."""
@@ -97,11 +109,12 @@ class StudyFolder:
 
     path: Path
 
-    recipe = _Below(files.RECIPE_FILE)
+    recipe = _Below(RECIPE_FILE)
     environment = _Below(ENVIRONMENT_FILE)
     comparison = _Below("comparison.json")
     seeds = _Below("seeds.json")  # what the seeds say together, and the contrasts
     diagnosis = _Below("diagnosis.json")
+    fix = _Below("fix.json")
     page = _Below(PAGE_FILE)
     csv = _Below(CSV_FOLDER)  # the numbers of the page's figures
 
@@ -112,7 +125,7 @@ class StudyFolder:
     @property
     def begun(self) -> set[str]:
         """Arms of which something is there, in no order."""
-        names = {file.parent.name for name in (files.METRICS_FILE, RESULT_FILE) for file in self.path.glob(f"*/{name}")}
+        names = {file.parent.name for name in (METRICS_FILE, RESULT_FILE) for file in self.path.glob(f"*/{name}")}
         return {name for name in names if name != START and not name.startswith(TRUNK)}
 
     @property
@@ -120,7 +133,7 @@ class StudyFolder:
         """The studies of its seeds, by seed; none where it is run with one."""
         found = {
             int(match.group(1)): file.parent
-            for file in self.path.glob(f"seed-*/{files.RECIPE_FILE}")
+            for file in self.path.glob(f"seed-*/{RECIPE_FILE}")
             if (match := _REPLICA.fullmatch(file.parent.name))  # not a copy that someone made beside them
         }
         return tuple(StudyFolder(found[seed]) for seed in sorted(found))
@@ -136,15 +149,26 @@ class StudyFolder:
         return ArmFolder(self.path / name)
 
 
+def step_name(step: int, ending: str = "") -> str:
+    """Of what is kept of one step; in order as text, too."""
+    return f"step-{step:06d}{ending}"
+
+
+def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
+    """Step -> what has its name in a folder, in order; a copy that someone made beside them is none."""
+    found = {path: re.fullmatch(rf"step-(\d+){re.escape(ending)}", path.name) for path in folder.glob("step-*")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
 def newest_study(output_dir: Path) -> StudyFolder | None:
     """The study whose recipe was written last."""
-    recipes = sorted(output_dir.glob(f"*/{files.RECIPE_FILE}"), key=lambda file: file.stat().st_mtime)
+    recipes = sorted(output_dir.glob(f"*/{RECIPE_FILE}"), key=lambda file: file.stat().st_mtime)
     return StudyFolder(recipes[-1].parent) if recipes else None
 
 
 def no_such_study(study: str | None, output_dir: Path) -> InputError:
     """The error for a study that is not there, with the nearest of those that are."""
-    names = sorted(file.parent.name for file in output_dir.glob(f"*/{files.RECIPE_FILE}"))
+    names = sorted(file.parent.name for file in output_dir.glob(f"*/{RECIPE_FILE}"))
     if study is None:
         return InputError(f"no study in {output_dir} yet")
     return InputError(f"no study {study!r} in {output_dir}{suggestion(study, names)}")
