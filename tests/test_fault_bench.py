@@ -176,6 +176,8 @@ HIDES = {"unit": "nats a token", "answer": "not shown"}
         (a_cell(quantization=0.05), (ANY,), [("missed", ANY)]),
         (a_cell("words", training=0.5, answers={"forgetting": "found"}), ("input",), [("missed", "input")]),
         (a_cell("words", answers={"input": "found", "resolution": "found"}), ("input",), []),
+        (a_cell("words").model_copy(update={"alarms": {"input": 1}}), ("input",), []),
+        (a_cell().model_copy(update={"warned": ["at random"]}), (), [("accused", "input")]),
         (a_cell("damaged").model_copy(update={"answers": {}}), ("damaged",), [("missed", "damaged")]),
         (a_cell("damaged").model_copy(update={"answers": {}, "refused": "changed"}), ("damaged",), []),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from qatrun.files import Record, read_json, write_json
 from qatrun.records.diagnosis import Cause
 
@@ -32,6 +34,7 @@ class Cell(Record):
         start, twin, on: models before training, in BF16 after it, and as deployed.
         answers: cause -> what the diagnosis says; empty where it refused.
         refused: why.
+        warned: what was said of the training text before the first step.
         alarms: kind -> step of the first.
     """
 
@@ -49,6 +52,7 @@ class Cell(Record):
     answers: dict[str, Cause]
     sentence: str
     refused: str = ""
+    warned: list[str] = Field(default_factory=list)
     alarms: dict[str, int]
 
     @property

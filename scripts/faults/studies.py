@@ -21,7 +21,7 @@ from qatrun.errors import DamagedFileError
 from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe, Source, parse_recipe
 from qatrun.records.diagnosis import ArmDiagnosis
-from qatrun.study import run_study
+from qatrun.study import preflight, run_study
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.records import first_alarms
@@ -217,8 +217,9 @@ def run(study: Study, subject: Subject, judge: Judge, seed: int, output: Path, d
         with planted.underestimated(factor):
             run_study(recipe, display, resume=True)
     found = diagnose(folder, display)
+    warned = [str(warning) for warning in preflight(recipe).warnings if warning.key.startswith("data.")]
     cells = [
-        _cell(study, subject, seed, arm, folder, found.arms[arm.name], judge)
+        _cell(study, subject, seed, arm, folder, found.arms[arm.name], judge, warned)
         for arm in recipe.arm_by_name.values()
         if arm.twin is not None
     ]
@@ -226,7 +227,14 @@ def run(study: Study, subject: Subject, judge: Judge, seed: int, output: Path, d
 
 
 def _cell(
-    study: Study, subject: Subject, seed: int, arm: Arm, folder: StudyFolder, found: ArmDiagnosis, judge: Judge
+    study: Study,
+    subject: Subject,
+    seed: int,
+    arm: Arm,
+    folder: StudyFolder,
+    found: ArmDiagnosis,
+    judge: Judge,
+    warned: list[str],
 ) -> Cell:
     format, _, fault = arm.name.partition("-")
     return Cell(
@@ -243,6 +251,7 @@ def _cell(
         on=judge.quantized(folder.arm(arm.name).quantized),
         answers=found.causes,
         sentence=found.sentence,
+        warned=warned,
         alarms=first_alarms(folder.arm(arm.name)),
     )
 

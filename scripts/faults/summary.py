@@ -45,6 +45,8 @@ def said(cell: Cell) -> str:
     if cell.refused:
         return "refused"
     found = [cause for cause, each in cell.answers.items() if each.answer == "found"]
+    if INPUT in cell.alarms or cell.warned:
+        found = [INPUT, *(cause for cause in found if cause != INPUT)]
     if found:
         return ", ".join(found)
     return "not shown" if any(each.answer == "not shown" for each in cell.answers.values()) else "ruled out"
@@ -112,12 +114,12 @@ def tally(cells: Sequence[Judged]) -> Table:
 
 def right_and_false(cell: Cell, its: Label) -> tuple[dict[str, int], dict[str, int]]:
     """Its alarms, kind -> step: those that name harm which the rule sees, and those that name harm which it does not."""
-    harmful = {"forgetting" if cause == "forgetting" else ANY for cause in its.truth}
+    harmful = {cause if cause in (INPUT, "forgetting") else ANY for cause in its.truth}
     right: dict[str, int] = {}
     false: dict[str, int] = {}
     for kind, step in cell.alarms.items():
-        is_right = INPUT in its.truth or ("forgetting" if kind == "forgetting" else ANY) in harmful
-        (right if is_right else false)[kind] = step
+        of = kind if kind in (INPUT, "forgetting") else ANY
+        (right if of in harmful or INPUT in harmful else false)[kind] = step
     return right, false
 
 
