@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import Field
 
 from qatrun.files import Record, read_json, write_json
@@ -67,10 +68,12 @@ class Cells(Record):
 
 
 def keep(file: Path, new: list[Cell]) -> None:
-    """Put these cells in the file, in place of earlier ones of the same study and arm."""
-    before = read_json(file, Cells).cells if file.is_file() else []
-    found = {cell.key: cell for cell in (*before, *new)}
-    write_json(file, Cells(cells=list(found.values())))
+    """Put these cells in the file, in place of earlier ones of the same study and arm; studies may run side by side."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        before = read_json(file, Cells).cells if file.is_file() else []
+        found = {cell.key: cell for cell in (*before, *new)}
+        write_json(file, Cells(cells=list(found.values())))
 
 
 def read_cells(output: Path) -> list[Cell]:

@@ -26,7 +26,7 @@ from qatrun.recipe import ModelConfig, Source
 Kind = Literal["own", "new"]
 Part = Literal["train", "valid", "judge"]
 
-SCORED, ASKED = 150, 400  # items a task: of the diagnosis; of the rule
+SCORED, ASKED = 100, 400  # items a task: of the diagnosis; of the rule
 KEPT = {"train": 6_000, "held": 1_000}  # documents at most
 
 
