@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,11 +21,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from faults import code, planted, summary  # noqa: E402
+from faults import code, planted, studies, summary  # noqa: E402
 from faults.cells import Cell, Cells, Nats, keep, read_cells  # noqa: E402
-from faults.labels import ANY, label, mistakes, questions  # noqa: E402
+from faults.labels import ANY, Judge, label, mistakes, questions  # noqa: E402
 from faults.models import SCORED, Subject, write_texts  # noqa: E402
-from faults.studies import FAULTS, FORMATS, STUDIES, WARMUP, recipe_of  # noqa: E402
+from faults.studies import FAULTS, FORMATS, STUDIES, WARMUP, Study, recipe_of  # noqa: E402
 from qatrun.data import IGNORE_INDEX  # noqa: E402
 from qatrun.records.diagnosis import Cause  # noqa: E402
 
@@ -216,3 +218,33 @@ def test_a_damaged_layer_is_another_one(tmp_path: Path) -> None:
     assert torch.equal(load_file(file)["other"], torch.ones(4, 4))
     file.write_bytes(before)
     assert torch.equal(load_file(file)["codes"], codes)
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_study_is_run_labelled_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "SCORED", 4)
+    monkeypatch.setattr(studies, "STEPS", 12)
+    monkeypatch.setattr(studies, "WARMUP", 4)
+    monkeypatch.setattr(studies, "SEQ_LEN", 16)
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rng = Random(0)
+    texts = [" ".join(f"w{rng.randrange(1, 90)}" for _ in range(30)) for _ in range(400)]
+    for kind in ("own", "new"):
+        write_texts(tmp_path / "texts", kind, iter(texts[:200]), iter(texts[200:]))
+    tiny = replace(subject(tmp_path), model=str(tmp_path / "model"))
+    judge = Judge(tiny, 16)
+    study = Study("new", "new", True, {"none": ("hif8",), "scale-8x": ("hif8",)})
+    cells = studies.run(study, tiny, judge, 0, tmp_path, Silent())
+    assert [cell.fault for cell in cells] == ["none", "scale-8x"]
+    assert cells[0].twin == cells[1].twin != cells[1].on
+    assert cells[0].start.own == pytest.approx(cells[0].start.new)
+    assert "saturation" not in cells[0].alarms
+    assert "saturation" in cells[1].alarms
+    assert studies.run(study, tiny, judge, 0, tmp_path, Silent()) == cells

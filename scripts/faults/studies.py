@@ -212,10 +212,14 @@ def run(study: Study, subject: Subject, judge: Judge, seed: int, output: Path, d
     """Train, score, diagnose and measure the arms of a study."""
     folder = StudyFolder(output / f"seed-{seed}" / study.name)
     factors = sorted({FAULTS[fault].too_small for fault in study.arms})
-    for number, factor in enumerate(factors, start=1):
-        recipe = recipe_of(study, subject, seed, output, factors[:number])
-        with planted.underestimated(factor):
-            run_study(recipe, display, resume=True)
+    recipe = recipe_of(study, subject, seed, output, factors)
+    for number, factor in enumerate(
+        factors, start=1
+    ):  # each with the arms before it: a study takes more arms, not fewer
+        part = recipe_of(study, subject, seed, output, factors[:number])
+        if not (recipe.arms.keys() - part.arms.keys()) & folder.begun:
+            with planted.underestimated(factor):
+                run_study(part, display, resume=True)
     found = diagnose(folder, display)
     warned = [str(warning) for warning in preflight(recipe).warnings if warning.key.startswith("data.")]
     cells = [
