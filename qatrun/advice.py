@@ -20,26 +20,26 @@ STEADY = 1.25
 NOT_A_TREND = 2.0  # amax does not double from one step to the next for long
 
 
-def against_saturation(scheme: Scheme | None, overshoot: float, typical: float | None = None) -> str:
+def against_saturation(scheme: Scheme | None, overshoot: float, *, steady: bool = False) -> str:
     """What to change where tensors of this scheme saturate.
 
     Args:
         overshoot: the largest of amax over its estimate.
-        typical: that of most steps; None where it is not known.
+        steady: it is above STEADY in most steps.
     """
     if scheme is None:
         return "scale estimates do not fit"
-    scaling, edge = scheme.scaling, "; or clip: format, a wider edge" if scheme.clip == "target" else ""
+    scaling = scheme.scaling
+    edge = "; or clip: format, a wider edge" if scheme.clip == "target" and scheme.symmetric else ""
     if scaling.type != "delayed":
         return f"scaling {scaling.type} does not follow the tensor; use delayed scaling with algorithm max{edge}"
     if scaling.algorithm == "max" and scaling.window >= WIDE_WINDOW and scaling.update_interval == 1:
-        if typical is not None and typical > STEADY:
+        if steady:
             return f"scales are too small by a steady factor, which no trend explains; check where they come from{edge}"
         if overshoot > NOT_A_TREND:
             return f"amax jumps above all that a window of {scaling.window} has seen; use dynamic scaling{edge}"
-        return (
-            f"amax grows faster than a window of {scaling.window} sees; lower train.learning_rate or target_amax{edge}"
-        )
+        lower = "train.learning_rate or target_amax" if scheme.symmetric else "train.learning_rate"
+        return f"amax grows faster than a window of {scaling.window} sees; lower {lower}{edge}"
     changes = [
         "use algorithm max" if scaling.algorithm != "max" else "",
         f"widen window ({scaling.window})" if scaling.window < WIDE_WINDOW else "",

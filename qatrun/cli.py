@@ -144,6 +144,9 @@ def evaluate(
     num_fewshot: Annotated[int | None, number("Few-shot examples, for every task.", least=0)] = None,
     data_dir: Annotated[str | None, place("PATH", "Folder laid out like the hub to take questions from.")] = None,
     batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
+    text: Annotated[
+        str | None, place("PATH", "Text to read for a perplexity; default: the held-out text of the model's study.")
+    ] = None,
     output: Annotated[Path | None, path_option("Folder for scores and samples, which `compare` reads.")] = None,
     json_: JsonOption = False,
     trust_remote_code: Annotated[
@@ -160,7 +163,7 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output, trust_remote_code=trust_remote_code)
+        scored = score_path(path, config, display, output, text=text, trust_remote_code=trust_remote_code)
     if json_:
         out.print_data(scored.to_dict())
     else:
@@ -173,7 +176,10 @@ def compare(
     arm: Annotated[str, argument("ARM", "The arm to judge, or a folder with scores.")],
     study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
     output_dir: OutputDirOption = Path("runs"),
-    budget: Annotated[list[str] | None, typer.Option(metavar="TASK=PP", help="Acceptable drop; repeatable.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=PP", help="Acceptable drop (perplexity: percent); repeatable."),
+    ] = None,
     anyway: Annotated[bool, typer.Option(help="Compare although they do not match.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
     json_: JsonOption = False,

@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from qatrun.errors import DamagedFileError, Problem, QatrunError, WriteError
+from qatrun.layout import PARTIAL, UNFINISHED
 
 T = TypeVar("T")
-
-PARTIAL = ".*.partial"  # a file of this name is written first
-UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
 
 # How safetensors and tokenizers (Rust), and Arrow, name an error of the operating system in their own exceptions.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatrun.errors import InputError
-from qatrun.files import PARTIAL, UNFINISHED
 from qatrun.text import suggestion
 
+PARTIAL = ".*.partial"  # a file of this name is written first
+UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE = "recipe.yaml", "environment.json", ".lock"
@@ -42,6 +43,7 @@ EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrate
 SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"
 LOG_PERPLEXITY_FILE = "log_perplexity.json"  # of an earlier version
 KNOWN_TEXT_FILE = "known_text.safetensors"
+SCORED_FILE = "scored.json"  # of `qatrun eval --output`
 SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.

@@ -39,7 +39,7 @@ def text(nats: float, *, name: str = "a", num: int = 40, noise: float = 0.0, rar
     """A model that takes so many nats a token of each of `num` sequences of 120 targets, more of the rare third."""
     spread = np.random.default_rng(0).normal(size=(num, 1)) * noise
     of_strata = 40 * (nats + spread + np.array([0.0, 0.0, rare]))
-    return TextScore(text=name, nats=of_strata.tolist(), num_targets=[[40, 40, 40]] * num, entropy=5.0)
+    return TextScore(text=name, nats=of_strata.tolist(), num_targets=[[40, 40, 40]] * num, entropy=5.0, uniform=6.0)
 
 
 def read(**nats: TextScore) -> Models:
@@ -103,12 +103,12 @@ def test_the_items_a_model_was_sure_of_are_chosen_whether_it_was_right_or_wrong(
     assert found["surest"].value == pytest.approx((before - after)[sure].mean(), rel=0.02)
 
 
-def test_a_text_beyond_reading_is_seen_before_training() -> None:
-    readable, garbage = (read(start=text(nats)).measures().surprise for nats in (3.0, 6.5))
-    assert readable is not None
-    assert garbage is not None
-    assert readable.interval(0.95)[1] < 0 < garbage.interval(0.95)[0]
-    assert garbage.value == pytest.approx(1.5)
+def test_what_a_model_takes_is_held_against_guessing() -> None:
+    found = read(start=text(3.0), twin=text(6.5)).measures()
+    assert {name: measured.value for name, measured in found.beyond_frequency.items()} == pytest.approx(
+        {"start": -2.0, "twin": 1.5}
+    )
+    assert found.beyond_guessing["start"].value == pytest.approx(-3.0)
 
 
 def test_an_effect_is_over_the_items_that_both_models_answered() -> None:

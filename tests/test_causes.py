@@ -39,12 +39,14 @@ def measures(
     nothing = {name: measured(0.0, 1.0) for name in effects}
     answers = nothing | {name: measured(value) for name, value in (items or {}).items()}
     points = {name: measured(0.0, 5.0) for name in effects}
-    return Measures(texts, {}, points, answers, {}, measured(surprise))
+    read = {"start": measured(surprise), "twin": measured(surprise)}
+    return Measures(texts, {}, points, answers, {}, read, {"start": measured(surprise - 1.0)})
 
 
 def answers(found: Measures, *, clipped: bool = False) -> dict[str, str]:
-    """Cause -> its answer, of those that are not ruled out."""
-    return {name: cause.answer for name, cause in causes(found, clipped=clipped).items() if cause.answer != "ruled out"}
+    """Cause -> its answer, of those that were measured and are not ruled out."""
+    judged = causes(found, clipped=clipped)
+    return {name: cause.answer for name, cause in judged.items() if cause.looks and cause.answer != "ruled out"}
 
 
 def test_a_healthy_arm_rules_every_cause_out() -> None:
@@ -76,6 +78,19 @@ def test_the_rule(effects: dict[str, float], clipped: bool, expected: dict[str, 
     assert answers(measures(**effects), clipped=clipped) == expected  # type: ignore[arg-type]
 
 
+def test_a_text_is_none_to_a_model_that_neither_reads_nor_learns_it_or_is_sure_and_wrong() -> None:
+    def found(start: float, twin: float, guessing: float) -> str:
+        base = measures()
+        read = {"start": measured(start), "twin": measured(twin)}
+        both = Measures(base.texts, {}, base.points, base.nats, {}, read, {"start": measured(guessing)})
+        return causes(both, clipped=False)["input"].answer
+
+    assert found(1.5, 0.8, -0.3) == "found"  # words at random
+    assert found(1.5, -2.0, 0.0) == "ruled out"  # a model that is trained from nothing
+    assert found(4.0, -0.5, 2.0) == "found"  # tokens of another tokenizer, learned anew
+    assert found(-2.0, -3.0, -4.0) == "ruled out"
+
+
 def test_without_power_nothing_is_ruled_out_and_the_most_that_could_hide_is_said() -> None:
     found = causes(measures(half=0.1), clipped=True)
     assert [name for name, cause in found.items() if cause.answer == "not shown"] == [
@@ -94,7 +109,7 @@ def test_either_text_is_enough_to_find_and_both_must_rule_out() -> None:
     found = measures(whole=0.06, beyond_ptq=0.05)
     for text, expected in (("held-out", "found"), ("known", "found")):
         texts = {name: of | {text: measured(0.0)} for name, of in found.texts.items()}
-        one = Measures(texts, {}, found.points, found.nats, {}, None)
+        one = Measures(texts, {}, found.points, found.nats, {})
         assert causes(one, clipped=True)["saturation"].answer == expected
     unsure = {name: of | {"known": measured(0.01, 0.1)} for name, of in measures().texts.items()}
     assert causes(Measures(unsure, {}, {}, {}, {}), clipped=True)["saturation"].answer == "not shown"
@@ -107,11 +122,15 @@ def test_items_find_what_text_does_not_show() -> None:
 
 def test_a_third_of_the_tokens_or_of_the_items_may_tell() -> None:
     base = measures()
-    rare = Measures(base.texts, {"training": {"rare": measured(0.3)}}, base.points, base.nats, {}, base.surprise)
+    rare = Measures(
+        base.texts, {"training": {"rare": measured(0.3)}}, base.points, base.nats, {}, base.beyond_frequency
+    )
     assert answers(rare) == {"forgetting": "found"}
-    unsure = Measures(base.texts, {}, base.points, base.nats, {"training": {"surest": measured(0.3)}}, base.surprise)
+    unsure = Measures(base.texts, {}, base.points, base.nats, {"training": {"surest": measured(0.3)}})
     assert answers(unsure) == {"forgetting": "found"}
-    wide = Measures(base.texts, {"training": {"rare": measured(0.1, 0.3)}}, base.points, base.nats, {}, base.surprise)
+    wide = Measures(
+        base.texts, {"training": {"rare": measured(0.1, 0.3)}}, base.points, base.nats, {}, base.beyond_frequency
+    )
     assert answers(wide) == {"forgetting": "not shown"}
 
 

@@ -32,7 +32,7 @@ def accuracy(scored: dict[str, Any], task: str = LIKES) -> float:
 
 NO_MODEL = "no model folder 'nope' here, and the hub did not give one (offline: HF_HUB_OFFLINE is set)"
 NO_BUDGET = "must be TASK=PP, PP a positive number of percentage points"
-NO_TASK = "no such task (scored: likes.yaml, demo_facts)"
+NO_TASK = "no such task (scored: likes.yaml, demo_facts, perplexity)"
 MISTAKES = {
     "train nope.yaml": "nope.yaml: no such file",
     "train dem": "no file or shipped recipe named 'dem' (did you mean 'demo'?)",
@@ -312,9 +312,11 @@ def test_a_line_number_is_not_an_emoji(world: Path) -> None:
 COLUMNS = (
     "arm_name,twin_name,task,metric,num_fewshot,num_items,start,twin,arm,arm_off,drop_pp,drop_relative_percent,"
     "ci95_low_pp,ci95_high_pp,mcnemar_p,flips_to_wrong,flips_to_right,mean_abs_delta_loglikelihood,"
-    "detectable_drop_pp,budget_pp,verdict,items_to_settle"
+    "detectable_drop_pp,budget_pp,verdict,items_to_settle,perplexity_twin,perplexity_arm,perplexity_rise_percent,"
+    "perplexity_ci95_low_percent,perplexity_ci95_high_percent,perplexity_budget_percent,perplexity_verdict,"
+    "training_drop_pp,training_ci95_low_pp,training_ci95_high_pp,training_budget_pp,training_verdict"
 )
-WIDE = ("--budget", "likes.yaml=50", "--budget", "demo_facts=50")
+WIDE = tuple(f"--budget={task}" for task in ("likes.yaml=50", "demo_facts=50", "perplexity=50"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from tiny_world import run_qatrun
 
 from qatrun.evaluate.scores import Scores
+from qatrun.evaluate.text import load_texts
+from qatrun.layout import ITEMS_FILE
 from qatrun.train.metrics import read_metrics
 
 
@@ -23,7 +26,8 @@ def test_train_ends_with_a_diagnosis_and_the_page(trained_world: Path) -> None:
 def test_effects_are_between_the_scores_on_disk(trained_world: Path) -> None:
     study = trained_world / "runs/tiny"
     arm = json.loads((study / "diagnosis.json").read_text(encoding="utf-8"))["arms"]["hif8"]
-    (ptq,), (fresh,) = (list(study.glob(f"{arm}/eval-calibrated-*")) for arm in ("bf16", "hif8"))
+    calibrated = (study.glob(f"{arm}/eval-calibrated-*/{ITEMS_FILE}") for arm in ("bf16", "hif8"))
+    ptq, fresh = (file.parent for (file,) in map(list, calibrated))
     places = {"start": "start/eval", "twin": "bf16/eval", "on": "hif8/eval", "off": "hif8/eval-quantizers-off"}
     places |= {"ptq": f"bf16/{ptq.name}", "fresh": f"hif8/{fresh.name}"}
     scores = {name: Scores.load(study / place) for name, place in places.items()}
@@ -32,7 +36,9 @@ def test_effects_are_between_the_scores_on_disk(trained_world: Path) -> None:
         for effect in arm["tasks"][task]:
             drop = 100 * (accuracy[effect["from"]] - accuracy[effect["to"]])
             assert effect["drop_pp"] == pytest.approx(drop)
-    assert set(arm["perplexity"]) == set(places)
+    assert set(arm["perplexity"]) == {*places, "finest"}
+    for name, place in places.items():
+        assert arm["perplexity"][name] == pytest.approx(math.exp(load_texts(study / place).texts["held-out"].mean))
     assert arm["worst_tensors"]
     histograms = json.loads((study / "hif8/histograms.json").read_text(encoding="utf-8"))["tensors"]
     assert all(sum(h["counts"]) + h["num_zero"] == h["num_values"] for h in histograms)

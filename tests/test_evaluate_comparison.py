@@ -49,7 +49,9 @@ def compare(
 def read(nats: float, *, noise: float = 0.0, name: str = "a") -> Scored:
     """A model that answers nothing wrong, and takes so many nats for each of 8,000 tokens."""
     spread = np.random.default_rng(0).normal(size=80) * noise
-    text = TextScore(text=name, nats=[[100 * (nats + s)] for s in spread], num_targets=[[100]] * 80, entropy=5.0)
+    text = TextScore(
+        text=name, nats=[[100 * (nats + s)] for s in spread], num_targets=[[100]] * 80, entropy=5.0, uniform=6.0
+    )
     return Scored(scores(right(500, 500)), TextScores(texts={"held-out": text}))
 
 

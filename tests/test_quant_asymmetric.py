@@ -27,7 +27,7 @@ from qatrun.numerics.passes import unpack_bits
 from qatrun.quant import Mode, QuantPlan, QuantState, attach, calibrate, freeze, make_plan, quantized_linears
 from qatrun.quant.qtensor import to_grid
 from qatrun.quant.tally import STATISTICS
-from qatrun.recipe import RoleConfig, ScalingConfig
+from qatrun.recipe import RoleConfig, ScalingConfig, parse_recipe
 from qatrun.scheme import Scheme, Slot
 
 CODES = {"quant_min": -128, "quant_max": 127}
@@ -241,6 +241,18 @@ def test_a_plan_without_the_key_is_symmetric_and_a_wrong_one_is_refused() -> Non
     described["schemes"][0]["symmetric"] = False
     with pytest.raises(ValueError, match=r"linears\.a\.weight: symmetric: a weight is spread evenly about zero"):
         QuantPlan.from_dict(described)
+
+
+def test_an_arm_may_go_back_and_the_recipe_that_a_study_keeps_says_so() -> None:
+    asymmetric, symmetric = ({"qat": {"input": {"symmetric": symmetric}}} for symmetric in (False, True))
+    sections = {"model": {"path": "m"}, "data": {"train": {"path": "d"}}, "train": {"steps": 9}}
+    arms = {"bf16": {"qat": None}, "as_all": {}, "back": symmetric}
+    common = {"name": "tiny", "eval": {"tasks": {"none": 0}}, "arms": arms, **sections}
+    recipe = parse_recipe(common | {"qat": {"format": "int8"} | asymmetric["qat"]})
+    for kept in (recipe, parse_recipe(recipe.model_dump(mode="json"))):
+        of_arms = {arm.name: arm.qat.schemes["input"].symmetric for arm in kept.arm_by_name.values() if arm.qat}
+        assert of_arms == {"as_all": False, "back": True}
+    assert "symmetric" not in str(parse_recipe(common | {"arms": {"bf16": {"qat": None}, "a": {}}}).model_dump())
 
 
 def test_calibration_finds_range_and_zero_point() -> None:

@@ -188,9 +188,11 @@ def test_quantizers_that_are_gone_are_named() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("input", [{}, {"granularity": "per_token"}])
-def test_a_frozen_model_scores_the_same(input: dict[str, Any]) -> None:
-    model, state = attached(one_block, input=input)
+@pytest.mark.parametrize(
+    "qat", [{}, {"input": {"granularity": "per_token"}}, SETTINGS["asymmetric"], SETTINGS["asymmetric by token"]]
+)
+def test_a_frozen_model_scores_the_same(qat: dict[str, Any]) -> None:
+    model, state = attached(one_block, **qat)
     trained(model, state)
     freeze(model, torch.float32)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -272,6 +272,11 @@ def test_the_grid_under_a_histogram(name: str, num_values: int, largest: float) 
     assert counts[1.0] == counts[1.5] == {"hif8": 8, "fp8_e4m3": 8, "int8": 2}[name]  # 2 <= x < 4
 
 
+def test_under_an_asymmetric_tensor_the_integers_go_on_to_its_steps() -> None:
+    assert grid_magnitudes("int8", 255.0).tolist() == list(range(1, 256))
+    assert grid_counts("int8", [0.0, 6.0, 7.0, 8.0], 255.0).tolist() == [1, 64, 128]
+
+
 # ---- nothing in a name can hurt ----
 
 

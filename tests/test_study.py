@@ -17,7 +17,8 @@ from qatrun.evaluate.scores import Scores
 from qatrun.train.metrics import read_metrics
 
 CHECKPOINT = ("manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "state.safetensors")
-SCORES = ("items.parquet", "lm_eval_results.json", "samples/demo_facts.jsonl", "samples/likes.jsonl", "scores.json")
+SAMPLES = ("samples/demo_facts.jsonl", "samples/likes.jsonl")
+SCORES = ("items.parquet", "lm_eval_results.json", *SAMPLES, "scores.json", "text.json")
 MODEL = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_llama, word_tokenizer
-from qatrun.evaluate.perplexity import mean_nll
 from safetensors.torch import save_file
 from training import Recorder, TinyStudy
 
 from qatrun.data import open_probe
 from qatrun.errors import AlarmStop, DamagedFileError
+from qatrun.evaluate.text import mean_nll
 from qatrun.numerics import round_to_format
 from qatrun.quant import STATISTICS, Mode, attach, make_plan
 from qatrun.recipe import AlarmConfig, QatConfig
@@ -253,7 +253,7 @@ class TestAlarms:
         for name, overshoots in {
             "constant": [2.0] * 20,
             "growing": [1.01, 1.02, 1.05] * 7,
-            "burst": [1.0] * 20 + [6.0],
+            "burst": [1.0, 1.0, 9.0],
         }.items():
             watch = AlarmWatch(AlarmConfig(patience=40), {Slot.parse("a:input"): scheme})
             for step, overshoot in enumerate(overshoots):
@@ -298,6 +298,13 @@ class TestAlarms:
         found += [a for step in range(4, 9) for a in second.see_tensors(step, clipping, 1)]
         assert found == expected
         assert expected
+
+    def test_what_an_earlier_version_kept_of_a_watch_can_be_taken_up(self) -> None:
+        kept = {"clipping": [0.0, 0.1, 0.0], "coarse_measurements": [0, 1, 0], "raised": ["forgetting"]}
+        watch = self.watch()
+        watch.load_state_dict(kept | {"forgetting_probes": 3, "quantization_probes": 1})
+        assert watch.clipping.tolist() == kept["clipping"]
+        assert not [alarm for step in range(3) for alarm in watch.see_probe(step, probed(0.3))]  # raised once
 
 
 class TestInTraining:

@@ -85,7 +85,8 @@ class Models:
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
-            surprise=self._surprise(),
+            beyond_frequency={name: _beyond(score, score.entropy) for name, score in self._held_out.items()},
+            beyond_guessing={name: _beyond(score, score.uniform) for name, score in self._held_out.items()},
         )
 
     def nats(self, text: str) -> dict[str, float]:
@@ -128,13 +129,9 @@ class Models:
             log_perplexity=None if of_text is None else rise(*of_text).mean,
         )
 
-    def _surprise(self) -> Measured | None:
-        """Of the start model on held-out text, beyond the entropy of its token frequencies."""
-        score = self.texts["start"].texts.get(HELD_OUT) if "start" in self.texts else None
-        if score is None:
-            return None
-        rate = Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1))
-        return _measured(rate, less=score.entropy)
+    @property
+    def _held_out(self) -> dict[str, TextScore]:
+        return {name: found.texts[HELD_OUT] for name, found in self.texts.items() if HELD_OUT in found.texts}
 
 
 @dataclass(frozen=True)
@@ -228,12 +225,23 @@ def _text_effect(before: TextScore, after: TextScore) -> TextEffect:
     )
 
 
-def _measured(rate: Rate, less: float = 0.0) -> Measured:
+def nats_a_token(score: TextScore) -> Rate:
+    """What a model takes on a text."""
+    return Rate.of(np.sum(score.nats, axis=1), np.sum(score.num_targets, axis=1))
+
+
+def _beyond(score: TextScore, nats: float) -> Measured:
+    rate = nats_a_token(score)
+
     def interval(confidence: float) -> Interval:
         low, high = rate.interval(confidence)
-        return low - less, high - less
+        return low - nats, high - nats
 
-    return Measured(rate.mean - less, interval)
+    return Measured(rate.mean - nats, interval)
+
+
+def _measured(rate: Rate) -> Measured:
+    return Measured(rate.mean, rate.interval)
 
 
 def _points(flips: Flips) -> Measured:

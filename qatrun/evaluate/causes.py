@@ -10,8 +10,9 @@ matters. Intervals of all looks at a cause hold together at 95 % (Bonferroni), s
 Text decides, and items can only find: 8,000 tokens see 0.02 nats a token where 200 items see nothing. Where a study has no
 text, the right answers' log-probability decides in its place. Thresholds, in nats a token of text:
 
-    input         start, above the entropy of the text's own token frequencies: a model that can read a text does better
-                  than to guess by frequency, so this text is none to it (the wrong data, or tokens of another tokenizer)
+    input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
+                  learned to, does better than to guess by frequency, so this is none (the wrong data). Or start, 0.5 above
+                  ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another tokenizer)
     forgetting    start -> twin on text that the start model knew: 0.05; 0.10 in each third of its tokens by frequency
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
                   named where a tensor clipped, or where fresh scales cure it
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qatrun.evaluate.paired import Bounds
@@ -60,6 +61,8 @@ FORGETTING = Thresholds(text=0.05, stratum=0.10, pp=3.0, nats=0.10)
 BEYOND_PTQ = Thresholds(text=0.02, stratum=0.10, pp=1.0, nats=0.02)
 RESOLUTION = Thresholds(text=0.04, stratum=0.10, pp=1.0, nats=0.04)
 
+SURE_AND_WRONG = 0.5  # nats a token
+
 A_TOKEN, AN_ANSWER, POINTS = "nats a token", "nats an answer", "pp"
 
 
@@ -71,7 +74,8 @@ class Measures:
         texts: effect -> text -> nats a token; `strata`: effect -> stratum of the known text -> the same.
         points: effect -> accuracy lost over all items, percentage points.
         nats: effect -> of the right answer among its choices; `by_confidence`: effect -> third of the items -> the same.
-        surprise: nats a token of held-out text, of the start model, less the entropy of its token frequencies.
+        beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
+            frequencies, or less ln(vocabulary).
     """
 
     texts: Mapping[str, Mapping[str, Measured]]
@@ -79,7 +83,8 @@ class Measures:
     points: Mapping[str, Measured]
     nats: Mapping[str, Measured]
     by_confidence: Mapping[str, Mapping[str, Measured]]
-    surprise: Measured | None = None
+    beyond_frequency: Mapping[str, Measured] = field(default_factory=dict)
+    beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
 
 
 def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
@@ -93,7 +98,7 @@ def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
     scales = clipped or fresh.answer == "found"
     elsewhere = Cause(answer="ruled out")
     return {
-        "input": _judge(_input_look(measures)),
+        "input": _judge(_input_looks(measures)),
         "forgetting": _judge(_forgetting_looks(measures)),
         "saturation": beyond if scales else elsewhere,
         "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),
@@ -111,9 +116,13 @@ class _Look:
     decides: bool = False
 
 
-def _input_look(measures: Measures) -> Iterator[_Look]:
-    if measures.surprise is not None:
-        yield _Look("held-out text", ("start",), [measures.surprise], 0.0, A_TOKEN, decides=True)
+def _input_looks(measures: Measures) -> Iterator[_Look]:
+    read, models = measures.beyond_frequency, ("start", "twin")
+    if all(model in read for model in models):
+        what = "held-out text, beyond the frequency of its tokens"
+        yield _Look(what, models, [read[model] for model in models], 0.0, A_TOKEN, decides=True)
+    if (start := measures.beyond_guessing.get("start")) is not None:
+        yield _Look("held-out text, beyond any guess", ("start",), [start], SURE_AND_WRONG, A_TOKEN, decides=True)
 
 
 def _forgetting_looks(measures: Measures) -> Iterator[_Look]:

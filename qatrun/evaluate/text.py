@@ -17,6 +17,7 @@ from qatrun.errors import NonFiniteError
 from qatrun.evaluate.context import evaluation_mode
 from qatrun.files import read_json, write_json
 from qatrun.layout import TEXT_FILE
+from qatrun.model import text_config
 from qatrun.records.scores import STRATA, TextScore, TextScores
 
 
@@ -80,6 +81,7 @@ def _score(model: PreTrainedModel, text: Batch, batch_size: int) -> TextScore:
         nats=torch.stack([(nll * here).sum(dim=1) for here in of_stratum], dim=1).tolist(),
         num_targets=torch.stack([here.sum(dim=1) for here in of_stratum], dim=1).tolist(),
         entropy=entropy,
+        uniform=math.log(text_config(model).vocab_size),
     )
 
 

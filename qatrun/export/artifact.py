@@ -1,7 +1,7 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales; the rest in the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 

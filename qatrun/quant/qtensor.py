@@ -75,6 +75,7 @@ def to_grid(
     """x [..., d] on its grid, and what the pass over x has seen.
 
     Args:
+        fit: what it is scaled with, in the granularity of its scheme.
         values, codes: which of the two are wanted, values in which dtype.
         takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
     """

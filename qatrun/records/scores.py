@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from qatrun.files import Record
-from qatrun.records.values import Number, Step
+from qatrun.records.values import Interval, Number, Step
 
 
 class TaskSummary(Record):
@@ -52,12 +54,14 @@ class TextScore(Record):
         nats: [num_sequences, len(STRATA)], negative log-likelihood of the targets of each stratum, summed.
         num_targets: [num_sequences, len(STRATA)], how many those are.
         entropy: nats a token of the frequencies of the text's tokens: what guessing by frequency alone would take.
+        uniform: nats a token of guessing any token of the vocabulary.
     """
 
     text: str
     nats: list[list[Number]]
     num_targets: list[list[int]]
     entropy: Number
+    uniform: Number
 
     @property
     def mean(self) -> float:
@@ -83,10 +87,26 @@ class ScoredTask(Record):
     num_truncated: int
 
 
+class ReadText(Record):
+    """A text that `qatrun eval` read: its perplexity, and the interval of that over its sequences."""
+
+    perplexity: float
+    ci95: Interval
+    num_sequences: int
+    num_tokens: int
+
+
 class ScoredModel(Record):
-    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept."""
+    """What `qatrun eval` prints: `model` is what was scored, in words, `output` the folder of its scores if kept.
+
+    Attributes:
+        text: None where there was none to read.
+        weights: weights file or plan, as it was named -> SHA-256 of what was scored.
+    """
 
     model: str
+    text: ReadText | None = None
+    weights: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None

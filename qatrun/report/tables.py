@@ -67,6 +67,10 @@ def score_table(scored: ScoredModel) -> RenderableType:
         for task in scored.tasks
         if task.num_truncated
     ]
+    if (text := scored.text) is not None:
+        size = f"{text.num_sequences:,} sequences, {text.num_tokens:,} tokens"
+        low, high = text.ci95
+        notes.append(Text(f"perplexity {text.perplexity:.3f} [{low:.3f}, {high:.3f}] of held-out text ({size})"))
     return Group(table, *notes)
 
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from qatrun.errors import DamagedFileError, QatrunError
-from qatrun.files import PARTIAL, read_json
-from qatrun.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, START, TRUNK, ArmFolder, StudyFolder
+from qatrun.files import read_json
+from qatrun.layout import FIRST_FILES, LOCK_FILE, OF_A_STUDY, OF_AN_ARM, PARTIAL, START, TRUNK, ArmFolder, StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.records.training import Result

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
 from qatrun.files import content_sha256, read_json
-from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES, ArmFolder
+from qatrun.layout import PLAN_FILE, QUANTIZED, SCORED_FILE, WEIGHTS_FILES, ArmFolder
+from qatrun.records.scores import ScoredModel
 from qatrun.records.training import ArmResult, Result
 from qatrun.study.display import Display
 
@@ -47,6 +50,13 @@ def changed_weights(folder: ArmFolder, record: ArmResult) -> list[str]:
 
 def changed_since_scored(folder: ArmFolder) -> list[str]:
     """The same of an arm's folder, whose record may be missing or say nothing of weights."""
+    if (folder.path / SCORED_FILE).is_file():  # `qatrun eval --output`
+        of_files = read_json(folder.path / SCORED_FILE, ScoredModel).weights
+        return [
+            f"{name} {'is not what was scored' if Path(name).is_file() else 'is gone'}"
+            for name, checksum in of_files.items()
+            if not Path(name).is_file() or content_sha256(Path(name)) != checksum
+        ]
     if not folder.result.is_file() or "weights" not in read_json(folder.result, Result).to_dict():
         return []
     return changed_weights(folder, read_json(folder.result, ArmResult))

@@ -1,13 +1,14 @@
 """Text of what the start model knew, on which a rise of the loss is forgetting; one a study, chosen before training:
 
     given         `data.probe`
-    held-out      the held-out text, where it is of the kind that the model writes: then training brings nothing new in kind
+    held-out      the held-out text, where the model knows it as well as what it writes: then training brings nothing new
     own writing   else what the start model writes, sampled once
 
 Text that is new to the model would show what it learns instead of what it forgets. Its own writing has a flaw, too: on it
 the rise is KL(start || now) in expectation, so a model that becomes better at its own kind of text rises as well. Hence the
-second choice before the third. Whether two texts are of a kind is told by the Jensen-Shannon divergence of their token
-frequencies: between the own writing and the held-out text, beyond what it is between two halves of the own writing.
+second choice before the third. Held-out text is known as well as the own writing where the Jensen-Shannon divergence of
+their token frequencies is hardly beyond that of two halves of the own writing, and the loss on it is hardly higher: new
+facts in familiar words differ in nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from qatrun.data import open_data, open_probe
 from qatrun.errors import DamagedFileError, InputError
+from qatrun.evaluate.text import mean_nll
 from qatrun.files import reading, whole_file
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, load_model, on_device, write_text
@@ -37,8 +39,11 @@ from qatrun.tokenizer import load_tokenizer
 Source = Literal["given", "held-out", "own writing"]
 
 SEED = 0  # of the writing, whatever the training's: seeds of a study are compared on one text
-# Nats beyond the noise. Measured, 8,000 to 16,000 tokens each: text of the model's own kind to 0.02, of another from 0.08.
+# Nats of divergence beyond the noise. Measured, 4,000 to 16,000 tokens each: text of the model's own kind 0 to 0.02, of
+# another from 0.08.
 SAME_KIND = 0.04
+# Nats a token of loss beyond that on the own writing. Measured: own kind -0.1 to 0.4, half of it about new facts 1.0.
+AS_FAMILIAR = 0.6
 LEAST_TOKENS = 1000  # of each sample compared
 LEAST_COUNT = 10  # of a token, over all texts compared; rarer ones are counted as one, else they are mostly noise
 
@@ -52,29 +57,34 @@ class KnownText:
         divergence: Jensen-Shannon, nats, between the own writing and the held-out text; None where the text was given, or is
             too little to tell.
         noise: the same between halves of the own writing.
+        surprise: of the start model, nats a token that it loses on the held-out text beyond those on the own writing.
     """
 
     input_ids: Tensor
     source: Source
     divergence: float | None = None
     noise: float | None = None
+    surprise: float | None = None
 
     def __str__(self) -> str:
         num, seq_len = self.input_ids.shape
         size = f"{num} sequences of {seq_len} tokens"
         if self.source == "given":
             return f"data.probe, {size}"
-        if self.divergence is None or self.noise is None:
+        if self.divergence is None or self.noise is None or self.surprise is None:
             return f"what the start model writes itself, {size}; there is too little held-out text to tell its kind"
-        how = f"token frequencies {self.divergence:.3f} nats apart, halves of its writing {self.noise:.3f}"
+        how = (
+            f"token frequencies {self.divergence:.3f} nats apart, halves of its writing {self.noise:.3f}; loss "
+            f"{self.surprise:+.2f} nats beyond that on its writing"
+        )
         if self.source == "held-out":
-            return f"the held-out text, {size}, which is of the kind that the start model writes ({how})"
-        return f"what the start model writes itself, {size}; the held-out text is of another kind ({how})"
+            return f"the held-out text, {size}, which the start model knows as well as what it writes ({how})"
+        return f"what the start model writes itself, {size}; the held-out text is of another kind, or new ({how})"
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
         ids = self.input_ids.int().contiguous()
-        about = {"source": self.source, "divergence": self.divergence, "noise": self.noise, "sha256": _digest(ids)}
+        about = {key: value for key, value in vars(self).items() if key != "input_ids"} | {"sha256": _digest(ids)}
         with whole_file(file) as partial:
             save_file({"input_ids": ids}, partial, metadata={"about": json.dumps(about)})
 
@@ -134,9 +144,11 @@ def _choose(arm: Arm, batch_size: int, warn: Callable[[str], None]) -> KnownText
     if compared is None:
         return KnownText(own, "own writing")
     divergence, noise = compared
-    if divergence - noise <= max(noise, SAME_KIND):
-        return KnownText(held_out, "held-out", divergence, noise)
-    return KnownText(own, "own writing", divergence, noise)
+    of_held_out, of_own = (mean_nll(model, text, batch_size=batch_size) for text in (held_out, own))
+    surprise = of_held_out - of_own
+    if divergence - noise <= max(noise, SAME_KIND) and surprise <= AS_FAMILIAR:
+        return KnownText(held_out, "held-out", divergence, noise, surprise)
+    return KnownText(own, "own writing", divergence, noise, surprise)
 
 
 def kinship(own: Tensor, other: Tensor, special: list[int]) -> tuple[float, float] | None:

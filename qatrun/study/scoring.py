@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qatrun.data import Batch
 from qatrun.errors import InputError, Problem
+from qatrun.evaluate.attribution import HELD_OUT, nats_a_token
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.tasks import check_available
+from qatrun.evaluate.text import perplexity, score_texts
 from qatrun.export import artifact
-from qatrun.layout import StudyFolder
+from qatrun.files import content_sha256, write_json
+from qatrun.layout import PLAN_FILE, SCORED_FILE, WEIGHTS_FILES, StudyFolder
 from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
-from qatrun.records.scores import ScoredModel, ScoredTask
+from qatrun.records.scores import ReadText, ScoredModel, ScoredTask, TextScore
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.reading import text_to_read
 from qatrun.tokenizer import load_tokenizer
 
 # The tasks and few-shot counts of the published study (arXiv:2605.26189).
@@ -46,11 +51,18 @@ def eval_config(
 
 
 def score_path(
-    path: str, config: EvalConfig, display: ScoringDisplay, output: Path | None, *, trust_remote_code: bool = False
+    path: str,
+    config: EvalConfig,
+    display: ScoringDisplay,
+    output: Path | None,
+    *,
+    text: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ScoredModel:
     """Score a checkpoint. One of ours runs with quantizers on, a plain model in its config's dtype.
 
     Args:
+        text: to read for a perplexity; None: the held-out text of the study that the model is of, if any.
         trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
             may have come with the model too.
     Raises:
@@ -63,6 +75,7 @@ def score_path(
         raise InputError(problems)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # a path that cannot be is known before minutes of scoring
+    reads = _text_to_read(source, text, display)
     try:
         model, tokenizer, what = _open(source)
     except InputError as error:
@@ -81,8 +94,46 @@ def score_path(
         )
         for name, task in scores.tasks.items()
     ]
-    kept = str(output) if output else None
-    return ScoredModel(model=what, settings=dict(scores.settings), tasks=tasks, output=kept)
+    read = None
+    if reads is not None:
+        texts = score_texts(model, {HELD_OUT: reads}, batch_size=config.batch_size, output_dir=output)
+        read = _read(texts.texts[HELD_OUT])
+    scored = ScoredModel(
+        model=what,
+        settings=dict(scores.settings),
+        tasks=tasks,
+        text=read,
+        weights={str(file): content_sha256(file) for file in _weights(Path(path))},
+        output=str(output) if output else None,
+    )
+    if output is not None:
+        write_json(output / SCORED_FILE, scored)
+    return scored
+
+
+def _text_to_read(source: ModelConfig, text: str | None, display: ScoringDisplay) -> Batch | None:
+    """Before weights are loaded: a text that cannot be read is known at once."""
+    quantized = artifact.find(Path(source.path))
+    opened = source if quantized is None else source.model_copy(update={"path": str(quantized)})
+    context = getattr(load_config(opened).get_text_config(decoder=True), "max_position_embeddings", None)
+    return text_to_read(Path(source.path), text, load_tokenizer(opened), context, display)
+
+
+def _read(score: TextScore) -> ReadText:
+    rate = nats_a_token(score)
+    low, high = rate.interval()
+    return ReadText(
+        perplexity=perplexity(rate.mean),
+        ci95=[perplexity(low), perplexity(high)],
+        num_sequences=rate.num_clusters,
+        num_tokens=rate.num_units,
+    )
+
+
+def _weights(path: Path) -> list[Path]:
+    """Files that decide what was scored, of a folder that lies here."""
+    folder = artifact.find(path) or path
+    return sorted(file for pattern in (WEIGHTS_FILES, PLAN_FILE) for file in folder.glob(pattern))
 
 
 def _path_problems(source: ModelConfig) -> list[Problem]:

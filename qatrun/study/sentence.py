@@ -60,11 +60,7 @@ class Said:
         return [name for name, cause in self.causes.items() if cause.answer == answer]
 
     def _input(self, cause: Cause) -> str:
-        look = cause.looks[0]
-        return (
-            f"the training text is none to this model: before training it takes {look.values[0]:.2f} nats a token more than "
-            f"guessing by the frequency of tokens alone; {advice.INPUT}"
-        )
+        return f"the training text is none to this model, which before training takes {_seen(cause)}; {advice.INPUT}"
 
     def _forgetting(self, cause: Cause) -> str:
         input_ = self.causes.get("input")
@@ -75,16 +71,16 @@ class Said:
         )
 
     def _saturation(self, cause: Cause) -> str:
-        worst = self.worst[0] if self.worst else None
-        where = (
-            f"worst {worst.tensor} clips {100 * worst.clip_fraction:.2g} % (overshoot up to {worst.overshoot:.1f}x): "
-            f"{advice.against_saturation(self.scheme, worst.overshoot, worst.typical_overshoot)}"
-            if worst is not None
-            else ""
-        )
         return (
-            f"scales saturate: quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}; "
-            f"{where}"
+            f"scales saturate: quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}"
+            + (f"; {self._worst_clip(self.worst[0])}" if self.worst else "")
+        )
+
+    def _worst_clip(self, worst: TensorRecord) -> str:
+        steady = (worst.typical_overshoot or 0.0) > advice.STEADY
+        return (
+            f"worst {worst.tensor} clips {100 * worst.clip_fraction:.2g} % (overshoot up to {worst.overshoot:.1f}x): "
+            f"{advice.against_saturation(self.scheme, worst.overshoot, steady=steady)}"
         )
 
     def _resolution(self, cause: Cause) -> str:

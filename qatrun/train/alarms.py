@@ -3,8 +3,8 @@
     saturation     a tensor clips more than `clip_fraction` of its values, as an average over `patience` steps
     resolution     a tensor's SQNR is below `sqnr_db` twice in a row
 
-and those of the forgetting probe (`probe_alarms`) and of the first step (`inputs`). Each is raised once (of tensors: once a
-role), when it first holds. Thresholds are keys of `monitor.alarms`.
+and those of the forgetting probe (`probe_alarms`) and of the first step (`first_loss`). Each is raised once (of tensors:
+once a role), when it first holds. Thresholds are keys of `monitor.alarms`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class AlarmWatch:
         self.role = np.array([slot.role for slot in self.slots])
         self.clipping = np.zeros(len(self.slots))  # clip fraction, exponential average over `patience` steps
         self.coarse_measurements = np.zeros(len(self.slots), dtype=np.int64)
-        self.overshoots, self.num_seen = np.zeros(len(self.slots)), 0  # their sum over the steps seen
+        self.num_overshot, self.num_seen = np.zeros(len(self.slots), dtype=np.int64), 0  # steps
         self.raised: set[str] = set()
         self.probes = ProbeWatch(config, twin)
 
     def see_tensors(self, step: int, table: Table, steps_each: int) -> Iterator[AlarmRow]:
         """Statistics of one step, [num_tensors, len(STATISTICS)], which stand for `steps_each`."""
         columns = dict(zip(STATISTICS, table.T, strict=True))
-        self.overshoots += np.nan_to_num(columns["overshoot"].astype(np.float64))
+        self.num_overshot += columns["overshoot"] > advice.STEADY
         self.num_seen += 1
         if self.config.clip_fraction is not None:
             share = min(1.0, steps_each / self.config.patience)
@@ -78,7 +78,7 @@ class AlarmWatch:
         """Plain data."""
         return {
             "clipping": self.clipping.tolist(),
-            "overshoots": self.overshoots.tolist(),
+            "num_overshot": self.num_overshot.tolist(),
             "num_seen": self.num_seen,
             "coarse_measurements": self.coarse_measurements.tolist(),
             "probes": dict(self.probes.in_a_row),
@@ -88,8 +88,8 @@ class AlarmWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.clipping = np.array(state["clipping"], dtype=np.float64)
         self.coarse_measurements = np.array(state["coarse_measurements"], dtype=np.int64)
-        if "overshoots" in state:  # an earlier version kept none
-            self.overshoots, self.num_seen = np.array(state["overshoots"], dtype=np.float64), state["num_seen"]
+        if "num_overshot" in state:  # an earlier version kept none
+            self.num_overshot, self.num_seen = np.array(state["num_overshot"], dtype=np.int64), state["num_seen"]
         self.adopt(state)
 
     def adopt(self, state: Mapping[str, Any]) -> None:
@@ -121,11 +121,11 @@ class AlarmWatch:
                 yield AlarmRow(step=step, kind=kind, text=f"step {step}: {text}", tensor=str(self.slots[worst]))
 
     def _saturation_text(self, how_many: str, worst: int, clipped: float, overshoot: float) -> str:
-        slot, typical = self.slots[worst], self.overshoots[worst] / self.num_seen
+        slot, steady = self.slots[worst], bool(2 * self.num_overshot[worst] > self.num_seen)
         return (
             f"{how_many} clip > {100 * (self.config.clip_fraction or 0):g} % of their values over "
             f"{self.config.patience} steps, worst {slot.linear} ({100 * clipped:.2g} %, overshoot "
-            f"{overshoot:.1f}x): {advice.against_saturation(self.schemes[slot], overshoot, typical)}"
+            f"{overshoot:.1f}x): {advice.against_saturation(self.schemes[slot], overshoot, steady=steady)}"
         )
 
     def _resolution_text(self, how_many: str, worst: int, _: float, sqnr_db: float) -> str:
