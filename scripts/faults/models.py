@@ -1,0 +1,164 @@
+"""The models: each with text of the kind it was trained on (*own*), text of another kind (*new*), questions, and rates.
+
+    demo          2.7M, words, a generated world that it knows well; questions about it
+    code          0.8M, a GPT-NeoX made here (see `code`): Python, and prose about Python; which line comes next?
+    gut3m         3.4M, books, perplexity 30; children's stories are new to it; ARC-Challenge by chance
+    stories260K   0.26M, children's stories, perplexity 4.4; books are new to it; ARC-Challenge by chance
+
+Of held-out text the diagnosis reads every other document, and the rule of the labels the rest. Of the questions likewise:
+the diagnosis asks the first `SCORED` of each task; the rule asks others, of the models that can answer any.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Literal, TypedDict
+
+from faults import code
+from qatrun import demo
+from qatrun.recipe import ModelConfig, Source
+
+Kind = Literal["own", "new"]
+Part = Literal["train", "valid", "judge"]
+
+SCORED, ASKED = 100, 400  # items a task: of the diagnosis; of the rule
+KEPT = {"train": 6_000, "held": 1_000}  # documents at most
+
+
+class Question(TypedDict):
+    """As `demo.items` has them."""
+
+    query: str
+    choices: list[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be broken.
+
+    Attributes:
+        model: as a recipe's `model.path`.
+        texts: folder with `<kind>-<part>.jsonl`.
+        tasks, data_dir: as a recipe's `eval`.
+        questions: that the rule asks.
+        rates: of learning, by what they are for: `sane`, on either text; `high`, on its own text, where it does no harm;
+            `mild`, `hot`, on new text, and `ruin`, on its own: they forget.
+    """
+
+    name: str
+    model: str
+    texts: Path
+    tasks: dict[str, int]
+    data_dir: str | None
+    questions: Sequence[Question]
+    rates: dict[str, float]
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(path=self.model)
+
+    def text(self, kind: Kind, part: Part) -> Source:
+        return Source(path=str(self.texts / f"{kind}-{part}.jsonl"), shuffle=part == "train")
+
+
+def documents(file: Path) -> Iterator[str]:
+    """The texts of a .jsonl file."""
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def write_documents(file: Path, texts: Iterable[str]) -> None:
+    """As .jsonl with a column `text`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def write_texts(folder: Path, kind: Kind, train: Iterable[str], held: Iterable[str]) -> None:
+    """The three parts of a kind of text, unless they are there."""
+    if (folder / f"{kind}-judge.jsonl").is_file():
+        return
+    write_documents(folder / f"{kind}-train.jsonl", islice(train, KEPT["train"]))
+    kept = list(islice(held, KEPT["held"]))
+    write_documents(folder / f"{kind}-valid.jsonl", kept[::2])
+    write_documents(folder / f"{kind}-judge.jsonl", kept[1::2])
+
+
+def demo_subject(folder: Path, _shared: Path | None) -> Subject:
+    write_texts(folder / "texts", "own", demo.documents("pretrain"), demo.documents("probe"))
+    write_texts(folder / "texts", "new", demo.documents("finetune"), demo.documents("valid"))
+    asked: list[Question] = []
+    for task in demo.TASKS:
+        asked += Random(task).sample(demo.items(task)[SCORED:], ASKED)
+    return Subject(
+        name="demo",
+        model=demo.BUILTIN,
+        texts=folder / "texts",
+        tasks=dict.fromkeys(demo.TASKS, 0),
+        data_dir=None,
+        questions=asked,
+        rates={"sane": 1e-4, "high": 1e-3, "mild": 1e-3, "hot": 3e-3, "ruin": 1e-2},
+    )
+
+
+def code_subject(folder: Path, _shared: Path | None) -> Subject:
+    for kind, (train, held) in {"own": code.source_code(), "new": code.prose()}.items():
+        write_texts(folder / "texts", "own" if kind == "own" else "new", train, held)
+    code.make_model(folder / "model", documents(folder / "texts" / "own-train.jsonl"))
+    items = code.next_lines(documents(folder / "texts" / "own-valid.jsonl"), SCORED)
+    task = code.write_task(folder / "task", items)
+    return Subject(
+        name="code",
+        model=str(folder / "model"),
+        texts=folder / "texts",
+        tasks={str(task): 0},
+        data_dir=None,
+        questions=code.next_lines(documents(folder / "texts" / "own-judge.jsonl"), ASKED),
+        rates={"sane": 3e-5, "high": 1e-3, "mild": 3e-4, "hot": 3e-3, "ruin": 1e-2},
+    )
+
+
+def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Callable[[Path, Path | None], Subject]:
+    """A model and texts from the folder that `--shared` names."""
+
+    def build(folder: Path, shared: Path | None) -> Subject:
+        if shared is None or not (shared / "models" / name).is_dir():
+            raise FileNotFoundError(f"{name}: skipped, --shared names no folder with models/{name}")
+        for kind, text in {"own": own, "new": new}.items():
+            parts = [documents(shared / "text" / f"{text}_{part}.jsonl") for part in ("train", "valid")]
+            write_texts(folder / "texts", "own" if kind == "own" else "new", *parts)
+        return Subject(
+            name=name,
+            model=str(shared / "models" / name),
+            texts=folder / "texts",
+            tasks={"arc_challenge": 0},
+            data_dir=str(shared / "data"),
+            questions=(),
+            rates=rates,
+        )
+
+    return build
+
+
+SUBJECTS: dict[str, Callable[[Path, Path | None], Subject]] = {
+    "demo": demo_subject,
+    "code": code_subject,
+    "gut3m": shared_subject(
+        "gut3m",
+        "gutenberg",
+        "tinystories",
+        {"sane": 3e-5, "high": 3e-4, "mild": 3e-4, "hot": 3e-3, "ruin": 3e-3},
+    ),
+    "stories260K": shared_subject(
+        "stories260K",
+        "tinystories",
+        "gutenberg",
+        {"sane": 1e-5, "high": 1e-3, "mild": 1e-4, "hot": 3e-3, "ruin": 1e-2},
+    ),
+}
