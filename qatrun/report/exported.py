@@ -30,7 +30,8 @@ def exported_table(folder: Path, record: Exported) -> RenderableType:
 def contents(record: Exported) -> str:
     """What is quantized, and how."""
     schemes = "; ".join(f"{count} of {scheme}" for scheme, count in record.schemes.items())
-    return f"{record.format}, {record.linears} linears ({schemes}), the rest {record.compute_dtype}"
+    rest = "float32" if record.format == "onnx" else record.compute_dtype
+    return f"{record.format}, {record.linears} linears ({schemes}), the rest {rest}"
 
 
 def proofs(record: Exported) -> Iterator[str]:
