@@ -29,7 +29,7 @@ class DryRunArm(Record):
     coverage: str | None
     roles: list[str]
     memory_bytes: dict[str, int] | None
-    export: list[str]
+    export: list[str] = Field(default_factory=list)
 
 
 class DryRunTask(Record):

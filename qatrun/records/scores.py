@@ -112,4 +112,4 @@ class ScoredModel(Record):
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None
-    match: EngineMatch | None
+    match: EngineMatch | None = None
