@@ -12,7 +12,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,track]'
+	$(BIN)/pip install --quiet --editable '.[dev,export,track]'
 	touch $@
 
 demo: $(READY)

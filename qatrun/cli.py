@@ -7,15 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qatrun import boundary, terminal
+from qatrun import boundary, followers, ranks, terminal
 from qatrun.errors import InputError
+from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
     JsonOption,
     OutputDirOption,
+    ProcessesOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
@@ -25,6 +27,7 @@ from qatrun.options import (
     path_option,
     place,
 )
+from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, known
 
 app = typer.Typer(
     name="qatrun",
@@ -66,6 +69,7 @@ def train(
         list[str] | None, typer.Option(metavar="NAME", help="Tracker of Accelerate's, such as tensorboard.")
     ] = None,
     fix: Annotated[bool, typer.Option("--fix", help="Try the remedy where the diagnosis finds a cause.")] = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Train every arm of a recipe, score them and compare them."""
@@ -73,6 +77,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.report.fix import fix_table
@@ -106,6 +111,7 @@ def check(
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
+    processes: Annotated[str | None, typer.Option(metavar="N", help="What it would be with so many.")] = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
@@ -121,7 +127,7 @@ def check(
     from qatrun.report import dry_run
     from qatrun.study import preflight
 
-    checked = preflight(loaded)
+    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes))
     if json_:
         out.print_data(checked.dry_run().to_dict())
     else:
@@ -144,6 +150,13 @@ def evaluate(
     num_fewshot: Annotated[int | None, number("Few-shot examples, for every task.", least=0)] = None,
     data_dir: Annotated[str | None, place("PATH", "Folder laid out like the hub to take questions from.")] = None,
     batch_size: Annotated[int | None, number("Sequences per forward.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Engine to score an exported folder in: {', '.join(ENGINE_NAMES)}; default: the one that opens it.",
+        ),
+    ] = None,
     text: Annotated[
         str | None, place("PATH", "Text to read for a perplexity; default: the held-out text of the model's study.")
     ] = None,
@@ -152,9 +165,13 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
-    """Score any checkpoint: one of ours with its quantizers on, or a plain Hugging Face model."""
+    """Score any checkpoint: one of ours with its quantizers on, an exported folder in an engine, or a plain Hugging Face
+    model."""
+    chosen = None if engine is None else known(engine, ENGINE_NAMES, "--engine")
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay, score_table
     from qatrun.study import eval_config, score_path
@@ -163,11 +180,46 @@ def evaluate(
         path, tasks=tasks, limit=limit, num_fewshot=num_fewshot, data_dir=data_dir, batch_size=batch_size
     )
     with TerminalDisplay(err) as display:
-        scored = score_path(path, config, display, output, text=text, trust_remote_code=trust_remote_code)
+        scored = score_path(
+            path, config, display, output, engine=chosen, text=text, trust_remote_code=trust_remote_code
+        )
     if json_:
         out.print_data(scored.to_dict())
     else:
         out.print(score_table(scored))
+
+
+@app.command()
+def export(
+    arm: Annotated[str, argument("ARM", "A quantized arm's folder.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --to hif8: ascend, for Huawei's inference recipes.")
+    ] = None,
+    output: Annotated[Path | None, path_option("Folder to write; default: one named after --to in the arm's.")] = None,
+    json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Write a quantized arm as a folder that serving engines read, and prove it equal to what was scored."""
+    _quiet_libraries()
+    from qatrun.report.exported import exported_table, holds
+    from qatrun.study import export_arm
+
+    name = None if to is None else known(to, EXPORT_NAMES, "--to")
+    if layout is not None:
+        name = known(f"{name}-{layout}", ("hif8-ascend",), "--to and --layout")
+    folder, record = export_arm(Path(arm), name, output, trust_remote_code=trust_remote_code)
+    if json_:
+        out.print_data(record.to_dict())
+    else:
+        out.print(exported_table(folder, record))
+    if not holds(record):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -207,9 +259,11 @@ def diagnose(
     study: StudyArgument = None,
     output_dir: OutputDirOption = Path("runs"),
     json_: JsonOption = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Say what a drop is made of: forgetting, quantization noise or stale scales; scores two more models for each arm."""
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
@@ -232,9 +286,11 @@ def fix(
     output_dir: OutputDirOption = Path("runs"),
     tries: Annotated[int, number("Remedies for each arm at most, until one cures it.")] = 2,
     json_: JsonOption = False,
+    processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Try the remedy that a diagnosis names, as another arm, and say whether it cured the loss (exit code 1: it did not)."""
+    _in_processes(processes)
     _quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
@@ -284,13 +340,40 @@ def init(
 
 
 def main() -> None:
-    """Entry point: every error ends in a sentence and an exit code."""
+    """Entry point: every error ends in a sentence and an exit code. Of several processes the first runs the command; the
+    others follow it, and end with its code."""
     terminal.prepare()
-    code = boundary.exit_code_of(lambda: app(prog_name="qatrun", standalone_mode=False), err.out)
+    code = boundary.exit_code_of(_command, _say)
     if (lost := terminal.finish()) is not None:
         err.out(f"the output could not be written: {boundary.os_error_sentence(lost)[0]}")
         code = code or 3
+    followers.end(code)
+    if code == 0:
+        ranks.leave()
     raise SystemExit(code)
+
+
+def _command() -> Any:
+    with followers.losses_named():
+        if ranks.start().leads:
+            return app(prog_name="qatrun", standalone_mode=False)
+        try:
+            _quiet_libraries()
+            return followers.follow()
+        except KeyboardInterrupt:  # the first was interrupted too, and says so
+            raise SystemExit(boundary.INTERRUPTED) from None
+
+
+def _say(text: str) -> None:
+    own = ranks.started()
+    err.out(text if own.leads else f"process {own.rank} of {own.size}: {text}")
+
+
+def _in_processes(asked: str | None) -> None:
+    """Go on in this process, or run the command in so many others."""
+    code = run_in_processes(asked)
+    if code is not None:
+        raise typer.Exit(code)
 
 
 @contextmanager

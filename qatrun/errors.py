@@ -11,6 +11,7 @@ QatrunError              exit code 3
     ├── SourceError      a data set that broke off while it was read
     ├── CheckpointError  a checkpoint that is damaged or belongs to another run
     ├── WriteError       a full disk, a missing permission
+    ├── LostProcessError another process of the same run ended or hangs
     └── Interrupted      SIGINT or SIGTERM; the run was saved first
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "DamagedFileError",
     "InputError",
     "Interrupted",
+    "LostProcessError",
     "MismatchError",
     "NonFiniteError",
     "Problem",
@@ -103,6 +105,10 @@ class CheckpointError(RunError):
 
 class WriteError(RunError):
     """A file cannot be written: a full disk, a missing permission. What was written before is whole."""
+
+
+class LostProcessError(RunError):
+    """Another process of the same run ended, or does not answer."""
 
 
 class AlarmStop(RunError):

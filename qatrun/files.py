@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -87,6 +88,38 @@ def filled_folder(folder: Path) -> Iterator[None]:
         yield
         for file in folder.glob("*.safetensors"):
             file.chmod(_new_file_mode())
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill in place of `path`, which it becomes when the block has ended: whole, on the disk, its files with the
+    mode of any new file.
+
+    Raises:
+        WriteError: it cannot be written; what was there before is still there.
+    """
+    partial, earlier = (path.with_name(f".{path.name}.{state}") for state in ("partial", "earlier"))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in (partial, earlier):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(_new_file_mode())
+                flush_to_disk(file)
+            if path.exists():
+                path.rename(earlier)
+            partial.rename(path)
+            flush_to_disk(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            if earlier.exists() and not path.exists():
+                earlier.rename(path)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:

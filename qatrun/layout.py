@@ -8,6 +8,7 @@ runs/<study>/
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
   <arm>/               a Hugging Face folder in the compute dtype (quantizers off), and in it
     quantized/         the quantized model that is scored (arms with qat)
+    compressed-tensors/  and others of `serving.EXPORT_NAMES`: the same for an engine, with what was proven in export.json
     eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-calibrated-<hash>/ those of
                        a diagnosis: these weights with calibrated scales (of a twin: PTQ)
     checkpoints/  metrics.jsonl  alarms.jsonl  tensors/  histograms.json  result.json
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatrun.errors import InputError
+from qatrun.serving import EXPORT_NAMES
 from qatrun.text import suggestion
 
 PARTIAL = ".*.partial"  # a file of this name is written first
 UNFINISHED = ".tmp??????"  # what safetensors leaves where it is killed
+EXPORT_FILE, CARD_FILE = "export.json", "README.md"
 START, TRUNK = "start", "trunk-"
 PAGE_FILE, CSV_FOLDER = "report.html", "report"
 RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE = "recipe.yaml", "environment.json", ".lock"
@@ -36,6 +39,7 @@ FIRST_FILES = {ENVIRONMENT_FILE, RECIPE_FILE}  # written before anything is trai
 METRICS_FILE, ALARMS_FILE, PROBE_FILE = "metrics.jsonl", "alarms.jsonl", "probe.safetensors"
 RESULT_FILE, HISTOGRAMS_FILE = "result.json", "histograms.json"
 CHECKPOINTS, INCOMPLETE, PROGRESS_FILE, MANIFEST_FILE = "checkpoints", ".incomplete", "progress.json", "manifest.json"
+SHARDS = "shard-*.safetensors"  # of a checkpoint that several processes wrote
 TENSORS, TENSORS_ENDING, UNFINISHED_TENSORS = "tensors", ".parquet", "unfinished.parquet"
 QUANTIZED, PLAN_FILE, WEIGHTS_FILE, WEIGHTS_FILES = "quantized", "plan.json", "model.safetensors", "model*.safetensors"
 
@@ -56,8 +60,9 @@ _OF_A_MODEL = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.py"),
 )
+_OF_AN_EXPORT = ("*.onnx", "*.onnx.data", "hif8*", "quant_model_*")
 OF_AN_ARM = (
-    *(METRICS_FILE, ALARMS_FILE, f"{TENSORS}/*{TENSORS_ENDING}"),
+    *(CARD_FILE, METRICS_FILE, ALARMS_FILE, f"{TENSORS}/*{TENSORS_ENDING}"),
     *(RESULT_FILE, HISTOGRAMS_FILE, LOG_PERPLEXITY_FILE),
     *(f"{CHECKPOINTS}/step-*/{name}" for name in ("*.safetensors", PROGRESS_FILE, MANIFEST_FILE)),
     *(f"{CHECKPOINTS}/{INCOMPLETE}/*", f"**/{PARTIAL}", f"**/{UNFINISHED}"),
@@ -65,6 +70,8 @@ OF_AN_ARM = (
     *(f"{EVAL}*/{name}" for name in (ITEMS_FILE, SCORES_FILE, SCORES_OF_LM_EVAL, TEXT_FILE)),
     *(f"{EVAL}*/{LOG_PERPLEXITY_FILE}", f"{EVAL}*/{SAMPLES}/*.jsonl"),
     *(*_OF_A_MODEL, *(f"{QUANTIZED}/{name}" for name in (PLAN_FILE, *_OF_A_MODEL))),
+    *(f"{folder}/{name}" for folder in EXPORT_NAMES for name in (EXPORT_FILE, CARD_FILE, *_OF_A_MODEL, *_OF_AN_EXPORT)),
+    *(f".{folder}.{state}/*" for folder in EXPORT_NAMES for state in ("partial", "earlier")),
 )
 _REPLICA = re.compile(r"seed-(0|[1-9]\d*)")
 

@@ -44,6 +44,10 @@ SetOption = Annotated[
 ]
 StudyArgument = Annotated[str | None, argument("STUDY", "A study's name or folder; default: the newest.")]
 OutputDirOption = Annotated[Path, path_option("Where studies lie.")]
+ProcessesOption = Annotated[
+    str | None,
+    typer.Option("--processes", metavar="N", help="Processes of this machine that share the work; auto: one a GPU."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

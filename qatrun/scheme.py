@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ASYMMETRIC_STEPS = 255.0  # between the least and the largest of 256 codes
 Clip = Literal["format", "target"]
 Ste = Literal["identity", "clipped"]
+Rounding = Literal["none", "power_of_two"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Scaling:
         ema_decay: ema: weight of an amax over that of the next newer one.
         window, update_interval: delayed: how many units of history, and how many between two scales.
         unit: delayed: what pushes one entry onto the history.
+        rounding: `power_of_two`: up to the next one, so that a product with the scale is exact in every float type.
     """
 
     type: Literal["delayed", "dynamic", "static", "none"] = "delayed"
@@ -68,6 +70,12 @@ class Scaling:
     window: int = 64
     update_interval: int = 1
     unit: Literal["optimizer_step", "microbatch"] = "optimizer_step"
+    rounding: Rounding = "none"
+
+    @property
+    def to_power_of_two(self) -> bool:
+        """Whether scales are rounded up to powers of two."""
+        return self.rounding == "power_of_two"
 
 
 @dataclass(frozen=True)

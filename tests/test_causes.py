@@ -40,7 +40,7 @@ def measures(
     answers = nothing | {name: measured(value) for name, value in (items or {}).items()}
     points = {name: measured(0.0, 5.0) for name in effects}
     read = {"start": measured(surprise), "twin": measured(surprise)}
-    return Measures(texts, {}, points, answers, {}, read, {"start": measured(surprise - 1.0)})
+    return Measures(texts, {}, points, answers, {}, {}, read, {"start": measured(surprise - 1.0)})
 
 
 def answers(found: Measures, *, clipped: bool = False) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_a_text_is_none_to_a_model_that_neither_reads_nor_learns_it_or_is_sure_a
     def found(start: float, twin: float, guessing: float) -> str:
         base = measures()
         read = {"start": measured(start), "twin": measured(twin)}
-        both = Measures(base.texts, {}, base.points, base.nats, {}, read, {"start": measured(guessing)})
+        both = Measures(base.texts, {}, base.points, base.nats, {}, {}, read, {"start": measured(guessing)})
         return causes(both, clipped=False)["input"].answer
 
     assert found(1.5, 0.8, -0.3) == "found"  # words at random
@@ -109,10 +109,10 @@ def test_either_text_is_enough_to_find_and_both_must_rule_out() -> None:
     found = measures(whole=0.06, beyond_ptq=0.05)
     for text, expected in (("held-out", "found"), ("known", "found")):
         texts = {name: of | {text: measured(0.0)} for name, of in found.texts.items()}
-        one = Measures(texts, {}, found.points, found.nats, {})
+        one = Measures(texts, {}, found.points, found.nats, {}, {})
         assert causes(one, clipped=True)["saturation"].answer == expected
     unsure = {name: of | {"known": measured(0.01, 0.1)} for name, of in measures().texts.items()}
-    assert causes(Measures(unsure, {}, {}, {}, {}), clipped=True)["saturation"].answer == "not shown"
+    assert causes(Measures(unsure, {}, {}, {}, {}, {}), clipped=True)["saturation"].answer == "not shown"
 
 
 def test_items_find_what_text_does_not_show() -> None:
@@ -123,13 +123,13 @@ def test_items_find_what_text_does_not_show() -> None:
 def test_a_third_of_the_tokens_or_of_the_items_may_tell() -> None:
     base = measures()
     rare = Measures(
-        base.texts, {"training": {"rare": measured(0.3)}}, base.points, base.nats, {}, base.beyond_frequency
+        base.texts, {"training": {"rare": measured(0.3)}}, base.points, base.nats, {}, {}, base.beyond_frequency
     )
     assert answers(rare) == {"forgetting": "found"}
-    unsure = Measures(base.texts, {}, base.points, base.nats, {"training": {"surest": measured(0.3)}})
+    unsure = Measures(base.texts, {}, base.points, base.nats, {}, {"training": {"surest": measured(0.3)}})
     assert answers(unsure) == {"forgetting": "found"}
     wide = Measures(
-        base.texts, {"training": {"rare": measured(0.1, 0.3)}}, base.points, base.nats, {}, base.beyond_frequency
+        base.texts, {"training": {"rare": measured(0.1, 0.3)}}, base.points, base.nats, {}, {}, base.beyond_frequency
     )
     assert answers(wide) == {"forgetting": "not shown"}
 
@@ -138,12 +138,27 @@ def test_without_any_text_the_right_answers_decide() -> None:
     effects = tuple(HEALTHY)
     nats = {name: measured(0.001) for name in effects}
     points = {name: measured(0.0, 5.0) for name in effects}
-    found = causes(Measures({}, {}, points, nats, {}), clipped=True)
+    found = causes(Measures({}, {}, points, nats, {}, {}), clipped=True)
     assert found["saturation"].answer == found["forgetting"].answer == "ruled out"
     assert found["saturation"].looks[-1].unit == AN_ANSWER
-    nothing = causes(Measures({}, {}, {}, {}, {}), clipped=True)
+    nothing = causes(Measures({}, {}, {}, {}, {}, {}), clipped=True)
     assert {nothing[name].answer for name in ("input", "forgetting", "saturation", "resolution")} == {"not shown"}
     assert nothing["forgetting"].could_hide is None
+
+
+def test_rare_facts_fade_in_the_text_of_the_answers_before_their_choice_does() -> None:
+    base = measures()
+    faded = Measures(base.texts, {}, base.points, base.nats, {"training": measured(0.6)}, {}, base.beyond_frequency)
+    assert answers(faded) == {"forgetting": "found"}
+    usual = Measures(base.texts, {}, base.points, base.nats, {"training": measured(0.08)}, {}, base.beyond_frequency)
+    assert answers(usual) == {}
+
+
+def test_scales_that_may_not_fit_are_not_ruled_out_because_nothing_clipped() -> None:
+    base = measures(whole=0.04, beyond_ptq=0.03)
+    unsure = {name: of | {"known": measured(0.02, 0.03)} for name, of in base.texts.items() if name == "stale scale"}
+    open_ = Measures({**base.texts, **unsure}, {}, base.points, base.nats, {}, {}, base.beyond_frequency)
+    assert answers(open_) == {"divergence": "found", "saturation": "not shown"}
 
 
 def test_looking_at_several_measures_widens_their_intervals() -> None:

@@ -59,6 +59,19 @@ MISTAKES = {
     "compare bf16 ruined --budget demo_facts=-1": f"--budget demo_facts=-1: {NO_BUDGET}",
     "compare bf16 ruined --json --csv": "--json and --csv exclude each other",
     "compare model runs/tiny/hif8": "model/eval: no scores here (scores.json and items.parquet belong together)",
+    "export nope": "'nope' is no quantized arm (no quantized/plan.json)",
+    "export runs/tiny": "'runs/tiny' is no quantized arm (no quantized/plan.json)",
+    "export runs/tiny/bf16": "'runs/tiny/bf16' is no quantized arm (no quantized/plan.json)",
+    "export runs/tiny/hif8 --to compressed": "--to compressed: no such name (did you mean 'compressed-tensors'?)",
+    "export runs/tiny/hif8 --to compressed-tensors": "runs/tiny/hif8 --to compressed-tensors -- compressed-tensors has no "
+    "hif8, its 8-bit float is E4M3 (--to hif8 keeps it, or train fp8_e4m3)",
+    "export runs/ruined/ruined --output model": "model holds something that qatrun did not export; give another --output",
+    "eval model --engine vlm": "--engine vlm: no such name (did you mean 'vllm'?)",
+    "eval model --tasks demo_facts --engine transformers --text text.jsonl": "--text: a text is read by models of ours and "
+    "plain ones, not in an engine",
+    "eval model --engine vllm": "engine vllm: vllm is not installed (pip install vllm)",
+    "export runs/tiny/hif8 --to onnx --layout ascend": "--to and --layout onnx-ascend: no such name (did you mean "
+    "'hif8-ascend'?)",
     "init model --output tiny.yaml": "tiny.yaml exists already; give another --output",
 }
 
@@ -98,7 +111,7 @@ def test_a_tokenizer_that_cannot_be_read_is_known_before_weights_are(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qatrun.export.artifact.load_file", None)
-    monkeypatch.setattr("qatrun.study.scoring.load_model", None)
+    monkeypatch.setattr("qatrun.study.joint.load_model", None)
     for folder in ("model", "runs/tiny/hif8/quantized"):
         (world / folder / "tokenizer.json").write_text("[]", encoding="utf-8")
         ran = run_qatrun("eval", folder, "--tasks", "demo_fact", cwd=world)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from qatrun import demo
 from qatrun.data import IGNORE_INDEX
 from qatrun.errors import InputError, NonFiniteError
+from qatrun.evaluate.engines import OwnModel
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.registry import find_task
 from qatrun.evaluate.scores import ItemScores, Scores
@@ -264,3 +266,29 @@ def test_scores_equal_those_of_the_lm_eval_command_line(shared: Path, tmp_path: 
             for item_id, row in zip(ours.items.item_id.tolist(), ours.items.choice_loglikelihoods.tolist(), strict=True)
         }
         assert found == expected
+
+
+def test_an_engine_with_a_class_of_lm_evals_is_asked_through_it(
+    tmp_path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here lm-eval's class for transformers stands for vLLM's."""
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = {
+        "pretrained": str(tmp_path),
+        "dtype": "float32",
+        "batch_size": 4,
+        "softmax_dtype": "float32",
+        "device": "cpu",
+    }
+    monkeypatch.setattr(OwnModel, "lm_eval_model", lambda _: (HFLM, options))
+    progress: list[tuple[str, int, int]] = []
+    opened = OwnModel(tmp_path, "auto", trust_remote_code=False)
+    theirs = score(opened, tokenizer, DEMO, on_progress=lambda *done: progress.append(done))
+    ours = score(model, tokenizer, DEMO)
+    assert theirs.settings == ours.settings
+    for name, task in ours.tasks.items():
+        same = theirs.tasks[name]
+        np.testing.assert_array_equal(same.items.choice_loglikelihoods, task.items.choice_loglikelihoods)
+        assert (same.num_truncated, same.num_answer_tokens) == (task.num_truncated, task.num_answer_tokens)
+    assert progress[-1][1] == progress[-1][2]

@@ -153,6 +153,23 @@ def test_targets_may_differ_per_entry() -> None:
     )
 
 
+def test_a_scale_is_rounded_up_to_a_power_of_two_where_asked() -> None:
+    amaxes = torch.tensor([15.0, 15.1, 30.0, 30.1, 7.5, 7.6, 0.0])
+    expected = torch.tensor([1.0, 2.0, 2.0, 4.0, 0.5, 1.0, 7.0])
+    assert torch.equal(scale_from_amax(amaxes, 15.0, torch.tensor(7.0), to_power_of_two=True), expected)
+    where = torch.arange(7) % 2 == 1
+    mixed = torch.where(where, expected, scale_from_amax(amaxes, 15.0, torch.tensor(7.0)))
+    assert torch.equal(scale_from_amax(amaxes, 15.0, torch.tensor(7.0), to_power_of_two=where), mixed)
+
+
+def test_powers_of_two_stay_normal_exact_in_bfloat16_and_above_what_they_were() -> None:
+    amaxes = positive_patterns(100_000)
+    free, scale = (scale_from_amax(amaxes, 15.0, to_power_of_two=rounded) for rounded in (False, True))
+    assert torch.equal(scale.log2(), free.double().log2().ceil().float())
+    assert torch.equal(scale.bfloat16().float(), scale)
+    assert torch.equal(1 / inverse_scale(scale), scale)
+
+
 def positive_patterns(count: int) -> Tensor:
     """Positive finite float32 numbers, subnormals included, every pattern as likely."""
     return torch.randint(1, 0x7F80_0000, (count,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)

@@ -245,7 +245,7 @@ def test_a_plan_without_the_key_is_symmetric_and_a_wrong_one_is_refused() -> Non
 
 def test_an_arm_may_go_back_and_the_recipe_that_a_study_keeps_says_so() -> None:
     asymmetric, symmetric = ({"qat": {"input": {"symmetric": symmetric}}} for symmetric in (False, True))
-    sections = {"model": {"path": "m"}, "data": {"train": {"path": "d"}}, "train": {"steps": 9}}
+    sections = {"model": {"path": "m"}, "data": {"train": {"path": "d"}}, "train": {"steps": 1000}}
     arms = {"bf16": {"qat": None}, "as_all": {}, "back": symmetric}
     common = {"name": "tiny", "eval": {"tasks": {"none": 0}}, "arms": arms, **sections}
     recipe = parse_recipe(common | {"qat": {"format": "int8"} | asymmetric["qat"]})

@@ -47,6 +47,8 @@ class Reference:
             estimate = NAN if any(map(math.isnan, self.history)) else max(self.history)
         if math.isfinite(estimate) and estimate > 0:
             self.scale = np.float32(np.float64(estimate) / self.target)
+            if self.scaling.rounding == "power_of_two":
+                self.scale = np.float32(2.0 ** math.ceil(math.log2(self.scale)))
 
     def push(self, amax: float, quantizing: bool) -> None:
         self.history = [amax, *self.history][: self.scaling.window]
@@ -94,6 +96,7 @@ scalings = st.builds(
     algorithm=st.sampled_from(["max", "most_recent"]),
     window=st.integers(1, 5),
     update_interval=st.integers(1, 3),
+    rounding=st.sampled_from(["none", "power_of_two"]),
 )
 
 

@@ -137,7 +137,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
     "an arm that changes what all share": ("  hif8: {}", "  hif8: {name: x, eval: {limit: 5}, outputs: y}", [
         "r.yaml:10: arms.hif8.name -- is shared by all arms; no arm may change it",
         "r.yaml:10: arms.hif8.eval -- is shared by all arms; no arm may change it",
-        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, twin)",
+        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, export, twin)",
     ]),
     "a mistake in an arm": ("  hif8: {}", "  hif8:\n    qat:\n      formt: int8", [
         "r.yaml:12: arms.hif8.qat.formt -- unknown key (did you mean 'format'?)",

@@ -47,6 +47,19 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         study.train_arm(make_listener=lambda: Recorder({2: twice}))
 
 
+def test_a_second_sigterm_loses_no_save(tmp_path: Path) -> None:
+    """A scheduler's goes to this process and to what started it, which passes it on."""
+    study = TinyStudy(tmp_path / "a")
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM at step 5 of hif8; saved"):
+        study.train_arm(make_listener=lambda: Recorder({5: twice}))
+    assert (study.arms["hif8"].own.folder / "checkpoints/step-000005/manifest.json").is_file()
+
+
 def poison(model: nn.Module, name: str, value: float) -> Callable[[], None]:
     def set_weight() -> None:
         with torch.no_grad():

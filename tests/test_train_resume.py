@@ -19,7 +19,7 @@ from training import Recorder, TinyStudy, ctrl_c, differences, final_state, gpt2
 
 from qatrun.data import documents
 from qatrun.errors import Interrupted, SourceError
-from qatrun.train import loop
+from qatrun.train import savepoint
 from qatrun.train.checkpoint import write_checkpoint
 from qatrun.train.metrics import read_metrics
 
@@ -100,7 +100,7 @@ def test_a_signal_while_a_checkpoint_is_written_changes_nothing(
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_checkpoint", write_and_stop)
+        patch.setattr(savepoint, "write_checkpoint", write_and_stop)
         with pytest.raises(Interrupted, match=rf"SIGTERM at step {min(step + 1, STEPS)} of \S+; saved"):
             stopped.train_arm()
     stopped.train_arm()

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import tiny_llama, token_ids, word_tokenizer
+from builders import tiny_llama, word_tokenizer
 from torch import Tensor, nn
 from training import Recorder, TinyStudy, final_state, gpt2_with_dropout
 
 from qatrun.data import IGNORE_INDEX, Batch, open_data
-from qatrun.quant import Mode, make_plan
-from qatrun.ranks import ALONE, World
-from qatrun.recipe import ModelConfig, QatConfig, TrainConfig
+from qatrun.ranks import ALONE
+from qatrun.recipe import ModelConfig, TrainConfig
+from qatrun.train import objective
 from qatrun.train.checkpoint import read_checkpoint
 from qatrun.train.metrics import read_metrics
 from qatrun.train.objective import CrossEntropy
-from qatrun.train.stepper import Stepper
+from qatrun.train.stepper import Stepper, _row_norms
 
 pytestmark = pytest.mark.usefixtures("datasets_cache", "one_thread")
 
@@ -111,25 +111,19 @@ def test_the_loss_of_conversations_is_the_mean_over_the_answers(tmp_path: Path) 
     assert listener.rows[0]["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
 
 
-def test_amaxes_are_those_of_the_whole_world() -> None:
-    """Another process saw values twice as large."""
-
-    class Twice(World):
-        def maximum(self, x: Tensor) -> Tensor:
-            return 2 * x
-
-    histories = []
-    for world in (ALONE, Twice()):
-        model = tiny_llama()
-        plan = make_plan(model, QatConfig(scaling={"window": 2}))
-        train, dtypes = TrainConfig(steps=1, micro_batch_size=1), ModelConfig(path="tiny", compute_dtype="float32")
-        stepper = Stepper(Accelerator(), model, plan, train, dtypes, world)
-        assert stepper.quant is not None
-        stepper.quant.enter(Mode.OBSERVE)
-        stepper.step(Batch(token_ids(), token_ids()), learning_rate=1e-3)
-        histories.append(stepper.quant.scales.history)
-    assert torch.equal(histories[1], 2 * histories[0])
-    assert histories[0][0].all()
+def test_the_norm_is_that_of_one_vector_however_it_is_cut() -> None:
+    model = nn.Sequential(nn.Linear(300, 40), nn.Linear(40, 7))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    plan, train, dtypes = None, TrainConfig(steps=1), ModelConfig(path="tiny", compute_dtype="float32")
+    stepper = Stepper(Accelerator(cpu=True), model, plan, train, dtypes)
+    _, norm = stepper._reduced(torch.tensor(0.0))
+    exact = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm().float()
+    assert torch.allclose(norm, exact, rtol=2e-7)
+    for num_parts in (2, 3, 7):  # whole rows, as FSDP2 cuts them
+        parts = [part for p in model.parameters() for part in p.grad.chunk(num_parts)]
+        squares = torch.stack([_row_norms(part).double().square().sum() for part in parts]).sum()
+        assert torch.equal(squares.sqrt().float(), norm)
 
 
 def test_alone_nothing_is_exchanged_and_all_is_mine() -> None:
@@ -137,6 +131,28 @@ def test_alone_nothing_is_exchanged_and_all_is_mine() -> None:
     assert ALONE.maximum(x) is ALONE.total(x) is x
     assert ALONE.mine([1, 2, 3]) == [1, 2, 3]
     assert (ALONE.agree("SIGTERM"), ALONE.agree(None), ALONE.first(lambda: 5)) == ("SIGTERM", None, 5)
+    assert ALONE.gather(4) == [4]
+    assert ALONE.shared_out([1, 2, 3], lambda part: 2 * part) == [2, 4, 6]
+    assert ALONE.shared_out([], lambda part: part) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_is_taken_in_chunks_with_equal_gradients(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = (3 * torch.randn(4, 9, 101)).to(dtype)
+    labels = torch.randint(101, (4, 9))
+    labels[1, 3:] = IGNORE_INDEX
+    found = []
+    for chunked_from in (10**9, 0):
+        monkeypatch.setattr(objective, "CHUNKED_FROM", chunked_from)
+        monkeypatch.setattr(objective, "CHUNK", 5 * 101)
+        leaf = logits.clone().requires_grad_()
+        loss = CrossEntropy().summed(leaf, Batch(labels, labels)) / 7
+        loss.backward()
+        found.append((loss, leaf.grad))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def first_moments(study: TinyStudy) -> dict[str, Tensor]:

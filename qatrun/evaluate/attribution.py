@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
 from qatrun.evaluate import paired
 from qatrun.evaluate.causes import Measured, Measures
@@ -42,6 +43,7 @@ EFFECTS: Mapping[str, tuple[str, str]] = {
     "granularity": ("finest", "ptq"),
 }
 HELD_OUT, KNOWN = "held-out", "known"  # texts
+KNEW = 0.9  # of the nats of a uniform guess
 THIRDS = ("least sure", "half sure", "surest")  # of the items, by how likely the start model's choice was to it
 
 
@@ -81,10 +83,12 @@ class Models:
             },
             points={name: _points(pairs.flips) for name, pairs in answers.items()},
             nats={name: _mean(pairs.nats) for name, pairs in answers.items()},
+            answers={name: _mean(pairs.text_nats[pairs.known]) for name, pairs in answers.items() if pairs.known.any()},
             by_confidence={
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
             },
+            knew=self._knew,
             beyond_frequency={name: _beyond(score, score.entropy) for name, score in self._held_out.items()},
             beyond_guessing={name: _beyond(score, score.uniform) for name, score in self._held_out.items()},
         )
@@ -124,10 +128,16 @@ class Models:
             ci95_pp=[100 * low, 100 * high],
             loglikelihood=float(pairs.nats.mean()),
             ci95_loglikelihood=list(paired.t_interval(pairs.nats) or UNKNOWN),
-            text_loglikelihood=float(pairs.text_nats.mean()),
-            ci95_text_loglikelihood=list(paired.t_interval(pairs.text_nats) or UNKNOWN),
+            text_loglikelihood=float(pairs.text_nats.mean()) / pairs.answer_tokens,
+            ci95_text_loglikelihood=list(paired.t_interval(pairs.text_nats / pairs.answer_tokens) or UNKNOWN),
             log_perplexity=None if of_text is None else rise(*of_text).mean,
         )
+
+    @property
+    def _knew(self) -> bool:
+        """Whether the start model read the known text better than a guess; true where it read none."""
+        known = self.texts["start"].texts.get(KNOWN) if "start" in self.texts else None
+        return known is None or known.mean < KNEW * known.uniform
 
     @property
     def _held_out(self) -> dict[str, TextScore]:
@@ -141,8 +151,10 @@ class _Pairs:
     Attributes:
         correct, correct_after: [num_items] bool.
         nats: [num_items], lost of the right answer's log-probability among its choices.
-        text_nats: [num_items], lost of the right answer's own text, a token of an answer of mean length.
+        text_nats: [num_items], lost of the right answer's own text.
         third: [num_items], of THIRDS; -1 in a task without choices.
+        known: [num_items] bool, of a task that the first model surely answers better than by chance.
+        answer_tokens: of an answer of mean length.
     """
 
     correct: npt.NDArray[np.bool_]
@@ -150,14 +162,17 @@ class _Pairs:
     nats: npt.NDArray[np.float64]
     text_nats: npt.NDArray[np.float64]
     third: npt.NDArray[np.int64]
+    known: npt.NDArray[np.bool_]
+    answer_tokens: float
 
     @classmethod
     def of(cls, tasks: list[tuple[TaskScore, TaskScore]]) -> _Pairs:
         parts = zip(*(_in_one_order(*pair) for pair in tasks), strict=True)
-        correct, after, nats, text_nats, third = (np.concatenate(part) for part in parts)
+        correct, after, nats, text_nats, third, known = (np.concatenate(part) for part in parts)
         # Of the items that both answered: one of the two answered no others.
         fewer = [min(pair, key=lambda score: score.num_items) for pair in tasks]
-        return cls(correct, after, nats, text_nats * len(nats) / sum(each.num_answer_tokens for each in fewer), third)
+        answer_tokens = sum(each.num_answer_tokens for each in fewer) / len(nats)
+        return cls(correct, after, nats, text_nats, third, known, answer_tokens)
 
     @property
     def flips(self) -> Flips:
@@ -165,7 +180,7 @@ class _Pairs:
 
 
 def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any], ...]:
-    """(correct before, correct after, nats lost among the choices, of the answer's text, third), each [num_items]."""
+    """(correct before, correct after, nats lost among the choices, of the answer's text, third, known), each [num_items]."""
     both = np.intersect1d(before.items.item_id, after.items.item_id, assume_unique=True)
     one, other = before.items.places(both), after.items.places(both)
     return (
@@ -174,7 +189,16 @@ def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any]
         answer_log_probability(before)[one] - answer_log_probability(after)[other],
         before.items.loglikelihood[one] - after.items.loglikelihood[other],
         _thirds(before.items.choice_loglikelihoods[one]),
+        np.full(len(both), _beats_chance(before)),
     )
+
+
+def _beats_chance(score: TaskScore) -> bool:
+    """Whether it is surely right more often than one that draws among the choices; not of a task without choices."""
+    choices = (~np.isnan(score.items.choice_loglikelihoods)).sum(axis=1)
+    by_chance = float((1.0 / choices).mean())
+    right = binomtest(int(score.items.correct.sum()), score.num_items, by_chance, alternative="greater")
+    return bool(right.pvalue < 0.001)
 
 
 def _thirds(choices: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -13,7 +13,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
     input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
                   learned to, does better than to guess by frequency, so this is none (the wrong data). Or start, 0.5 above
                   ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another tokenizer)
-    forgetting    start -> twin on text that the start model knew: 0.05; 0.10 in each third of its tokens by frequency
+    forgetting    start -> twin on text that the start model knew: 0.05; in each third of its tokens by frequency
+                  three times as much, as if all of it fell there. A model that only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
                   named where a tensor clipped, or where fresh scales cure it
     divergence    the same where nothing clipped
@@ -21,7 +22,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
                   more than a row
 
 Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
-sure the start model was.
+sure the start model was; forgetting also in the right answers' own text, 0.2 nats an answer, of tasks that the start model
+surely answers better than by chance: rare facts fade there before their choice does.
 
 Pure: arrays in, records out.
 """
@@ -57,11 +59,12 @@ class Thresholds(NamedTuple):
     nats: float
 
 
-FORGETTING = Thresholds(text=0.05, stratum=0.10, pp=3.0, nats=0.10)
-BEYOND_PTQ = Thresholds(text=0.02, stratum=0.10, pp=1.0, nats=0.02)
-RESOLUTION = Thresholds(text=0.04, stratum=0.10, pp=1.0, nats=0.04)
+FORGETTING = Thresholds(text=0.05, stratum=0.15, pp=3.0, nats=0.10)
+BEYOND_PTQ = Thresholds(text=0.02, stratum=0.15, pp=1.0, nats=0.02)
+RESOLUTION = Thresholds(text=0.04, stratum=0.15, pp=1.0, nats=0.04)
 
 SURE_AND_WRONG = 0.5  # nats a token
+ANSWER_TEXT = 0.2  # nats an answer
 
 A_TOKEN, AN_ANSWER, POINTS = "nats a token", "nats an answer", "pp"
 
@@ -73,18 +76,22 @@ class Measures:
     Attributes:
         texts: effect -> text -> nats a token; `strata`: effect -> stratum of the known text -> the same.
         points: effect -> accuracy lost over all items, percentage points.
+        answers: effect -> nats of the right answer's own text, an answer, of tasks that the first model knows.
         nats: effect -> of the right answer among its choices; `by_confidence`: effect -> third of the items -> the same.
         beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
             frequencies, or less ln(vocabulary).
+        knew: whether the start model does better than to guess on the text it is said to have known.
     """
 
     texts: Mapping[str, Mapping[str, Measured]]
     strata: Mapping[str, Mapping[str, Measured]]
     points: Mapping[str, Measured]
     nats: Mapping[str, Measured]
+    answers: Mapping[str, Measured]
     by_confidence: Mapping[str, Mapping[str, Measured]]
     beyond_frequency: Mapping[str, Measured] = field(default_factory=dict)
     beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
+    knew: bool = True
 
 
 def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
@@ -97,10 +104,11 @@ def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
     fresh = _judge(_quantization_looks(measures, BEYOND_PTQ, ("stale scale",), ("stale scale",)))
     scales = clipped or fresh.answer == "found"
     elsewhere = Cause(answer="ruled out")
+    unclipped = elsewhere if "ruled out" in (beyond.answer, fresh.answer) else fresh  # it is not found
     return {
         "input": _judge(_input_looks(measures)),
-        "forgetting": _judge(_forgetting_looks(measures)),
-        "saturation": beyond if scales else elsewhere,
+        "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,
+        "saturation": beyond if scales else unclipped,
         "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),
         "divergence": elsewhere if scales else beyond,
     }
@@ -134,6 +142,8 @@ def _forgetting_looks(measures: Measures) -> Iterator[_Look]:
             what = f"{stratum} tokens of text it knew"
             yield _Look(what, (effect,), [measured], limits.stratum, A_TOKEN, decides=True)
     yield from _item_looks(measures, limits, (effect,), decides=known is None)
+    if effect in measures.answers:
+        yield _Look("the right answers' own text", (effect,), [measures.answers[effect]], ANSWER_TEXT, AN_ANSWER)
     for third, measured in measures.by_confidence.get(effect, {}).items():
         yield _Look(f"items it was {third} of", (effect,), [measured], limits.nats, AN_ANSWER)
 

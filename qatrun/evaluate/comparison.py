@@ -18,8 +18,9 @@ from qatrun.evaluate.attribution import HELD_OUT, rise
 from qatrun.evaluate.paired import Bounds, Flips, Interval, Rate
 from qatrun.evaluate.scores import Scores, TaskScore
 from qatrun.evaluate.text import perplexity
-from qatrun.recipe.schema import PERPLEXITY, TRAINING
+from qatrun.recipe.schema import DEFAULT_BUDGET_PP, PERPLEXITY, TRAINING
 from qatrun.records.comparison import ArmComparison, PerplexityComparison, TaskComparison, TrainingComparison
+from qatrun.records.export import EngineMatch, TaskMatch
 from qatrun.records.scores import TextScores
 from qatrun.records.values import Verdict
 
@@ -91,6 +92,44 @@ def compare(
         verdict=worst,
         conditional_on=CONDITIONAL_ON,
     )
+
+
+def match_items(engine: str, scored: Scores, exported: Scores, budgets: Mapping[str, float | None]) -> EngineMatch:
+    """Compare what an engine answered with what the arm did when it was scored, on the same items.
+
+    Args:
+        budgets: task -> largest acceptable drop, percentage points; 1 where there is none.
+    Raises:
+        MismatchError: not the same tasks or items; names the difference.
+    """
+    if problems := _unpaired(scored, exported, engine):
+        raise MismatchError(problems)
+    tasks: list[TaskMatch] = []
+    drops: dict[str, tuple[Bounds, float]] = {}
+    for name, task in scored.tasks.items():
+        theirs = exported.tasks[name]
+        flips = _flips([(task, theirs)])
+        both = (
+            theirs.items.choice_loglikelihoods[theirs.items.places(task.items.item_id)],
+            task.items.choice_loglikelihoods,
+        )
+        shift = float(np.nanmax(np.abs(both[0] - both[1])))
+        if shift:  # the very same answers need no statistics
+            drops[name] = partial(_drop_interval, flips), (budgets.get(name) or DEFAULT_BUDGET_PP) / 100.0
+        tasks.append(
+            TaskMatch(
+                task=name,
+                items=task.num_items,
+                scored=task.accuracy,
+                engine=theirs.accuracy,
+                flips_to_wrong=flips.to_wrong,
+                flips_to_right=flips.to_right,
+                max_abs_delta_loglikelihood=shift,
+            )
+        )
+    verdict = paired.worst_verdict(paired.judge(drops).values()) if drops else "within"
+    assert verdict is not None  # there is a task
+    return EngineMatch(engine=engine, tasks=tasks, verdict=verdict)
 
 
 def setting_mismatches(twin: Scores, arm: Scores) -> list[Problem]:

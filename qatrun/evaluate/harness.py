@@ -2,8 +2,11 @@
 
 Each task is run by itself, so that its score depends on nothing but the model, the task and the settings, and equals
 what the `lm_eval` command line gives for that task with `softmax_dtype=float32` and the same dtype and batch size.
-lm-eval's model class is used as it is, but for three things: it does not tie the embeddings of the model it is given
-(an artifact's output layer may rightly differ), it reports progress, and it stops at the first NaN or Inf.
+lm-eval's model class is used as it is, but for four things: it does not tie the embeddings of the model it is given
+(an artifact's output layer may rightly differ), it reports progress, it stops at the first NaN or Inf, and several
+processes, each of which runs all of lm-eval as if alone, share out the forwards: whole batches of lm-eval's own order, so
+that each keeps its neighbours and its padding, and scores are to the bit those of one process. An engine that gives no
+logits away, as vLLM, is asked through lm-eval's class for it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +31,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatrun.errors import InputError, NonFiniteError, Problem
 from qatrun.evaluate.context import FEWSHOT_SEED, evaluation_mode, quiet, seeded
+from qatrun.evaluate.engines import OwnModel
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore, pad_choices
 from qatrun.evaluate.tasks import BuiltTask, build_task
 from qatrun.evaluate.templates import sandboxed_templates
 from qatrun.files import replace_file
 from qatrun.layout import SAMPLES, SCORES_OF_LM_EVAL
+from qatrun.ranks import world
 from qatrun.recipe import EvalConfig
 
 SOFTMAX_DTYPE = "float32"
 
 # Task, requests done, requests in all; a request is one choice of one item.
 Progress = Callable[[str, int, int], None]
+_Request = tuple[Any, list[int], list[int]]  # text, tokens of the prompt, tokens of the choice
 
 
 def score(
@@ -64,9 +71,10 @@ def score(
     """
     results: dict[str, Any] = {}
     scores: dict[str, TaskScore] = {}
+    output_dir = output_dir if world().leads else None
     with quiet(), sandboxed_templates(), evaluation_mode(model):
         tasks = _build(config)
-        lm = _InMemoryLM(model, tokenizer, config.batch_size, on_progress)
+        lm = _language_model(model, tokenizer, config.batch_size, on_progress)
         if lm.prefix_token_id is None:
             raise InputError("the tokenizer names neither a BOS nor an EOS token, without which lm-eval cannot score")
         for task in tasks:
@@ -95,18 +103,14 @@ def _build(config: EvalConfig) -> list[BuiltTask]:
     return tasks
 
 
-class _InMemoryLM(HFLM):  # type: ignore[misc]
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, on_progress: Progress | None
-    ) -> None:
-        with _never_tied(model):
-            super().__init__(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it may be given a pad token
-                backend="causal",
-                batch_size=batch_size,
-                softmax_dtype=SOFTMAX_DTYPE,
-            )
+class _Counting:
+    """What is added to a model class of lm-eval's: counts of truncated requests and of tokens, progress, and a stop at the
+    first NaN or Inf."""
+
+    max_length: int
+
+    def watch(self, on_progress: Progress | None) -> None:
+        """To be called before the first task."""
         self.num_truncated = 0
         self.num_tokens: dict[tuple[str, str], int] = {}
         self._task = ""
@@ -117,18 +121,65 @@ class _InMemoryLM(HFLM):  # type: ignore[misc]
         self._task, self.num_truncated, self.num_tokens = task, 0, {}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        base: Any = super()
         # lm-eval hands its cache every answer as soon as it is known.
-        self.set_cache_hook(_AnswerHook(self._task, len(requests), self._on_progress))
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        base.set_cache_hook(_AnswerHook(self._task, len(requests), self._on_progress))
+        answers: list[tuple[float, bool]] = base.loglikelihood(requests, disable_tqdm=True)
         return answers
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+    def _loglikelihood_tokens(self, requests: Sequence[_Request], **options: Any) -> Any:
         if not all(context and choice for _, context, choice in requests):
             message = "it asks with a prompt or a choice that has no token in this tokenizer (empty, or blanks)"
             raise InputError(Problem(message, f"eval.tasks.{self._task}"))
         self.num_truncated += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
         self.num_tokens |= {text: len(choice) for text, _, choice in requests}
-        return super()._loglikelihood_tokens(requests, **options)
+        base: Any = super()
+        answer = base._loglikelihood_tokens
+        if world().size == 1:
+            return answer(requests, **options)
+        parts = _batches(requests, int(base.batch_size))
+        answered = world().shared_out(parts, lambda part: answer([requests[i] for i in part], **options))
+        order = [i for part in parts for i in part]
+        by_request = dict(zip(order, chain.from_iterable(answered), strict=True))
+        return [by_request[i] for i in range(len(requests))]
+
+
+def _batches(requests: Sequence[_Request], size: int) -> list[list[int]]:
+    """Indices of the requests of each batch that lm-eval would make of them: requests that differ in their last token alone
+    need one forward, the longest come first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (_, context, choice) in enumerate(requests):
+        groups.setdefault(tuple(context + choice[:-1]), []).append(i)
+
+    def order(group: list[int]) -> tuple[int, tuple[int, ...]]:
+        _, context, choice = max((requests[i] for i in group), key=lambda request: len(request[2]))
+        return -len(context + choice), tuple(context + choice)
+
+    ordered = sorted(groups.values(), key=order)
+    return [[i for group in ordered[at : at + size] for i in group] for at in range(0, len(ordered), size)]
+
+
+class _InMemoryLM(_Counting, HFLM):  # type: ignore[misc]
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        with _never_tied(model):
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # it may be given a pad token
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype=SOFTMAX_DTYPE,
+            )
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int, on_progress: Progress | None) -> Any:
+    """The model as lm-eval asks it: in this process, or in an engine that has a class of lm-eval's own."""
+    if isinstance(model, OwnModel):
+        kind, options = model.lm_eval_model()
+        lm: Any = type(f"_Counting{kind.__name__}", (_Counting, kind), {})(**options)
+    else:
+        lm = _InMemoryLM(model, tokenizer, batch_size)
+    lm.watch(on_progress)
+    return lm
 
 
 class _AnswerHook:
@@ -143,7 +194,7 @@ class _AnswerHook:
     def add_partial(self, _method: str, _request: tuple[str, str], answer: tuple[float, bool]) -> None:
         if not math.isfinite(answer[0]):
             raise NonFiniteError(f"the model's logits are NaN or infinite (scoring {self.task})")
-        self.num_done += 1
+        self.num_done = min(self.num_done + world().size, self.num_requests)
         if self.on_progress is not None:
             self.on_progress(self.task, self.num_done, self.num_requests)
 
@@ -168,7 +219,7 @@ def _chosen(task: BuiltTask, limit: int | None, at_most: int | None) -> dict[str
     return chosen
 
 
-def _run(lm: _InMemoryLM, task: BuiltTask, chosen: Mapping[str, list[int]]) -> dict[str, Any]:
+def _run(lm: Any, task: BuiltTask, chosen: Mapping[str, list[int]]) -> dict[str, Any]:
     """lm-eval's results and samples of the chosen documents; no standard errors by bootstrap, `paired.py` does better."""
     for leaf in task.lm_eval_tasks["tasks"].values():
         leaf.set_fewshot_seed(FEWSHOT_SEED)
@@ -178,7 +229,7 @@ def _run(lm: _InMemoryLM, task: BuiltTask, chosen: Mapping[str, list[int]]) -> d
     return outcome
 
 
-def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], lm: _InMemoryLM) -> TaskScore:
+def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], lm: Any) -> TaskScore:
     ids, correct, gold, choices, num_tokens = [], [], [], [], 0
     for leaf_name, leaf_samples in samples.items():
         leaf = task.lm_eval_tasks["tasks"][leaf_name]

@@ -18,6 +18,7 @@ from qatrun.evaluate.context import evaluation_mode
 from qatrun.files import read_json, write_json
 from qatrun.layout import TEXT_FILE
 from qatrun.model import text_config
+from qatrun.ranks import world
 from qatrun.records.scores import STRATA, TextScore, TextScores
 
 
@@ -70,7 +71,7 @@ def perplexity(nats: float) -> float:
 @torch.no_grad()
 def _score(model: PreTrainedModel, text: Batch, batch_size: int) -> TextScore:
     with evaluation_mode(model):
-        nll = torch.cat([_token_nll(model, part) for part in text.split(batch_size)])
+        nll = torch.cat(world().shared_out(text.split(batch_size), lambda part: _token_nll(model, part)))
     if not torch.isfinite(nll).all():
         raise NonFiniteError("the model's logits are NaN or infinite on the held-out text")
     targets = text.labels[:, 1:]

@@ -10,7 +10,7 @@ from qatrun.model.config import (
     location,
     text_config,
 )
-from qatrun.model.export import save_description, save_model
+from qatrun.model.export import MAX_SHARD, save_description, save_model
 from qatrun.model.load import (
     DTYPES,
     architecture,
@@ -18,11 +18,13 @@ from qatrun.model.load import (
     from_tensors,
     load_model,
     on_device,
+    without_weights,
 )
 from qatrun.model.writing import write_text
 
 __all__ = [
     "DTYPES",
+    "MAX_SHARD",
     "PANGU_MODEL_TYPE",
     "TRUSTED",
     "TRUST_KEY",
@@ -38,5 +40,6 @@ __all__ = [
     "save_description",
     "save_model",
     "text_config",
+    "without_weights",
     "write_text",
 ]

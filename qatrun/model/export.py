@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from qatrun.model.config import location, sentence
 from qatrun.recipe import ModelConfig
 
 GENERATION_FILE = "generation_config.json"
+MAX_SHARD = "5GB"
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -26,7 +28,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
         for parameter, master in masters:
             parameter.data = master.to(dtype)
         model.config.use_cache = True
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
     finally:
         for parameter, master in masters:
             parameter.data = master
@@ -38,7 +40,10 @@ def save_description(model: Any, folder: Path) -> None:
     """Write all of a model but its weights: config, generation settings, and its code where that came with it."""
     if model.is_remote_code():
         custom_object_save(model, folder, config=model.config)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    text.use_cache = config.use_cache = True  # it is off where a model is trained or scored
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
 

@@ -92,6 +92,20 @@ def architecture(model: ModelConfig) -> nn.Module:
         raise InputError(_cannot_build(model, error)) from error
 
 
+def without_weights(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """What `load_model` gives, on the meta device.
+
+    Raises:
+        InputError: as `architecture`.
+    """
+    empty = architecture(model)
+    for parameter in empty.parameters():
+        parameter.data = parameter.data.to(dtype)
+    config: Any = empty.config
+    text_config(empty).use_cache = config.use_cache = False
+    return empty.eval()
+
+
 def _check_runs(model: ModelConfig, built: Any) -> None:
     """Raises InputError where it does not run on text, or where a token's logits depend on those after it."""
     try:

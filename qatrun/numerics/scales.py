@@ -19,6 +19,7 @@ Fit = tuple[Tensor, Tensor, Tensor | None]
 # Between these, a scale and its reciprocal are both normal float32 numbers: finite, and safe from flushing to zero.
 _MIN_SCALE = 2.0**-126
 _MAX_SCALE = 2.0**126
+_MANTISSA = 0x007F_FFFF  # of a float32 pattern
 
 
 def amax(x: Tensor, granularity: str) -> Tensor:
@@ -42,7 +43,12 @@ def amax(x: Tensor, granularity: str) -> Tensor:
     return values.abs().amax(dim=-1, keepdim=True).to(torch.float32)
 
 
-def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor | float = 1.0) -> Tensor:
+def scale_from_amax(
+    amax: Tensor,
+    target_amax: float | Tensor,
+    previous: Tensor | float = 1.0,
+    to_power_of_two: bool | Tensor = False,
+) -> Tensor:
     """The scale that maps amax to target_amax.
 
     An amax that tells nothing (<= 0, Inf or NaN) keeps the previous scale.
@@ -51,12 +57,17 @@ def scale_from_amax(amax: Tensor, target_amax: float | Tensor, previous: Tensor 
         amax: any shape, float32.
         target_amax: > 0, a value of the format's grid; a tensor broadcastable to amax where entries differ.
         previous: broadcastable to amax, float32: the scales in use.
+        to_power_of_two: whether the scale is rounded up to the next power of two, so that amax stays within the target; a
+            bool tensor broadcastable to amax where entries differ.
     Returns:
         Shape of amax, float32, kept within 2^-126 .. 2^126 so that its reciprocal is finite and normal too.
     Source: the delayed-scaling rule of Transformer Engine, with the scale inverted to "size of a grid unit".
     """
     values = as_float32(amax)
     fresh = (values.double() / target_amax).clamp(_MIN_SCALE, _MAX_SCALE).to(torch.float32)
+    # The mantissa, unless it is 0, carries into the exponent; 2^126, the largest, is a power of two itself.
+    rounded_up = (fresh.view(torch.int32) + _MANTISSA & ~_MANTISSA).view(torch.float32)
+    fresh = torch.where(torch.as_tensor(to_power_of_two, device=fresh.device), rounded_up, fresh)
     usable = values.isfinite() & (values > 0)
     return torch.where(usable, fresh, previous)
 
@@ -69,7 +80,12 @@ def reach(x: Tensor, granularity: str) -> Tensor:
     return torch.stack([-least, largest]).clamp(min=0).to(torch.float32)
 
 
-def affine_from_reach(reach: Tensor, scale: Tensor | float = 1.0, zero: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+def affine_from_reach(
+    reach: Tensor,
+    scale: Tensor | float = 1.0,
+    zero: Tensor | float = 0.0,
+    to_power_of_two: bool | Tensor = False,
+) -> tuple[Tensor, Tensor]:
     """(scale, zero-point) that map a range to the codes -128..127, and zero to one of them.
 
         scale = (below + above) / 255, zero = -128 + below / scale          rounded half to even
@@ -77,12 +93,13 @@ def affine_from_reach(reach: Tensor, scale: Tensor | float = 1.0, zero: Tensor |
     Args:
         reach: [2, ...] float32, of the range, as the function of that name gives it.
         scale, zero: what both stay where the range tells nothing (empty, Inf or NaN).
+        to_power_of_two: as of `scale_from_amax`.
     Returns:
         float32, each of the shape of reach[0].
     Source: the affine quantization of arXiv:1712.05877, section 2.1; in it, too, the range is widened to hold zero.
     """
     extent = reach.sum(0)
-    scale = scale_from_amax(extent, ASYMMETRIC_STEPS, previous=scale)
+    scale = scale_from_amax(extent, ASYMMETRIC_STEPS, scale, to_power_of_two)
     fresh = (reach[0].double() / scale).to(torch.float32).round() - 128
     return scale, torch.where(extent.isfinite() & (extent > 0), fresh, zero)
 
@@ -90,9 +107,11 @@ def affine_from_reach(reach: Tensor, scale: Tensor | float = 1.0, zero: Tensor |
 def own_fit(x: Tensor, scheme: Scheme) -> Fit:
     """What fits this very tensor x [..., d], at the scheme's granularity."""
     if scheme.symmetric:
-        scale, zero = scale_from_amax(amax(x, scheme.granularity), scheme.target_amax), None
+        found = amax(x, scheme.granularity)
+        scale, zero = scale_from_amax(found, scheme.target_amax, to_power_of_two=scheme.scaling.to_power_of_two), None
     else:
-        scale, zero = affine_from_reach(reach(x, scheme.granularity))
+        found = reach(x, scheme.granularity)
+        scale, zero = affine_from_reach(found, to_power_of_two=scheme.scaling.to_power_of_two)
     return scale, inverse_scale(scale), zero
 
 

@@ -38,7 +38,10 @@ def attach(model: nn.Module, plan: QuantPlan) -> QuantState:
     """
     if hasattr(model, STATE_NAME):
         raise InputError("the model has quantizers attached already; detach them first")
-    state = QuantState(plan).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    state = QuantState(plan).to(
+        "cpu" if device.type == "meta" else device
+    )  # scales have values where weights have none
     quantizers = {slot: Quantizer(slot, scheme, state) for slot, scheme in plan.slots().items()}
     for name, schemes in plan.schemes.items():
         of_role = {role: quantizers[plan.slot(name, role)] for role in schemes}

@@ -43,10 +43,13 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def calibrated_plan(plan: QuantPlan) -> QuantPlan:
-    """The plan with every scale of a whole tensor from calibration, whatever its own scaling."""
+    """The plan with every scale of a whole tensor from calibration, whatever its own scaling; rounded as its own are."""
     schemes = {
         name: {
-            role: scheme if scheme.per_row else replace(scheme, scaling=CALIBRATED) for role, scheme in of_roles.items()
+            role: scheme
+            if scheme.per_row
+            else replace(scheme, scaling=replace(CALIBRATED, rounding=scheme.scaling.rounding))
+            for role, scheme in of_roles.items()
         }
         for name, of_roles in plan.schemes.items()
     }

@@ -36,15 +36,24 @@ class _FakeQuantMatmul(torch.autograd.Function):
         dtype = _compute_dtype(x)
         on_x = linear.quant.of["input"].on_grid_once(x, dtype, codes=with_codes)
         on_w = linear.weight_on_grid(weight, dtype)
-        ctx.save_for_backward(*on_x.kept, *on_w.kept)
-        ctx.linear, ctx.grids = linear, (on_x.grid, on_w.grid)
+        if linear.quant.state.keeps_grids:
+            ctx.save_for_backward(*on_x.kept, *on_w.kept)
+        else:  # the parameter, whose memory is given back until the backward gathers it again
+            ctx.save_for_backward(*on_x.kept, weight)
+        ctx.linear, ctx.grids, ctx.generation = linear, (on_x.grid, on_w.grid), linear.generation()
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
         return scaled_matmul(on_x, on_w, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, (x_grid, w_grid) = ctx.saved_tensors, ctx.grids
-        on_x, on_w = QTensor.of_saved(x_grid, *saved[:4]), QTensor.of_saved(w_grid, *saved[4:])
+        on_x = QTensor.of_saved(x_grid, *saved[:4])
+        if len(saved) == 5:
+            if ctx.generation != ctx.linear.generation():
+                raise RuntimeError(operators.MOVED)
+            on_w = ctx.linear.weight_on_grid(saved[4], grads[0].dtype)
+        else:
+            on_w = QTensor.of_saved(w_grid, *saved[4:])
         x_dtype, w_dtype, b_dtype = (
             dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         )
@@ -118,8 +127,10 @@ class FakeQuantLinear(nn.Module):
     def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
         """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
         step, so where codes are saved it is codes alone."""
+        state, quantizer = self.quant.state, self.quant.of["weight"]
+        if not state.keeps_grids:
+            return quantizer.on_grid(weight, dtype, takes_gradient=True)
         values, codes = (None, True) if self.quant.saves_codes else (dtype, False)
-        quantizer = self.quant.of["weight"]
         if weight.data_ptr() != self.weight.data_ptr():  # a stand-in of torch.func's in a compiled graph
             return quantizer.on_grid(weight, values, codes=codes, takes_gradient=True)
         return quantizer.on_grid_once(weight, values, codes=codes, key=self.weight)

@@ -31,6 +31,7 @@ from qatrun.quant.matmul import scaled_matmul
 from qatrun.quant.qtensor import QTensor, holds_back
 from qatrun.scheme import GRANULARITIES, Scheme
 
+MOVED = "scales moved between forward and backward: call push after the backward"
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _numbers = count()
 _owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -167,7 +168,7 @@ def linear_gradients(
     """
     module = _find(owner)
     if int(generation) != module.generation():
-        raise RuntimeError("scales moved between forward and backward: call push after the backward")
+        raise RuntimeError(MOVED)
     on_x = QTensor.of_saved(module.input_grid, saved, scale, blocked, zero)
     found = module.gradients(grad, on_x, module.weight_on_grid(weight, grad.dtype), (to_x, to_weight, to_bias))
     of_x, of_weight, of_bias = (grad.new_empty(0) if gradient is None else gradient for gradient in found)

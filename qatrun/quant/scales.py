@@ -4,7 +4,8 @@ Delayed tensor scaling (DTS) gives the scale of a step from amaxes seen before i
 
     history  <- [amax of this step; history without its oldest row]
     estimate  = a rule of `scheme.RULES` over the window
-    scale     = estimate / target_amax        kept as it was where the estimate is zero, Inf or NaN
+    scale     = estimate / target_amax        rounded up to a power of two where the scheme says so; kept as it was where
+                                              the estimate is zero, Inf or NaN
 
 An asymmetric slot has columns of history besides, of how far its tensors reach below zero and above it; scale and zero-point
 come from both (see `numerics.affine_from_reach`), by the same rule.
@@ -72,6 +73,7 @@ class Scales:
         self.target = torch.tensor([scheme.target_amax for scheme in schemes])
         self.delayed = torch.tensor([kind.type == "delayed" for kind in kinds])
         self.dynamic = torch.tensor([kind.type == "dynamic" for kind in kinds])
+        self.to_power_of_two = torch.tensor([kind.to_power_of_two for kind in kinds])
         self.scaled = torch.tensor([kind.type != "none" for kind in kinds])
         self._interval = torch.tensor([kind.update_interval for kind in kinds])
         self._own_scale = torch.tensor(
@@ -150,9 +152,11 @@ class Scales:
 
     def _fitting(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero-point), [num_slots], for what was seen, [num_columns]; as they are where that tells nothing."""
-        scale, zero = scale_from_amax(seen[: len(self.scale)], self.target, previous=self.scale), self.zero
+        scale, zero = scale_from_amax(seen[: len(self.scale)], self.target, self.scale, self.to_power_of_two), self.zero
         if self._sides:
-            ranged = affine_from_reach(self._reach(seen), self.scale[self._ranged], zero[self._ranged])
+            ranged = affine_from_reach(
+                self._reach(seen), self.scale[self._ranged], zero[self._ranged], self.to_power_of_two[self._ranged]
+            )
             scale, zero = (of.index_copy(0, self._ranged, new) for of, new in zip((scale, zero), ranged, strict=True))
         return scale, zero
 

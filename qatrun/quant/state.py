@@ -13,6 +13,7 @@ from torch import nn
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.scales import Scales
 from qatrun.quant.tally import Tally
+from qatrun.ranks import world
 
 
 class Mode(Enum):
@@ -32,6 +33,8 @@ class QuantState(nn.Module):
     Attributes:
         mode: what the attached linears do now.
         primed: whether scales come from a history. Until the first push in QUANTIZE they come from the tensor at hand.
+        keeps_grids: whether a weight on its grid is kept from its first forward in a step to its last backward. Where the
+            weights themselves are there only while a layer computes (FSDP2), it is made anew for each of them.
         last_micro_batch: whether the weights change after the backward at hand, so that each weight's grid can be let go
             as soon as its gradient is there. Who does not set it pays memory, not correctness.
     """
@@ -42,6 +45,7 @@ class QuantState(nn.Module):
         self.tally = Tally(len(self.scales.names))
         self.mode = Mode.OFF
         self.primed = False
+        self.keeps_grids = True
         self.last_micro_batch = False
 
     def enter(self, mode: Mode) -> None:
@@ -61,7 +65,9 @@ class QuantState(nn.Module):
             self.mode = before
 
     def push(self) -> None:
-        """Close one unit of history (an optimizer step or a micro-batch) and move the scales that are due."""
+        """Close one unit of history (an optimizer step or a micro-batch) and move the scales that are due. In a world of
+        several processes all come here, and go on with the same scales."""
+        self.scales.amax = world().maximum(self.scales.amax)
         self.tally.note_amax(self.scales.amax)
         if self.mode is Mode.QUANTIZE:
             self.tally.note_fit(self.scales, primed=self.primed)
@@ -90,8 +96,9 @@ class QuantState(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantState:
         device = fn(torch.empty(0, device=self.scales.scale.device)).device
-        self.scales.to(device)
-        self.tally.to(device)
+        if device.type != "meta":
+            self.scales.to(device)
+            self.tally.to(device)
         return self
 
 

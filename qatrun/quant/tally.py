@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qatrun.quant.scales import Scales
+from qatrun.ranks import World
 
 # Columns of `Tally.take`.
 STATISTICS = ("amax", "scale", "overshoot", "clip_fraction", "underflow_fraction", "sqnr_db")
@@ -27,6 +29,9 @@ class Tally:
     amax: Tensor
     overshoot: Tensor
     scale: Tensor
+    counts: Tensor
+    energies: Tensor
+    num_values: Any  # list of int; [num_slots] int64 once it is shared
 
     def __init__(self, num_slots: int) -> None:
         self.measures_noise = False
@@ -60,6 +65,16 @@ class Tally:
         self.scale, overshoot = scales.used(primed=primed)
         self.overshoot = torch.fmax(self.overshoot, overshoot)
 
+    def share(self, world: World) -> None:
+        """Add up what all processes of a world have counted since it was taken last; once before it is taken again. Amax,
+        overshoot and scale are the same on all of them (see `QuantState.push`)."""
+        if world.size == 1:
+            return
+        num_values = torch.as_tensor(self.num_values, dtype=torch.float64).to(self.counts.device)
+        parts = [self.counts.double(), num_values.unsqueeze(1), self.energies]
+        counts, of_values, self.energies = world.total(torch.cat(parts, dim=1)).split([2, 1, 2], dim=1)
+        self.counts, self.num_values = counts.long(), of_values.flatten().long()
+
     def num_saturated(self) -> Tensor:
         """[] int64: slots that clipped any value."""
         return (self.counts[:, 0] > 0).sum()
@@ -67,7 +82,7 @@ class Tally:
     @torch.no_grad()
     def take(self) -> Tensor:
         """[num_slots, len(STATISTICS)] float32, NaN where nothing was measured; begins anew."""
-        num_values = torch.tensor(self.num_values, dtype=torch.float32).to(self.counts.device)
+        num_values = torch.as_tensor(self.num_values, dtype=torch.float32).to(self.counts.device)
         fractions = self.counts / num_values.unsqueeze(1)  # 0 / 0: nothing was quantized
         signal, noise = self.energies.unbind(1)
         columns = [self.amax, self.scale, self.overshoot, *fractions.unbind(1), 10 * (signal / noise).log10()]

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from ruamel.yaml import YAML
 from qatrun.paths import expand_path
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
+from qatrun.serving import EXPORT_NAMES
 
 DEFAULT_BUDGET_PP = 1.0
 DEFAULT_BUDGET_PERPLEXITY = 1.0  # percent
@@ -58,6 +59,13 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+def _distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = [name for position, name in enumerate(names) if name in names[:position]]
+    if repeated:
+        raise ValueError(f"duplicate name '{repeated[0]}'")
+    return names
+
+
 def _is_pair(names: Any) -> Any:
     if isinstance(names, list | tuple) and len(names) != 2:
         raise ValueError(f"must be two arms, [a, b] (got {len(names)})")
@@ -85,6 +93,11 @@ Location = Annotated[str, AfterValidator(expand_path)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
+if TYPE_CHECKING:
+    ExportName = str
+else:
+    ExportName = Literal[EXPORT_NAMES]
+Exports = Annotated[tuple[ExportName, ...], Field(strict=False), AfterValidator(_distinct_names)]
 TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pair)]
 
 
@@ -219,6 +232,7 @@ class Arm(Section):
     train: TrainConfig
     warmup: WarmupConfig = WarmupConfig()
     qat: QatConfig | None = QatConfig()
+    export: Exports = ()
     monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig
 
@@ -231,7 +245,7 @@ class Arm(Section):
 
 
 START = "start"
-ARM_SECTIONS = ("model", "data", "train", "warmup", "qat")
+ARM_SECTIONS = ("model", "data", "train", "warmup", "qat", "export")
 
 
 def _default_arms(valid: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -250,9 +264,14 @@ class Recipe(Section):
     qat: QatConfig | None = Field(QatConfig(), description="what is quantized and how; null: nothing")
     arms: Annotated[dict[ArmName, Overrides], Field(min_length=1)] = Field(
         default_factory=_default_arms,
-        description="arm -> overrides of model, data, train, warmup and qat, deep-merged over the recipe; "
+        description="arm -> overrides of model, data, train, warmup, qat and export, deep-merged over the recipe; "
         "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
         "default: `bf16`, without qat, and one named after `qat.format`",
+    )
+    export: Exports = Field(
+        (),
+        description="folders for serving engines that each quantized arm is written as at the end of `qatrun train`, proven "
+        "equal and scored again in the engine",
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")

@@ -15,6 +15,7 @@ class DryRunArm(Record):
         coverage: how much is quantized, in words; None where nothing is, or it is not known.
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
+        export: what it is written as in the end.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DryRunArm(Record):
     coverage: str | None
     roles: list[str]
     memory_bytes: dict[str, int] | None
+    export: list[str] = Field(default_factory=list)
 
 
 class DryRunTask(Record):
@@ -54,6 +56,7 @@ class DryRun(Record):
 
     Attributes:
         num_parameters: None where the model cannot be looked at, as is `disk_bytes`, phase -> estimate.
+        processes: that are to train together; memory is that of each.
         assumed_discordance: share of the items on which two models are taken to differ.
     """
 
@@ -69,3 +72,4 @@ class DryRun(Record):
     assumed_discordance: float
     problems: list[str]
     warnings: list[str] = Field(default_factory=list)
+    processes: int = 1

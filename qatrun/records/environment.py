@@ -15,6 +15,7 @@ class Environment(Record):
     Attributes:
         date: ISO 8601, UTC.
         packages: name -> version.
+        processes: that trained together, where it was more than one.
         git: commit of the working folder, and whether it had changes; None outside a repository.
         inputs: path of a text or model -> SHA-256 of its content when the study began.
         arms: arm -> its seed and the hash of the data that it consumed.
@@ -28,6 +29,7 @@ class Environment(Record):
     cpu: dict[str, Any] = Field(default_factory=dict)
     memory_gib: float = 0.0
     gpus: list[str] = Field(default_factory=list)
+    processes: int = 1
     git: dict[str, Any] | None = None
     inputs: dict[str, str] = Field(default_factory=dict)
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)

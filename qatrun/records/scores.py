@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from qatrun.files import Record
+from qatrun.records.export import EngineMatch
 from qatrun.records.values import Interval, Number, Step
 
 
@@ -102,6 +103,7 @@ class ScoredModel(Record):
     Attributes:
         text: None where there was none to read.
         weights: weights file or plan, as it was named -> SHA-256 of what was scored.
+        match: how an exported folder compares with what its arm scored.
     """
 
     model: str
@@ -110,3 +112,4 @@ class ScoredModel(Record):
     settings: dict[str, Any]
     tasks: list[ScoredTask]
     output: str | None
+    match: EngineMatch | None = None

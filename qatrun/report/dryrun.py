@@ -17,7 +17,8 @@ def dry_run(plan: DryRun) -> RenderableType:
     if plan.seeds:
         seeds = ", ".join(map(str, plan.seeds))
         parts.append(Text(f"seeds {seeds}, each a study of its own: what follows is for one of them"))
-    parts.append(Text(f"runs on {plan.runs_on}"))
+    shared = f", {plan.processes} processes together; memory is that of each" if plan.processes > 1 else ""
+    parts.append(Text(f"runs on {plan.runs_on}{shared}"))
     parts += [_arm(arm) for arm in plan.arms]
     if plan.disk_bytes is not None:
         sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in plan.disk_bytes.items())
@@ -40,6 +41,8 @@ def _arm(arm: DryRunArm) -> RenderableType:
         lines.insert(0, f"steps 1-{arm.switch_step} BF16, switch, steps {arm.switch_step + 1}-{arm.steps} QAT")
         lines += arm.roles
         lines.append(arm.coverage or "coverage unknown")
+        if arm.export:
+            lines.append(f"in the end exported as {', '.join(arm.export)}, proven equal and scored again")
     if arm.memory_bytes:
         sizes = ", ".join(f"{phase} {readable_size(size)}" for phase, size in arm.memory_bytes.items())
         lines.append(f"memory, about: {sizes} (estimate)")

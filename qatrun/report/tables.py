@@ -11,6 +11,7 @@ from rich.text import Text
 from qatrun.records.comparison import Pair, PerplexityComparison, TaskComparison, TrainingComparison
 from qatrun.records.scores import ScoredModel
 from qatrun.records.values import Verdict
+from qatrun.report.exported import match_lines
 from qatrun.report.grid import Grid
 from qatrun.text import interval, readable_size
 
@@ -71,6 +72,8 @@ def score_table(scored: ScoredModel) -> RenderableType:
         size = f"{text.num_sequences:,} sequences, {text.num_tokens:,} tokens"
         low, high = text.ci95
         notes.append(Text(f"perplexity {text.perplexity:.3f} [{low:.3f}, {high:.3f}] of held-out text ({size})"))
+    if scored.match is not None:
+        notes += [Text(line) for line in match_lines(scored.match)]
     return Group(table, *notes)
 
 

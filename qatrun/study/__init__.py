@@ -9,6 +9,7 @@ from qatrun.lazy import lazy_names
 from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
+    from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
     from qatrun.study.named import diagnose_study, report_study
     from qatrun.study.pairs import compare_named
@@ -19,6 +20,7 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
+            "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
             "qatrun.study.named": ("diagnose_study", "report_study"),
             "qatrun.study.pairs": ("compare_named",),
@@ -34,6 +36,7 @@ __all__ = [
     "comparison_csv",
     "diagnose_study",
     "eval_config",
+    "export_arm",
     "fix_study",
     "preflight",
     "report_study",

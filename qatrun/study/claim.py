@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.files import read_json, replace_file, write_json, writing
-from qatrun.layout import LOCK_FILE, StudyFolder
+from qatrun.layout import EXPORT_FILE, LOCK_FILE, StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.study.contents import is_free, is_study, own_files, saved_recipe, strangers
@@ -21,8 +21,8 @@ from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
 from qatrun.text import flat
 
-# Sections that no number of an arm depends on: what is watched, asked and judged, not what is trained and scored.
-FREE_SECTIONS = {"budget", "contrasts", "diagnose", "monitor"}
+# Sections that no number of an arm depends on: what is watched, asked, judged and exported, not what is trained and scored.
+FREE_SECTIONS = {"budget", "contrasts", "diagnose", "export", "monitor"}
 # Where a study lies: it may be moved to a larger disk.
 PLACE = {"name", "output_dir"}
 
@@ -99,6 +99,9 @@ def _is_finished(folder: StudyFolder) -> bool:
         return False
     if recipe.train.seeds is not None or recipe.contrasts:
         return folder.seeds.is_file()
+    exports = ((folder.arm(arm.name), name) for arm in recipe.arm_by_name.values() if arm.qat for name in arm.export)
+    if not all((arm.path / name / EXPORT_FILE).is_file() for arm, name in exports):
+        return False
     diagnoses = recipe.diagnose.at_end and any(arm.twin for arm in recipe.arm_by_name.values())
     return folder.comparison.is_file() and (folder.diagnosis.is_file() or not diagnoses)
 

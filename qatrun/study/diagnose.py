@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.attribution import Models
 from qatrun.evaluate.causes import causes as found_causes
-from qatrun.evaluate.harness import score
 from qatrun.evaluate.scores import Scores
-from qatrun.evaluate.text import load_texts, perplexity, score_texts
+from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES
 from qatrun.quant import QuantPlan, calibrated_plan, finest_plan, freeze, input_histograms
+from qatrun.ranks import world
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records.diagnosis import ArmDiagnosis, StudyDiagnosis, TensorRecord
 from qatrun.records.training import ArmResult
 from qatrun.scheme import Slot
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.doneness import changed_weights
+from qatrun.study.joint import score_together
 from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.sentence import Said
@@ -177,17 +179,17 @@ class _Diagnosis:
         texts = study_texts(self.folder, self.recipe, self.arm, tokenizer, known)
         data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
         sequences = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids
-        model = calibrated(self.arm, weights, plan, sequences.split(batch_size))
-        if histograms_of is not None:
-            _write_histograms(model, plan, texts[attribution.HELD_OUT].input_ids[:batch_size], *histograms_of)
-        freeze(model, DTYPES[self.arm.model.compute_dtype])
-        if answers:
-            items = self.recipe.diagnose.items
-            score(
-                model, tokenizer, self.recipe.eval, output_dir=place, on_progress=self.display.on_scored, at_most=items
-            )
-        score_texts(model, texts, batch_size=self.recipe.eval.batch_size, output_dir=place)
-        del model
+        shown = texts[attribution.HELD_OUT].input_ids[:batch_size]
+        opened = partial(_open_calibrated, self.arm, weights, plan, sequences.split(batch_size), shown, histograms_of)
+        score_together(
+            opened,
+            self.recipe.eval,
+            place,
+            self.display,
+            texts=texts,
+            answers=answers,
+            at_most=self.recipe.diagnose.items,
+        )
         gc.collect()
 
 
@@ -215,6 +217,26 @@ def _described(start: ArmFolder) -> str:
         return str(KnownText.load(start))
     except DamagedFileError:  # a model that writes no text, or a study of an earlier version
         return ""
+
+
+def _open_calibrated(
+    arm: Arm,
+    weights: ArmFolder,
+    plan: QuantPlan,
+    batches: Sequence[Tensor],
+    shown: Tensor,
+    histograms_of: tuple[ArmFolder, Sequence[TensorRecord]] | None,
+) -> tuple[Any, Any]:
+    """A calibrated model, frozen, and its tokenizer.
+
+    Args:
+        shown: [num, seq_len], on which the histograms are of inputs.
+    """
+    model = calibrated(arm, weights, plan, batches)
+    if histograms_of is not None and world().leads:
+        _write_histograms(model, plan, shown, *histograms_of)
+    freeze(model, DTYPES[arm.model.compute_dtype])
+    return model, load_tokenizer(arm.model)
 
 
 def _probe(mine: ArmFolder, twin: ArmFolder) -> dict[str, float]:

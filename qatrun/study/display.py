@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from qatrun.train.segment import Listener
 
@@ -28,3 +29,24 @@ class Display(ScoringDisplay, Listener, Protocol):
 
     def note(self, text: str) -> None:
         """One line on what was done."""
+
+
+class _Silent:
+    """Of the processes that do not lead."""
+
+    def begin_scoring(self, what: str) -> None: ...
+
+    def begin_training(self, segment: str, first_step: int, last_step: int) -> None: ...
+
+    def on_scored(self, task: str, done: int, total: int) -> None: ...
+
+    def on_step(self, row: Mapping[str, Any]) -> None: ...
+
+    def on_warning(self, text: str) -> None: ...
+
+    def on_alarm(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+SILENT: Display = _Silent()

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from qatrun.numerics import bfloat16_way, native
+from qatrun.ranks import started
 from qatrun.records.environment import StudyEnvironment
 
 PACKAGES = ("qatrun", "torch", "transformers", "datasets", "accelerate", "lm_eval", "tokenizers", "numpy", "scipy")
@@ -22,7 +23,7 @@ PACKAGES = ("qatrun", "torch", "transformers", "datasets", "accelerate", "lm_eva
 
 def describe_environment() -> StudyEnvironment:
     """As it is now; holds no host or user names."""
-    return StudyEnvironment(
+    described = StudyEnvironment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         python=platform.python_version(),
@@ -40,6 +41,7 @@ def describe_environment() -> StudyEnvironment:
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         git=_git_state(),
     )
+    return described.model_copy(update={"processes": started().size}) if started().size > 1 else described
 
 
 def runs_on() -> str:

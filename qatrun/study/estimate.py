@@ -6,29 +6,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from qatrun.recipe import Arm
+from qatrun.train.chunks import CHUNK, CHUNKED_FROM
 
 BYTES = {"float32": 4, "bfloat16": 2}
 ADAMW_MOMENTS = 2
 
 
-def memory_bytes(arm: Arm, num_parameters: int, quantized_weights: int, config: Any) -> dict[str, int]:
-    """Peak memory by phase.
+def memory_bytes(
+    arm: Arm, num_parameters: int, quantized_weights: int, config: Any, processes: int = 1
+) -> dict[str, int]:
+    """Peak memory by phase, of each process.
 
     Parameters, gradients and AdamW's moments are exact. Activations take 34 bytes a token, layer and hidden unit in 16
     bits without the attention matrix (Korthikanti et al., arXiv:2205.05198, section 4.1; SDPA keeps no matrix), 2 with
-    gradient checkpointing and one layer in full; logits are held in the compute dtype and twice in float32.
+    gradient checkpointing and one layer in full; logits are held in the compute dtype and twice in float32, but where they
+    are many only a chunk of them. Of several processes each holds its part of the states, the embeddings and two blocks,
+    which are gathered, and their gradients; to be scored a model lies on each of them whole.
     """
     parameter, compute = BYTES[arm.model.param_dtype], BYTES[arm.model.compute_dtype]
     states = num_parameters * parameter * (2 + ADAMW_MOMENTS)
     casts = num_parameters * compute if compute != parameter else 0
+    grids = quantized_weights * (compute + 1)
+    if processes > 1:
+        embeddings = (
+            config.vocab_size * config.hidden_size * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+        )
+        gathered = embeddings + 2 * max(0, num_parameters - embeddings) // config.num_hidden_layers
+        states = states // processes + 2 * gathered * parameter
+        casts, grids = (min(num_parameters, gathered) * each for each in (compute, compute + 1))
     tokens = arm.train.micro_batch_size * arm.data.seq_len
     layer = 34 * tokens * config.hidden_size * compute // 2
     layers = config.num_hidden_layers
     kept = 2 * tokens * config.hidden_size * layers + layer if arm.train.gradient_checkpointing else layer * layers
-    logits = tokens * config.vocab_size * (compute + 8)
+    num_logits = tokens * config.vocab_size
+    logits = num_logits * (compute + 8)
+    if num_logits > CHUNKED_FROM:
+        logits = 2 * num_logits * compute + 12 * CHUNK
     bf16 = states + casts + kept + logits
     # Quantized weights and inputs are kept on their grid for the backward, with one byte a value for the STE's mask.
-    qat = bf16 + quantized_weights * (compute + 1) + kept // 4
+    qat = bf16 + grids + kept // 4
     return {"bf16 training": bf16, "qat training": qat, "scoring": num_parameters * compute}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qatrun.layout import StudyFolder, newest_study, no_such_study
 from qatrun.records.diagnosis import StudyDiagnosis
+from qatrun.study.card import write_cards
 from qatrun.study.claim import locked
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import ScoringDisplay
@@ -40,6 +41,8 @@ def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay)
                     f"stopped by Ctrl-C: models scored for {one.path} are saved; qatrun diagnose goes on from there"
                 )
                 raise
+        for one in studies:
+            write_cards(one)
         for one in {*studies, folder}:
             write_page(one)
     return found

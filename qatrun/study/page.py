@@ -15,10 +15,11 @@ from ruamel.yaml.error import YAMLError
 from qatrun.errors import InputError, Problem
 from qatrun.export import artifact
 from qatrun.files import read_json, reading, replace_file
-from qatrun.layout import ArmFolder, StudyFolder
+from qatrun.layout import EXPORT_FILE, ArmFolder, StudyFolder
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.environment import Environment
+from qatrun.records.export import Exported
 from qatrun.records.quantized import Histograms
 from qatrun.records.seeds import Seeds
 from qatrun.records.training import Result
@@ -97,6 +98,7 @@ def _read_arm(folder: ArmFolder, index: int) -> ArmContent:
         tensors=read_tensor_stats(folder.path),
         histograms=histograms.tensors if histograms else (),
         alarms=read_alarms(folder.alarms),
+        exports=[read_json(file, Exported) for file in sorted(folder.path.glob(f"*/{EXPORT_FILE}"))],
         plan=artifact.read_plan(folder.quantized) if folder.plan.is_file() else None,
     )
 

@@ -15,6 +15,7 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
+from qatrun.export import EXPORTS
 from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
@@ -42,6 +43,7 @@ class Preflight:
         tasks: what would be scored.
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
+        processes: that are to train together.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Preflight:
     tasks: list[TaskPlan]
     problems: list[Problem]
     warnings: list[Problem]
+    processes: int
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -71,13 +74,15 @@ class Preflight:
             assumed_discordance=paired.TYPICAL_DISCORDANCE,
             problems=[str(problem) for problem in self.problems],
             warnings=[str(problem) for problem in self.warnings],
+            processes=self.processes,
         )
 
     def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
         covered = self.coverages.get(name)
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
-            memory = memory_bytes(arm, self.num_parameters, covered.quantized_weights if covered else 0, self.config)
+            num_quantized = covered.quantized_weights if covered else 0
+            memory = memory_bytes(arm, self.num_parameters, num_quantized, self.config, self.processes)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
@@ -92,6 +97,7 @@ class Preflight:
             coverage=str(covered) if covered is not None else None,
             roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
             memory_bytes=memory,
+            export=list(arm.export) if arm.qat is not None else [],
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -99,8 +105,12 @@ class Preflight:
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
-def preflight(recipe: Recipe) -> Preflight:
-    """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising."""
+def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
+    """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising.
+
+    Args:
+        processes: that are to train together.
+    """
     arms = recipe.arm_by_name
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -126,6 +136,7 @@ def preflight(recipe: Recipe) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
+            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
@@ -136,6 +147,9 @@ def preflight(recipe: Recipe) -> Preflight:
         found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
         warnings += [_named(problem, name, recipe) for problem in found]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
+    problems += [
+        _named(problem, name, recipe) for name, arm in arms.items() for problem in _sharing_problems(arm, processes)
+    ]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
     problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
@@ -150,12 +164,15 @@ def preflight(recipe: Recipe) -> Preflight:
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
+        processes=processes,
     )
 
 
 def _role_text(role: Role, scheme: Scheme) -> str:
     scaling = scheme.scaling
     how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
+    if scaling.to_power_of_two:
+        how += ", powers of two"
     onto = (
         f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
     )
@@ -176,6 +193,26 @@ def _context_problems(arm: Arm, model: nn.Module) -> Iterator[Problem]:
     context = getattr(text_config(model), "max_position_embeddings", None)
     if context is not None and 0 < context < arm.data.seq_len:  # -1: any number will do
         yield Problem(f"{arm.data.seq_len} tokens do not fit the model's context of {context}", "data.seq_len")
+
+
+def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
+    """Batches that processes cannot share: all must make the same number of forwards."""
+    train, at_once = arm.train, arm.train.micro_batch_size * processes
+    if train.global_batch_size % at_once:
+        below = train.global_batch_size // at_once * at_once
+        nearest = " or ".join(str(size) for size in (below, below + at_once) if size)
+        yield Problem(
+            f"{train.global_batch_size} sequences are no whole number of micro-batches of {train.micro_batch_size} for each "
+            f"of {processes} processes; {nearest} would be, or a smaller train.micro_batch_size",
+            "train.global_batch_size",
+        )
+
+
+def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
+    """What a format that an arm is to be exported as cannot say of it."""
+    for name in arm.export:
+        for problem in EXPORTS[name].problems(plan, model):
+            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,9 @@ from rich.console import Console
 
 from qatrun.errors import InputError, WriteError
 from qatrun.files import replace_file
+from qatrun.followers import end, follow
 from qatrun.layout import StudyFolder
+from qatrun.ranks import start, started
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.seeds_table import seeds_text
@@ -30,14 +31,22 @@ def run(
     recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
 ) -> StudyResult:
     """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`; what comes out is
-    returned and written, not printed.
+    returned and written, not printed. Where torchrun started several processes, all of them are to call this.
 
     Raises:
         as `load_recipe` and `run_study`.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    with TerminalDisplay(Console()) as display:
-        return run_study(loaded, display, resume=resume, overwrite=overwrite)
+    if not start().leads:
+        result: StudyResult = follow()
+        return result
+    done = None
+    try:
+        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        with TerminalDisplay(Console()) as display:
+            done = run_study(loaded, display, resume=resume, overwrite=overwrite)
+    finally:
+        end(done)
+    return done
 
 
 def run_study(
@@ -56,11 +65,9 @@ def run_study(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     folder = StudyFolder(Path(recipe.output_dir) / recipe.name)
-    checked = preflight(recipe)
+    checked = preflight(recipe, started().size)
     if problems := [*checked.problems, *tracker_problems(trackers)]:
         raise InputError(problems)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes are not supported yet: start one, without torchrun or accelerate launch")
     for warning in checked.warnings:
         display.on_warning(str(warning))
     with (

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qatrun.data import Batch
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate.attribution import HELD_OUT, nats_a_token
-from qatrun.evaluate.harness import score
+from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.tasks import check_available
-from qatrun.evaluate.text import perplexity, score_texts
+from qatrun.evaluate.text import perplexity
 from qatrun.export import artifact
 from qatrun.files import content_sha256, write_json
 from qatrun.layout import PLAN_FILE, SCORED_FILE, WEIGHTS_FILES, StudyFolder
-from qatrun.model import TRUST_KEY, TRUSTED, load_config, load_model, on_device
+from qatrun.model import TRUST_KEY, TRUSTED, load_config
 from qatrun.recipe import EvalConfig, ModelConfig, load_recipe
 from qatrun.records.scores import ReadText, ScoredModel, ScoredTask, TextScore
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.engine import engine_of, exported_from, score_in_engine
+from qatrun.study.joint import open_plain, score_together
 from qatrun.study.reading import text_to_read
 from qatrun.tokenizer import load_tokenizer
 
@@ -39,6 +42,8 @@ def eval_config(
     arm = Path(path).resolve()
     if artifact.find(Path(path)) == Path(path):  # the quantized folder inside an arm's
         arm = arm.parent
+    elif (source := exported_from(arm)) is not None:
+        arm = source.path
     recipe = StudyFolder(arm.parent).recipe
     base = load_recipe(recipe).eval if recipe.is_file() else EvalConfig(tasks=DEFAULT_TASKS)
     known = {**DEFAULT_TASKS, **base.tasks}
@@ -56,13 +61,17 @@ def score_path(
     display: ScoringDisplay,
     output: Path | None,
     *,
+    engine: str | None = None,
     text: str | None = None,
     trust_remote_code: bool = False,
 ) -> ScoredModel:
-    """Score a checkpoint. One of ours runs with quantizers on, a plain model in its config's dtype.
+    """Score a checkpoint. One of ours runs with quantizers on, an exported folder in an engine, a plain model in its
+    config's dtype.
 
     Args:
-        text: to read for a perplexity; None: the held-out text of the study that the model is of, if any.
+        engine: one of `evaluate.engines` to open a folder with; None: that of an export, else none.
+        text: to read for a perplexity; None: the held-out text of the study that the model is of, if any; not in an
+            engine.
         trust_remote_code: run code that comes with the model. That a study's recipe trusted it is not enough: the recipe
             may have come with the model too.
     Raises:
@@ -70,18 +79,23 @@ def score_path(
     """
     source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     data_dir = Path(config.data_dir) if config.data_dir else None
-    problems = _path_problems(source) + check_available(config.tasks, data_dir=data_dir)
-    if problems:
+    opened_by = engine_of(Path(path), engine)
+    problems = [] if opened_by else _path_problems(source)
+    if opened_by and text is not None:
+        problems.append(Problem("--text: a text is read by models of ours and plain ones, not in an engine"))
+    if problems := problems + check_available(config.tasks, data_dir=data_dir):
         raise InputError(problems)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)  # a path that cannot be is known before minutes of scoring
-    reads = _text_to_read(source, text, display)
-    try:
-        model, tokenizer, what = _open(source)
-    except InputError as error:
-        raise InputError([_without_key(problem) for problem in error.problems]) from error
-    display.begin_scoring(Path(path).name)
-    scores = score(on_device(model), tokenizer, config, output_dir=output, on_progress=display.on_scored)
+    weights = {str(file): content_sha256(file) for file in _weights(Path(path))}
+    match, read = None, None
+    if opened_by is not None:
+        scores, match = score_in_engine(
+            Path(path), config, opened_by, display, output, trust_remote_code=trust_remote_code
+        )
+        what = f"{path} (in {opened_by})"
+    else:
+        scores, read, what = _score_here(source, config, display, output, text)
     tasks = [
         ScoredTask(
             name=name,
@@ -94,21 +108,33 @@ def score_path(
         )
         for name, task in scores.tasks.items()
     ]
-    read = None
-    if reads is not None:
-        texts = score_texts(model, {HELD_OUT: reads}, batch_size=config.batch_size, output_dir=output)
-        read = _read(texts.texts[HELD_OUT])
     scored = ScoredModel(
         model=what,
         settings=dict(scores.settings),
         tasks=tasks,
         text=read,
-        weights={str(file): content_sha256(file) for file in _weights(Path(path))},
+        weights=weights,
         output=str(output) if output else None,
+        match=match,
     )
     if output is not None:
         write_json(output / SCORED_FILE, scored)
     return scored
+
+
+def _score_here(
+    source: ModelConfig, config: EvalConfig, display: ScoringDisplay, output: Path | None, text: str | None
+) -> tuple[Scores, ReadText | None, str]:
+    """(scores, what was read, what was scored in words) of a model that is opened here, and by all processes."""
+    reads = _text_to_read(source, text, display)
+    texts = {} if reads is None else {HELD_OUT: reads}
+    display.begin_scoring(Path(source.path).name)
+    quantized = artifact.find(Path(source.path))
+    scores, read = score_together(partial(_open, source, quantized), config, output, display, texts=texts)
+    what = f"{quantized} (quantizers on, scales frozen)"
+    if quantized is None:
+        what = f"{source.path} (plain model, {scores.settings['dtype']})"
+    return scores, _read(read.texts[HELD_OUT]) if texts else None, what
 
 
 def _text_to_read(source: ModelConfig, text: str | None, display: ScoringDisplay) -> Batch | None:
@@ -163,11 +189,10 @@ def _without_key(problem: Problem) -> Problem:
     return Problem(problem.message)
 
 
-def _open(source: ModelConfig) -> tuple[Any, Any, str]:
-    """(model, tokenizer, what they are in words)."""
-    quantized = artifact.find(Path(source.path))
-    if quantized is not None:
-        opened = artifact.load(quantized, trust_remote_code=source.trust_remote_code)
-        return *opened, f"{quantized} (quantizers on, scales frozen)"
-    model, tokenizer = load_model(source, "auto"), load_tokenizer(source)
-    return model, tokenizer, f"{source.path} (plain model, {str(model.dtype).removeprefix('torch.')})"
+def _open(source: ModelConfig, quantized: Path | None) -> tuple[Any, Any]:
+    try:
+        if quantized is not None:
+            return artifact.load(quantized, trust_remote_code=source.trust_remote_code)
+        return open_plain(source, "auto")
+    except InputError as error:
+        raise InputError([_without_key(problem) for problem in error.problems]) from error

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qatrun.layout import TRUNK
 from qatrun.quant import QuantPlan
-from qatrun.recipe import Arm
+from qatrun.ranks import started
+from qatrun.recipe import Arm, QatConfig
 from qatrun.scheme import Scheme, Slot
 from qatrun.train.segment import Segment
 
@@ -98,7 +99,7 @@ def _trunk_segment(key: str, arms: list[Arm], plans: Mapping[str, QuantPlan | No
     plan = observation_plan(wanted)
     # Of all that it observes, too: an arm that is added later, and needs another linear or a longer window, finds no trunk
     # that has seen too little.
-    identity = _digest([key, plan.to_dict() if plan else None])
+    identity = _digest([key, plan.to_dict() if plan else None, *_rounds(arm.qat for arm in arms)])
     return Segment(
         name="trunk",
         arm=arms[0],
@@ -123,8 +124,17 @@ def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder
         switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
         trunk=trunk.folder if trunk else None,
         twin=folder / arm.twin if arm.twin is not None else None,
-        identity=_digest([_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None]),
+        identity=_digest(
+            [_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None, *_rounds([arm.qat])]
+        ),
     )
+
+
+def _rounds(qats: Iterable[QatConfig | None]) -> list[int]:
+    """How many micro-batches a unit of the history holds, where that is one for each process: another window with other
+    processes. Nothing where it holds a whole step."""
+    of_micro_batches = any(qat is not None and qat.scaling.unit == "microbatch" for qat in qats)
+    return [started().size] if of_micro_batches and started().size > 1 else []
 
 
 def _settings(arm: Arm) -> dict[str, Any]:

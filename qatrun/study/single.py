@@ -7,28 +7,31 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
 from qatrun.evaluate.attribution import HELD_OUT
-from qatrun.evaluate.harness import score
-from qatrun.evaluate.text import perplexity, score_texts
-from qatrun.export import EXPORTS, artifact
+from qatrun.evaluate.text import perplexity
+from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.layout import ArmFolder, StudyFolder
-from qatrun.model import DTYPES, load_model, on_device, save_model
+from qatrun.model import DTYPES, save_model
 from qatrun.quant import freeze
-from qatrun.recipe import Arm
+from qatrun.recipe import Arm, EvalConfig
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Outcome, Result
+from qatrun.study.card import write_cards
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
 from qatrun.study.evidence import summarize
+from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
+from qatrun.study.joint import Opener, open_plain, score_together, train_together
 from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
@@ -38,7 +41,6 @@ from qatrun.study.texts import study_texts
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
-from qatrun.train.loop import train
 from qatrun.train.segment import Segment, Watched
 
 
@@ -52,7 +54,10 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
-    return study.answer_contrasts(result) if recipe.contrasts else result
+    if recipe.contrasts:
+        result = study.answer_contrasts(result)
+    write_cards(folder)
+    return result
 
 
 class _Study:
@@ -70,9 +75,9 @@ class _Study:
         if record.result.is_file():
             self.display.on_warning(f"start model: scored again, because {lost}")
         tokenizer = load_tokenizer(arm.model)
-        model = on_device(load_model(arm.model, DTYPES[arm.model.compute_dtype]))
+        opened = partial(open_plain, arm.model, arm.model.compute_dtype)
         texts = study_texts(self.folder, self.recipe, arm, tokenizer, self.known)
-        value = self._score(model, tokenizer, texts, record.eval, "start model")
+        value = self._score(opened, texts, record.eval, "start model")
         write_json(record.result, Result(arm="start", perplexity={"on": value}))
 
     def keep_known_text(self) -> None:
@@ -87,19 +92,21 @@ class _Study:
             record = self._train_and_export(segments, folder)
         elif not (lost := scores_lost(folder)):
             self.display.note(f"{arm.name}: done already")
+            export_trained(arm, folder, self.recipe.eval, self.display)
             return
         else:
             self.display.on_warning(f"{arm.name}: scored again, because {lost}")
         texts = study_texts(self.folder, self.recipe, arm, load_tokenizer(arm.model), self.known)
         perplexities = self._score_arm(arm, folder, texts)
         write_json(folder.result, record.model_copy(update={"perplexity": perplexities}))
+        export_trained(arm, folder, self.recipe.eval, self.display)
 
     def _train_and_export(self, segments: ArmSegments, folder: ArmFolder) -> ArmResult:
         """From the newest checkpoints on; the record of the arm, without perplexities."""
         arm, own, trunk = segments.own.arm, segments.own, segments.trunk
         if trunk is not None and not has_checkpoint(folder.checkpoints):
             self._train_trunk(trunk)
-        model, outcome = self._train(own)
+        model, outcome = self._train(own, keep=True)
         sizes = self._export(model, load_tokenizer(arm.model), own, folder)
         del model
         gc.collect()
@@ -117,7 +124,7 @@ class _Study:
         except DamagedFileError as error:
             if result.is_file():
                 self.display.on_warning(f"{error}; made again")
-        outcome = self._train(trunk)[1]
+        outcome = self._train(trunk, keep=False)[1]
         gc.collect()  # the trunk's model: it would count towards the first arm's peak memory
         write_json(result, outcome)
 
@@ -144,33 +151,24 @@ class _Study:
         write_comparison(self.folder, answered)
         return answered
 
-    def _train(self, segment: Segment) -> tuple[Any, Outcome]:
+    def _train(self, segment: Segment, *, keep: bool) -> tuple[Any, Outcome]:
         arm = segment.arm
         check_inputs(self.folder, self.recipe)
         tokenizer = load_tokenizer(arm.model)
-        model = load_model(arm.model, DTYPES[arm.model.param_dtype])
         data = open_data(arm.data, tokenizer, arm.train.seed)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         self.display.begin_training(segment.name, first_step, segment.last_step)
-        outcome = train(segment, model, data.train, self.display, self.trackers, self._watched(arm, tokenizer))
-        return model, outcome
+        return train_together(segment, data.train, self.display, self.trackers, *self._watched(arm), keep=keep)
 
-    def _watched(self, arm: Arm, tokenizer: Any) -> Watched:
-        """The probe's text, its mini-benchmark if the recipe wants one, and what the first loss is held against."""
+    def _watched(self, arm: Arm) -> tuple[Watched, EvalConfig | None]:
+        """The probe's text, what the first loss is held against, and what the probe's mini-benchmark asks."""
         probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
         same_source = valid is None or valid.path == arm.data.train.path
         nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
         if probe is None or known is None:
-            return Watched(held_out_nll=nll)
-        text = known.input_ids[: probe.sequences]
-        if probe.items is None:
-            return Watched(text, held_out_nll=nll)
+            return Watched(held_out_nll=nll), None
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
-
-        def benchmark(model: Any) -> dict[str, float]:
-            return {name: task.accuracy for name, task in score(model, tokenizer, few).tasks.items()}
-
-        return Watched(text, benchmark, nll)
+        return Watched(known.input_ids[: probe.sequences], held_out_nll=nll), None if probe.items is None else few
 
     def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
@@ -180,8 +178,7 @@ class _Study:
         sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
         if segment.plan is not None:
             freeze(model, dtype)
-            for export in EXPORTS:
-                export.save(model, tokenizer, segment.plan, folder.path / export.FOLDER)
+            artifact.save(model, tokenizer, segment.plan, folder.quantized)
             sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
         shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
         self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
@@ -193,17 +190,15 @@ class _Study:
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
-            model, tokenizer = artifact.load(folder.path, trust_remote_code=arm.model.trust_remote_code)
-            values["on"] = self._score(on_device(model), tokenizer, texts, folder.eval, f"{arm.name}, quantizers on")
+            opened = partial(artifact.load, folder.path, trust_remote_code=arm.model.trust_remote_code)
+            values["on"] = self._score(opened, texts, folder.eval, f"{arm.name}, quantizers on")
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
-        model, tokenizer = load_model(plain, DTYPES[arm.model.compute_dtype]), load_tokenizer(plain)
-        return values | {state: self._score(on_device(model), tokenizer, texts, place, what)}
+        return values | {state: self._score(partial(open_plain, plain, arm.model.compute_dtype), texts, place, what)}
 
-    def _score(self, model: Any, tokenizer: Any, texts: Mapping[str, Batch], output: Path, what: str) -> float:
+    def _score(self, opened: Opener, texts: Mapping[str, Batch], output: Path, what: str) -> float:
         """Returns the perplexity of held-out text."""
         self.display.begin_scoring(what)
-        score(model, tokenizer, self.recipe.eval, output_dir=output, on_progress=self.display.on_scored)
-        read = score_texts(model, texts, batch_size=self.recipe.eval.batch_size, output_dir=output)
+        _, read = score_together(opened, self.recipe.eval, output, self.display, texts=texts)
         return perplexity(read.texts[HELD_OUT].mean)
 
     def _record(

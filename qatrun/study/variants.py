@@ -14,7 +14,7 @@ from qatrun.model import DTYPES, load_model, on_device
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.recipe import Arm
-from qatrun.train.checkpoint import latest_checkpoint
+from qatrun.train.checkpoint import fill, latest_checkpoint
 
 
 def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor]) -> Any:
@@ -36,11 +36,9 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
 
 def _trained(arm: Arm, folder: ArmFolder) -> Any:
     checkpoint, _ = latest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.folder is None:
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         return load_model(plain, DTYPES[arm.model.param_dtype])
     model = load_model(arm.model, DTYPES[arm.model.param_dtype])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.parts["model"][name])
+    fill(checkpoint.folder, {"model": dict(model.named_parameters())})
     return model

@@ -6,6 +6,7 @@ are done everywhere a user sees them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceEr
 from qatrun.layout import CHECKPOINTS, METRICS_FILE
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import Mode, QuantState, ResumableState
-from qatrun.ranks import ALONE
+from qatrun.ranks import world
 from qatrun.records.training import Outcome
-from qatrun.train.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
+from qatrun.train.checkpoint import Checkpoint, latest_checkpoint
 from qatrun.train.metrics import PendingRows, RowsFile, surviving_metrics
 from qatrun.train.monitor import Monitor
 from qatrun.train.nonfinite import first_bad_tensors
 from qatrun.train.parts import Clock, Moments, RandomNumbers, Stateful, Weights
+from qatrun.train.savepoint import Savepoint
 from qatrun.train.schedule import learning_rate_at, mode_at
 from qatrun.train.segment import Listener, Segment, Watched
 from qatrun.train.signals import StopRequest, stop_on_signals
@@ -39,14 +41,18 @@ FLUSH_EVERY = {"cuda": 10}
 def train(
     segment: Segment,
     model: PreTrainedModel,
-    stream: PackedStream,
+    stream: PackedStream | None,
     listener: Listener,
     trackers: Sequence[str],
     watched: Watched,
 ) -> Outcome:
-    """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached.
+    """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached, and
+    in parts where several processes train it, all of which come here.
 
+    Args:
+        stream: read by the process that leads; None on others.
     Raises:
+        RunError: processes do not agree any more on what all of them have.
         AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
         NonFiniteError: a loss or gradient is NaN or Inf; the last checkpoint is good.
         SourceError: the data set breaks off; the state was saved.
@@ -64,7 +70,7 @@ class Session:
     Attributes:
         stepper: what computes a step.
         step: optimizer steps done.
-        parts: what its checkpoints hold.
+        savepoint: what its checkpoints hold.
         metrics: open while it runs.
     """
 
@@ -74,15 +80,15 @@ class Session:
         self,
         segment: Segment,
         model: PreTrainedModel,
-        stream: PackedStream,
+        stream: PackedStream | None,
         listener: Listener,
         trackers: Sequence[str],
         watched: Watched,
     ) -> None:
-        arm, self.clock, self.world = segment.arm, Clock(), ALONE
+        arm, self.clock, self.world = segment.arm, Clock(), world()
         self.segment, self.stream, self.listener = segment, stream, listener
         self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=segment.folder)
-        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model, self.world)
+        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model)
         self.quant = self.stepper.quant
         if trackers:
             settings = {key: str(value) for key, value in arm.model_dump().items()}  # as a tracker takes them
@@ -90,18 +96,16 @@ class Session:
         self.step = self.saved_step = 0
         self.pending, self.pending_batches = PendingRows(), list[Batch]()
         self.monitor = Monitor(segment, self.stepper, watched)
-        self.observed_steps = _observed_steps(self.quant, arm.train.global_batch_size // arm.train.micro_batch_size)
-        self.weights = Weights(model)
-        self.parts: dict[str, Stateful] = {
-            "model": self.weights,
-            "optimizer": Moments(model, self.stepper.optimizer),
-            "rng": RandomNumbers(),
-            "data": stream,
-            "monitor": self.monitor,
-            "clock": self.clock,
-        }
+        micro_batches = arm.train.global_batch_size // arm.train.micro_batch_size // self.world.size
+        self.observed_steps = _observed_steps(self.quant, micro_batches)
+        self.consumed = hashlib.sha256()  # what this process was given since it started
+        parts: dict[str, Stateful] = {"rng": RandomNumbers()}
+        if stream is not None:
+            parts["data"] = stream
+        parts |= {"monitor": self.monitor, "clock": self.clock}
         if self.quant is not None:
-            self.parts["quant"] = ResumableState(self.quant)
+            parts["quant"] = ResumableState(self.quant)
+        self.savepoint = Savepoint(segment, Weights(model), Moments(model, self.stepper.optimizer), parts)
 
     def run(self, request: StopRequest) -> Outcome:
         """To the segment's end; raises as `train`."""
@@ -109,19 +113,30 @@ class Session:
         try:
             while not self.at_end:
                 self._run_step()
-                stop = self.world.agree(request.name)  # once: a signal that comes later is met after the next step
+                # Once: a signal that comes later is met after the next step. Only where numbers are read anyway, as to
+                # agree is to wait.
+                stop = self.world.agree(request.name) if self.world.size == 1 or not self.pending else None
                 if self._due or stop or self.monitor.stop:
                     self._save()
                 self.monitor.raise_if_stopped()
                 if stop and not self.at_end:
                     raise self._interrupted(stop)
-            if request.name:
-                raise self._interrupted(request.name)
+            if stop := self.world.agree(request.name):
+                raise self._interrupted(stop)
         finally:
             self.metrics.close()
             self.monitor.close()
-            self.accelerator.end_training()
-        return Outcome(steps=self.step, data_hash=self.stream.data_hash, **self.clock.state_dict())
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        data_hash = self.world.first(lambda: self._stream.data_hash)
+        clock = self.clock.state_dict()
+        peak = int(self.world.maximum(torch.tensor(clock["peak_memory_bytes"])))
+        return Outcome(steps=self.step, data_hash=data_hash, **{**clock, "peak_memory_bytes": peak})
+
+    @property
+    def _stream(self) -> PackedStream:
+        assert self.stream is not None  # on the process that leads
+        return self.stream
 
     @property
     def at_end(self) -> bool:
@@ -161,15 +176,8 @@ class Session:
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint, *, from_trunk: bool) -> None:
-        if not self.weights.fit(checkpoint.parts["model"]):
-            raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} of {self.segment.name} is of another model"
-            )
+        self.savepoint.restore(checkpoint, from_trunk=from_trunk)
         self.step = self.saved_step = checkpoint.step
-        for name, state in checkpoint.parts.items():
-            if name in self.parts:  # a trunk's quantizers are nothing to a BF16 arm
-                part = self.parts[name]
-                (part.adopt if from_trunk else part.load_state_dict)(state)
 
     def _open_metrics(self) -> None:
         file, of_trunk = self.segment.folder / METRICS_FILE, self.segment.trunk
@@ -190,6 +198,7 @@ class Session:
         mode = self._enter_phase()
         self.monitor.begin_step(self.step + 1)
         learning_rate = learning_rate_at(self.step, arm.train, arm.warmup)
+        self.stepper.num_steps = self.step
         taken = self.stepper.step(batch, learning_rate)
         self.step += 1
         self.pending_batches.append(batch)
@@ -209,9 +218,12 @@ class Session:
             self._flush()
 
     def _next_batch(self) -> Batch:
-        """What the step trains on. Where there is no more to be had, the steps that were made are saved."""
+        """What the step trains on, read once and given to all processes. Where there is no more to be had, the steps that
+        were made are saved."""
         try:
-            return self.stream.take(self.segment.arm.train.global_batch_size)
+            batch = self.world.first(lambda: self._stream.take(self.segment.arm.train.global_batch_size))
+            self.consumed.update(batch.input_ids.numpy().tobytes())
+            return batch
         except SourceError:
             if self.step > self.saved_step:
                 self._save()
@@ -257,10 +269,7 @@ class Session:
         self._flush()
         self.metrics.sync()  # a checkpoint must never be ahead of the metrics that led to it
         self.monitor.write(self.step, due=self._due)
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint = Checkpoint(self.step, self.segment.identity, parts)
-        folder, config = self.segment.folder / CHECKPOINTS, self.segment.arm.train
-        self.world.first(lambda: write_checkpoint(folder, checkpoint, config.keep_last, config.save_every))
+        self.savepoint.write(self.step, self.consumed.hexdigest())
         self.saved_step = self.step
 
     def _stop_on_nonfinite(self, row: Mapping[str, Any], batch: Batch) -> NoReturn:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qatrun.files import read_rows, replace_file, writing
+from qatrun.ranks import world
 from qatrun.records.training import AlarmRow, MetricsRow
 
 Row = Mapping[str, Any]
@@ -55,13 +56,15 @@ def surviving_alarms(file: Path, inherited: Path | None, last_step: int) -> list
 
 
 class RowsFile:
-    """Appends rows to a .jsonl file, each flushed so that a reader sees the run as it goes."""
+    """Appends rows to a .jsonl file, each flushed so that a reader sees the run as it goes. Of several processes the first
+    writes it; on the others rows go nowhere."""
 
     def __init__(self, file: Path, rows: Iterable[Row]) -> None:
         """Begin with these rows, whatever the file held."""
-        replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = file
-        self._stream: TextIO = file.open("a", encoding="utf-8")
+        if world().leads:
+            replace_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = file if world().leads else Path(os.devnull)
+        self._stream: TextIO = self._file.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
         with writing(self._file):
@@ -70,8 +73,9 @@ class RowsFile:
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
-        with writing(self._file):
-            os.fsync(self._stream.fileno())
+        if self._file != Path(os.devnull):  # which cannot be waited for
+            with writing(self._file):
+                os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         with writing(self._file):

@@ -6,6 +6,7 @@ Nothing here changes a number of the training, and all of it is as resumable as 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from qatrun.files import read_rows
 from qatrun.layout import ALARMS_FILE, METRICS_FILE, PROBE_FILE
 from qatrun.model import text_config
 from qatrun.quant import Mode
+from qatrun.ranks import world
 from qatrun.records.training import AlarmRow, MetricsRow
 from qatrun.train.alarms import AlarmWatch
 from qatrun.train.first_loss import mistake_in_input
@@ -78,8 +80,8 @@ class Monitor(Stateful):
         file = (trunk or folder) / PROBE_FILE
         if step == 0:
             self.probe = Probe.of_start(self.model, self.watched.text, self.config.probe.top_k, self.autocast)
-            self.probe.save(file)
-        elif file.is_file():
+            world().first(partial(self.probe.save, file))
+        elif world().first(file.is_file):
             try:
                 self.probe = Probe.load(file)
             except DamagedFileError as error:

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatrun.train.sharding import whole
+
 SHOWN = 3
 
 
 def first_bad_tensors(model: nn.Module, micro_batches: Iterable[Tensor]) -> list[str]:
     """Names of what is not finite, in the order in which it arises: parameters, then outputs of modules in a forward
-    over the first micro-batch that shows any, then gradients, which the backward reaches from the model's end."""
-    bad = [f"parameter {name}" for name, p in model.named_parameters() if not p.isfinite().all()]
+    over the first micro-batch that shows any, then gradients, which the backward reaches from the model's end. Of several
+    processes all are to ask."""
+    bad = [f"parameter {name}" for name, p in model.named_parameters() if not whole(p.detach()).isfinite().all()]
     bad += next(filter(None, (bad_outputs(model, input_ids) for input_ids in micro_batches)), [])
     bad += [
         f"gradient of {name}"
         for name, p in reversed(list(model.named_parameters()))
-        if p.grad is not None and not p.grad.isfinite().all()
+        if p.grad is not None and not whole(p.grad).isfinite().all()
     ]
     return bad[:SHOWN]
 

@@ -36,9 +36,9 @@ class Weights(Stateful):
     def state_dict(self) -> State:
         return dict(self.model.named_parameters())
 
-    def fit(self, state: State) -> bool:
+    def fit(self, shapes: Mapping[str, torch.Size]) -> bool:
         """Whether they are of a model like this one."""
-        return {name: p.shape for name, p in self.state_dict().items()} == {name: t.shape for name, t in state.items()}
+        return {name: p.shape for name, p in self.model.named_parameters()} == shapes
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
@@ -58,6 +58,13 @@ class Moments(Stateful):
             for name, parameter in self.parameters.items()
             for entry, value in self.optimizer.state[parameter].items()
         }
+
+    def begin(self) -> None:
+        """Make AdamW's state as it is before the first step, so that there is something to fill."""
+        for parameter in self.parameters.values():
+            zeros = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
+            step = torch.zeros((), device=parameter.device)
+            self.optimizer.state[parameter] |= dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *zeros), strict=True))
 
     def load_state_dict(self, state: State) -> None:
         for key, value in state.items():

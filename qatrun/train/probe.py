@@ -11,11 +11,11 @@ top k, all others counted as one outcome (which can only make the divergence sma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from qatrun.files import reading, whole_file
 from qatrun.model import text_config
+from qatrun.ranks import world
 
+T = TypeVar("T")
 LOGITS_AT_ONCE = 2**26  # values, which bounds the memory that a probe takes
 
 
@@ -49,14 +51,14 @@ class Probe:
         cls, model: Any, input_ids: Tensor, top_k: int, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Probe:
         """Ask the start model, computing as training does; leaves it in the mode it was in."""
-        likeliest, log_probs, nll = [], [], []
-        for logits, ids in _logits(model, input_ids, autocast):
+
+        def kept(logits: Tensor, ids: Tensor, _: slice) -> tuple[Tensor, Tensor, Tensor]:
             log_p = logits.log_softmax(-1)
             top = log_p.topk(min(top_k, logits.shape[-1]), dim=-1)
-            likeliest.append(top.indices.int().cpu())
-            log_probs.append(top.values.cpu())
-            nll.append(_nll(log_p, ids).cpu())
-        return cls(input_ids, torch.cat(likeliest), torch.cat(log_probs), torch.cat(nll))
+            return top.indices.int().cpu(), top.values.cpu(), _nll(log_p, ids).cpu()
+
+        found = zip(*_asked(model, input_ids, autocast, kept), strict=True)
+        return cls(input_ids, *(torch.cat(parts) for parts in found))
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
@@ -83,30 +85,37 @@ class Probe:
     @torch.no_grad()
     def ask(self, model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
         """(NLL, KL from the start model), nats a token, of the model as it computes now; leaves its mode as it was."""
-        nll, kl, done = 0.0, 0.0, 0
-        for logits, ids in _logits(model, self.input_ids, autocast):
-            rows = slice(done, done + len(logits))
+
+        def nats(logits: Tensor, ids: Tensor, rows: slice) -> tuple[float, float]:
             log_q = logits.log_softmax(-1)
-            nll += float(_nll(log_q, ids).double().sum())
-            kl += float(_kl(log_q, self.likeliest[rows], self.log_probs[rows]).double().sum())
-            done += len(logits)
-        return nll / done, kl / self.input_ids.numel()
+            kl = _kl(log_q, self.likeliest[rows], self.log_probs[rows])
+            return float(_nll(log_q, ids).double().sum()), float(kl.double().sum())
+
+        nll, kl = (sum(values) for values in zip(*_asked(model, self.input_ids, autocast, nats), strict=True))
+        return nll / len(self.input_ids), kl / self.input_ids.numel()
 
 
-def _logits(
-    model: Any, input_ids: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """([batch, seq_len, vocab] float32, [batch, seq_len] ids) of as many sequences at once as memory permits."""
-    device = next(model.parameters()).device
+def _asked(
+    model: Any,
+    input_ids: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    keep: Callable[[Tensor, Tensor, slice], T],
+) -> list[T]:
+    """What is kept of the logits, [batch, seq_len, vocab] float32, of some rows of the text; as many at once as memory
+    permits, shared out over the processes."""
+    device, num = next(model.parameters()).device, len(input_ids)
     at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * text_config(model).vocab_size))
     was_training = model.training
+
+    def ask(rows: slice) -> T:
+        ids = input_ids[rows].to(device)
+        with autocast():
+            logits = model(input_ids=ids, use_cache=False).logits
+        return keep(logits.float(), ids, rows)
+
     model.eval()
     try:
-        for batch in input_ids.split(at_once):
-            ids = batch.to(device)
-            with autocast():
-                logits = model(input_ids=ids, use_cache=False).logits
-            yield logits.float(), ids
+        return world().shared_out([slice(first, first + at_once) for first in range(0, num, at_once)], ask)
     finally:
         model.train(was_training)
 

@@ -3,21 +3,23 @@ that what is benchmarked is what trains."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from qatrun.data import Batch
 from qatrun.model import DTYPES
 from qatrun.numerics import recomputed_products
 from qatrun.quant import Mode, QuantPlan, QuantState, attach
-from qatrun.ranks import ALONE, World
+from qatrun.ranks import world
 from qatrun.recipe import ModelConfig, TrainConfig
 from qatrun.train.objective import CrossEntropy, Objective
+from qatrun.train.sharding import own_part, shard
 
 
 class Taken(NamedTuple):
@@ -38,6 +40,7 @@ class Stepper:
     """A model in training, with quantizers attached where there is a plan, and its optimizer.
 
     Attributes:
+        num_steps: done so far; where there are several processes, random numbers are drawn by it.
         quant: their scales, in whatever mode the caller puts them; None without a plan.
     """
 
@@ -48,15 +51,19 @@ class Stepper:
         plan: QuantPlan | None,
         train: TrainConfig,
         dtypes: ModelConfig,
-        world: World = ALONE,
     ) -> None:
         if train.gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": recomputed_products}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        self.accelerator, self.train, self.dtypes, self.world = accelerator, train, dtypes, world
+        self.accelerator, self.train, self.dtypes, self.world = accelerator, train, dtypes, world()
+        self.num_steps = 0
         self.model = model.train()
         self.quant: QuantState | None = attach(model, plan) if plan is not None else None
-        self.prepared = accelerator.prepare_model(model)
+        self.prepared = model if self.sharded else accelerator.prepare_model(model)
+        if self.sharded:
+            shard(model, self.world, accelerator.device)
+        if self.sharded and self.quant is not None:
+            self.quant.to(accelerator.device).keeps_grids = False
         groups = list(_parameter_groups(model, train.weight_decay))
         self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
         self.objective: Objective = CrossEntropy()
@@ -67,8 +74,9 @@ class Stepper:
         is not finite on, no step updates a parameter."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self.accumulate_gradients(batch)
-        grad_norm = self._clip()
+        loss, grad_norm = self._reduced(self.accumulate_gradients(batch))
+        if self.train.max_grad_norm is not None:
+            clip_grads_with_norm_(self.model.parameters(), self.train.max_grad_norm, grad_norm)
         self._nonfinite |= ~(loss.isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = self._nonfinite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -76,18 +84,22 @@ class Stepper:
         return Taken(loss, grad_norm, self._move_scales())
 
     def accumulate_gradients(self, batch: Batch) -> Tensor:
-        """Backward over all micro-batches; returns the mean loss, [], over the targets of the whole batch."""
+        """Backward over this process's micro-batches; returns what they add to the mean loss over the targets of the whole
+        batch, []."""
         size = self.objective.size(batch)
         total = torch.zeros((), device=self.accelerator.device)
         micro_batches = self.world.mine(batch.split(self.train.micro_batch_size))
         for number, micro in enumerate(micro_batches, start=1):
+            if self.sharded:  # by the micro-batch, whichever process it is on
+                of_all = (number - 1) * self.world.size + self.world.rank
+                torch.manual_seed(_seed(self.train.seed, self.num_steps, of_all))
             if self.quant is not None:
                 self.quant.last_micro_batch = number == len(micro_batches)
             loss = self.loss(micro, size)
             self.accelerator.backward(loss)
             total += loss.detach()
             self._push("microbatch")
-        return self.world.total(total)
+        return total
 
     def loss(self, micro_batch: Batch, size: int) -> Tensor:
         """[], with its graph: what a micro-batch adds to the mean loss of a batch of that size."""
@@ -100,26 +112,46 @@ class Stepper:
         """The compute dtype of the model. Not Accelerate's own, which is one a process: arms may differ."""
         wanted = DTYPES[self.dtypes.compute_dtype]
         enabled = wanted != DTYPES[self.dtypes.param_dtype]
-        return torch.autocast(self.accelerator.device.type, dtype=wanted, enabled=enabled)
+        device = self.accelerator.device.type
+        # Cached casts would hold every gathered weight until the forward ends.
+        return torch.autocast(device, dtype=wanted, enabled=enabled, cache_enabled=not self.sharded)
 
-    def _clip(self) -> Tensor:
-        """The norm of all gradients as one vector, [], before it is clipped."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.train.max_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.train.max_grad_norm, grad_norm)
-        return grad_norm
+    @property
+    def sharded(self) -> bool:
+        """Whether the model lies in parts on several processes."""
+        return self.world.size > 1
+
+    def _reduced(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss, norm of all gradients as one vector), [] float32, of all processes, in one exchange. Squares are
+        summed in float32 along rows, which no sharding splits, and in float64 over them, so that where parameters lie does
+        not change the norm."""
+        grads = [own_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        squares = torch.stack([_row_norms(grad).double().square().sum() for grad in grads]).sum()
+        loss, squares = self.world.total(torch.stack([loss.double(), squares]))
+        return loss.float(), squares.sqrt().float()
 
     def _move_scales(self) -> Tensor | int:
         """After the update; [] int64, how many slots saturated in the step."""
         self._push("optimizer_step")
-        return 0 if self.quant is None or self.quant.mode is Mode.OFF else self.quant.tally.num_saturated()
+        if self.quant is None or self.quant.mode is Mode.OFF:
+            return 0
+        self.quant.tally.share(self.world)
+        return self.quant.tally.num_saturated()
 
     def _push(self, unit: str) -> None:
         """Close a unit of the amax history, if it is one."""
         if self.quant is not None and self.quant.mode is not Mode.OFF and self.quant.scales.unit == unit:
-            self.quant.scales.amax = self.world.maximum(self.quant.scales.amax)
             self.quant.push()
+
+
+def _seed(*numbers: int) -> int:
+    """A seed that differs where any of the numbers does."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little", signed=True)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """[..., d] -> [...]; of a vector, whose rows are numbers, itself."""
+    return torch.linalg.vector_norm(x, dim=-1) if x.dim() > 1 else x
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from qatrun.files import reading, whole_file
 from qatrun.layout import TENSORS, TENSORS_ENDING, UNFINISHED_TENSORS, by_step, step_name
 from qatrun.quant import STATISTICS
+from qatrun.ranks import world
 
 Table = npt.NDArray[np.float32]
 
@@ -36,7 +37,8 @@ SCHEMA = pa.schema(
 
 
 class TensorFile:
-    """Collects the rows of a segment and writes them a part at a time."""
+    """Collects the rows of a segment and writes them a part at a time; of several processes, which collect the same, the
+    first writes."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """
@@ -46,11 +48,12 @@ class TensorFile:
         """
         self._folder, self._names = folder / TENSORS, list(names)
         self._rows: list[tuple[int, Table]] = []
+        self._leads = world().leads
 
     def begin(self, from_step: int) -> None:
         """Go on after so many steps: parts that say something of later ones are dropped."""
         for last_step, part in by_step(self._folder, TENSORS_ENDING).items():
-            if last_step > from_step:
+            if last_step > from_step and self._leads:
                 part.unlink()
 
     def add(self, step: int, table: Table) -> None:
@@ -73,7 +76,8 @@ class TensorFile:
         if self._rows:
             self._write(self._folder / step_name(step, TENSORS_ENDING))
             self._rows.clear()
-        (self._folder / UNFINISHED_TENSORS).unlink(missing_ok=True)
+        if self._leads:
+            (self._folder / UNFINISHED_TENSORS).unlink(missing_ok=True)
 
     def show(self) -> None:
         """Write what was added since the last part for readers of a run that is stopped here."""
@@ -81,6 +85,8 @@ class TensorFile:
             self._write(self._folder / UNFINISHED_TENSORS)
 
     def _write(self, file: Path) -> None:
+        if not self._leads:
+            return
         steps = np.repeat(np.array([step for step, _ in self._rows], dtype=np.int32), len(self._names))
         indices = np.tile(np.arange(len(self._names), dtype=np.int32), len(self._rows))
         values = np.concatenate([table for _, table in self._rows])

@@ -59,14 +59,12 @@ class Judge:
 
     def __init__(self, subject: Subject, seq_len: int) -> None:
         tokenizer = load_tokenizer(subject.config)
-        self.texts = {
-            kind: open_probe(
-                DataConfig(train=subject.text(kind, "train"), probe=subject.text(kind, "judge"), seq_len=seq_len),
-                tokenizer,
-                JUDGED_SEQUENCES,
-            )
-            for kind in ("own", "new")
-        }
+        self.texts: dict[str, Tensor] = {}
+        for kind in ("own", "new"):
+            data = DataConfig(train=subject.text(kind, "train"), probe=subject.text(kind, "judge"), seq_len=seq_len)
+            text = open_probe(data, tokenizer, JUDGED_SEQUENCES)
+            assert text is not None  # it is given
+            self.texts[kind] = text
         self.asked = questions(tokenizer, subject.questions) if subject.questions else None
         self.plain = cache(self._plain)
 

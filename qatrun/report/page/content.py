@@ -10,6 +10,7 @@ from qatrun.quant import QuantPlan
 from qatrun.records.comparison import Pair, StudyComparison
 from qatrun.records.diagnosis import ArmDiagnosis, StudyDiagnosis
 from qatrun.records.environment import Environment
+from qatrun.records.export import Exported
 from qatrun.records.quantized import HistogramRecord
 from qatrun.records.seeds import Seeds
 from qatrun.records.training import AlarmRow, MetricsRow
@@ -35,6 +36,7 @@ class ArmContent:
     histograms: Sequence[HistogramRecord] = ()
     alarms: Sequence[AlarmRow] = ()
     plan: QuantPlan | None = None
+    exports: Sequence[Exported] = ()
 
     @property
     def switch_step(self) -> int | None:

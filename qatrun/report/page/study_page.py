@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.records.environment import Environment
+from qatrun.report.exported import contents, holds, proofs
 from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
@@ -49,6 +50,7 @@ def study_document(content: StudyContent) -> Document:
         ),
         _histogram_section(content),
         coverage_section(content.arms),
+        *_exports_section(content.arms),
         alarms_section(content.arms),
         recipe_section(content.recipe),
         environment_section(content.environment),
@@ -82,6 +84,18 @@ def figures_section(key: str, title: str, figures: Iterable[Figure | None], miss
     """A section of the figures that could be drawn, or the line that says why there are none."""
     drawn = tuple(figure for figure in figures if figure is not None)
     return Section(key, title, figures=drawn, notes=() if drawn else (missing,))
+
+
+def _exports_section(arms: Iterable[ArmContent]) -> Iterator[Section]:
+    """What was proven of the folders that arms were exported as; nothing where none was."""
+    points = [
+        Point(printable(sentence_case(line)), arm.name, (Chip(record.format, "good" if holds(record) else "bad"),))
+        for arm in arms
+        for record in arm.exports
+        for line in (contents(record), *proofs(record), *record.notes)
+    ]
+    if points:
+        yield Section("exports", "Exported folders", points=tuple(points))
 
 
 def recipe_section(recipe: str) -> Section:

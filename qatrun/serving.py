@@ -1,0 +1,22 @@
+"""Names of what an arm is exported as, and of the engines that open it; recipes and the command line give them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qatrun.errors import InputError
+from qatrun.text import suggestion
+
+EXPORT_NAMES = ("compressed-tensors", "onnx", "hif8", "hif8-ascend", "ascend-v1")
+ENGINE_NAMES = ("transformers", "onnxruntime", "vllm")
+
+
+def known(name: str, names: Collection[str], option: str) -> str:
+    """The name, where it is one of these.
+
+    Raises:
+        InputError: it is none; names the option, and the nearest.
+    """
+    if name not in names:
+        raise InputError(f"{option} {name}: no such name{suggestion(name, names)}")
+    return name
