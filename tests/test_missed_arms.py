@@ -22,9 +22,9 @@ def diagnosis(arm: dict[str, Any], sequences: slice = slice(None)) -> dict[str, 
     """By text alone, which is of the kind that the start model knew; questions say nothing to models that guess."""
 
     def read(model: str) -> TextScores:
-        score = TextScore(
-            text="", nats=arm[model][sequences], num_targets=arm["num_targets"][sequences], entropy=arm["entropy"]
-        )
+        nats, num_targets = arm[model][sequences], arm["num_targets"][sequences]
+        guessed = {name: arm[name] for name in ("entropy", "uniform")}
+        score = TextScore(text="", nats=nats, num_targets=num_targets, **guessed)
         return TextScores(texts={HELD_OUT: score, KNOWN: score})
 
     return causes(Models({}, {model: read(model) for model in MODELS}).measures(), clipped=arm["clipped"])
