@@ -5,15 +5,17 @@ not see (other documents, other items), and at point estimates alone:
 
     forgetting      training without quantizers, start -> twin, costs 0.05 nats a token of text of the kind that the start
                     model was trained on, or 0.10 nats an answer
-    quantization    twin -> arm costs 0.02 nats a token of either kind of text, or 0.04 an answer, more than the same format
-                    costs the same model, trained on the same text, without a fault. The cause is then what was planted:
-                    saturation or resolution; where nothing was, any of saturation, resolution and divergence will do
+    quantization    twin -> arm costs 0.02 nats a token of text of the kind that the start model was trained on, or of the
+                    kind that it is trained on now, or 0.04 an answer, more than the same format costs the same model,
+                    trained on the same text, without a fault. The cause is then what was planted: saturation or
+                    resolution; where nothing was, any of saturation, resolution and divergence will do
     input           the text is garbage, or in tokens of another tokenizer: always harmful, and beside it nothing is judged.
                     It is found, too, by what is said of the text before or at the first step
 
 Answers count where questions are asked: of models that can answer any. The thresholds of the diagnosis were set on seeds 0
 to 2 of the demo and on what the formats cost gut3m and stories260K after training; seed 0 of every model was looked at
-while its rule was mended. Later seeds judge it, and nothing else does. An answer is wrong where the diagnosis
+while its rule was mended, and once changed this one: text that neither the start model nor training saw no longer counts,
+nor must harm without clipping be called saturation. Later seeds judge. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
     accused    finds a cause that is not harmful, or another than the one that is
@@ -127,7 +129,8 @@ def label(cell: Cell, planted: Sequence[str], healthy: Nats) -> Label:
     """
     forgetting = Cost(cell.twin.own - cell.start.own, cell.twin.answer - cell.start.answer)
     here = costs(cell)
-    quantization = Cost(max(here.own - healthy.own, here.new - healthy.new), here.answer - healthy.answer)
+    of_text = [here.own - healthy.own, *([here.new - healthy.new] if cell.text == "new" else [])]
+    quantization = Cost(max(of_text), here.answer - healthy.answer)
     if cell.fault == DAMAGED or cell.fault in UNREADABLE:
         return Label((DAMAGED if cell.fault == DAMAGED else INPUT,), forgetting, quantization)
     truth = ["forgetting"] if forgetting.harms(FORGETTING) else []

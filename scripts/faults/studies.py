@@ -63,7 +63,7 @@ FAULTS = {
     "scale-2x": Fault(("saturation",), "sane", 2, AT_TARGET, WARMUP),
     "scale-4x": Fault(("saturation",), "sane", 4, AT_TARGET, WARMUP),
     "scale-8x": Fault(("saturation",), "sane", 8, AT_TARGET, WARMUP),
-    "lag-8x": Fault(("saturation",), "sane", 8, {"clip": "format"}, WARMUP),
+    "lag-8x": Fault((), "sane", 8, {"clip": "format"}, WARMUP),  # nothing clips
     "both": Fault(("saturation",), "hot", 8, AT_TARGET),
     "burst": Fault(("saturation",), qat={"scaling": STALE, **AT_TARGET}, acts_at=QUIET_STEPS[2] + 1),
     "outlier": Fault(("resolution",), acts_at=WARMUP),
