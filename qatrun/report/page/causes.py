@@ -10,17 +10,22 @@ from qatrun.report.page.figure import Figure, arm_keys
 from qatrun.report.page.forest import Group, Mark, forest_figure
 from qatrun.report.page.table import Table, printable, signed, signed_range, table
 
+OF_START = (
+    "training",
+    "forgetting",
+)  # told on text that the start model knew: the held-out text is there to be learned
+
 
 def text_figure(content: StudyContent) -> Figure | None:
     """Every effect on held-out text; None where no arm was diagnosed on text."""
     indices = {arm.name: arm.index for arm in content.arms}
     found = [
-        (arm, name, of_text)
+        (arm, name if text == "held-out" else f"{name}, on text it knew", of_text)
         for arm, diagnosis in content.diagnosed.items()
         if arm in indices
         for name, texts in diagnosis.texts.items()
         for text, of_text in texts.items()
-        if text == "held-out" and name != "training"  # which is to learn this very text, and would set the axis
+        if (text == "known" and name == "training") or (text == "held-out" and name not in OF_START)
     ]
     if not found:
         return None
@@ -29,6 +34,8 @@ def text_figure(content: StudyContent) -> Figure | None:
         for name in dict.fromkeys(name for _, name, _ in found)
     ]
     whole = {arm: each for arm, name, each in found if name == "whole"}
+    if not whole:
+        return None
     arm, worst = max(whole.items(), key=lambda each: each[1].rise)
     rows = [
         (arm, name, text, of_text.rise, *of_text.ci95, of_text.num_tokens)
@@ -40,7 +47,8 @@ def text_figure(content: StudyContent) -> Figure | None:
         "text-effects",
         f"On held-out text quantization costs {printable(arm)} {signed(worst.rise, 4)} nats a token "
         f"(95% interval {signed_range(worst.ci95, 4)})",
-        "Rise of the negative log-likelihood; bars are paired 95% intervals over sequences that both models read.",
+        "Rise of the negative log-likelihood of held-out text, and where it says so of text that the start model knew; bars "
+        "are paired 95% intervals over sequences that both models read.",
         groups,
         "nats a token",
         table(("arm", "effect", "text", "rise", "low", "high", "tokens"), rows),
