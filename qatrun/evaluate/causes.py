@@ -7,7 +7,7 @@ matters. Intervals of all looks at a cause hold together at 95 % (Bonferroni), s
     ruled out   every look that decides lies below it with the whole interval
     not shown   neither: the upper end says how much could hide
 
-Text decides, and items can only find: 8,000 tokens see 0.02 nats a token where 200 items see nothing. Where a study has no
+Text decides, and choices can only find: 8,000 tokens see 0.02 nats a token where 200 items see nothing. Where a study has no
 text, the right answers' log-probability decides in its place. Thresholds, in nats a token of text:
 
     input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
@@ -22,8 +22,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
                   more than a row
 
 Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
-sure the start model was; forgetting also in the right answers' own text, 0.2 nats an answer, of tasks that the start model
-surely answers better than by chance: rare facts fade there before their choice does.
+sure the start model was. Of tasks that the model surely answers better than by chance, the right answers' own text decides
+too, in nats an answer: forgetting 0.10, saturation and divergence 0.04. Rare facts fade there before their choice does.
 
 Pure: arrays in, records out.
 """
@@ -57,14 +57,14 @@ class Thresholds(NamedTuple):
     stratum: float
     pp: float
     nats: float
+    answer: float = math.inf
 
 
-FORGETTING = Thresholds(text=0.05, stratum=0.15, pp=3.0, nats=0.10)
-BEYOND_PTQ = Thresholds(text=0.02, stratum=0.15, pp=1.0, nats=0.02)
+FORGETTING = Thresholds(text=0.05, stratum=0.15, pp=3.0, nats=0.10, answer=0.10)
+BEYOND_PTQ = Thresholds(text=0.02, stratum=0.15, pp=1.0, nats=0.02, answer=0.04)
 RESOLUTION = Thresholds(text=0.04, stratum=0.15, pp=1.0, nats=0.04)
 
 SURE_AND_WRONG = 0.5  # nats a token
-ANSWER_TEXT = 0.2  # nats an answer
 
 A_TOKEN, AN_ANSWER, POINTS = "nats a token", "nats an answer", "pp"
 
@@ -142,8 +142,6 @@ def _forgetting_looks(measures: Measures) -> Iterator[_Look]:
             what = f"{stratum} tokens of text it knew"
             yield _Look(what, (effect,), [measured], limits.stratum, A_TOKEN, decides=True)
     yield from _item_looks(measures, limits, (effect,), decides=known is None)
-    if effect in measures.answers:
-        yield _Look("the right answers' own text", (effect,), [measures.answers[effect]], ANSWER_TEXT, AN_ANSWER)
     for third, measured in measures.by_confidence.get(effect, {}).items():
         yield _Look(f"items it was {third} of", (effect,), [measured], limits.nats, AN_ANSWER)
 
@@ -165,6 +163,9 @@ def _item_looks(measures: Measures, limits: Thresholds, effects: tuple[str, ...]
     if all(effect in measures.points for effect in effects):
         points, nats = ([of[effect] for effect in effects] for of in (measures.points, measures.nats))
         yield _Look("accuracy", effects, points, limits.pp, POINTS)
+        if limits.answer < math.inf and all(effect in measures.answers for effect in effects):
+            answers = [measures.answers[effect] for effect in effects]
+            yield _Look("the right answers' own text", effects, answers, limits.answer, AN_ANSWER, decides=True)
         yield _Look("right answers", effects, nats, limits.nats, AN_ANSWER, decides)
 
 
