@@ -104,7 +104,7 @@ def causes(measures: Measures, *, clipped: bool) -> dict[str, Cause]:
     fresh = _judge(_quantization_looks(measures, BEYOND_PTQ, ("stale scale",), ("stale scale",)))
     scales = clipped or fresh.answer == "found"
     elsewhere = Cause(answer="ruled out")
-    unclipped = elsewhere if "ruled out" in (beyond.answer, fresh.answer) else fresh  # it is not found
+    unclipped = beyond if beyond.answer == "ruled out" else fresh  # which is not found
     return {
         "input": _judge(_input_looks(measures)),
         "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,
@@ -127,10 +127,10 @@ class _Look:
 def _input_looks(measures: Measures) -> Iterator[_Look]:
     read, models = measures.beyond_frequency, ("start", "twin")
     if all(model in read for model in models):
-        what = "held-out text, beyond the frequency of its tokens"
+        what = "held-out text, over token frequency"
         yield _Look(what, models, [read[model] for model in models], 0.0, A_TOKEN, decides=True)
     if (start := measures.beyond_guessing.get("start")) is not None:
-        yield _Look("held-out text, beyond any guess", ("start",), [start], SURE_AND_WRONG, A_TOKEN, decides=True)
+        yield _Look("held-out text, over any guess", ("start",), [start], SURE_AND_WRONG, A_TOKEN, decides=True)
 
 
 def _forgetting_looks(measures: Measures) -> Iterator[_Look]:

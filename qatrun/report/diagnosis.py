@@ -21,9 +21,8 @@ def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
     parts: list[RenderableType] = [Text(arm.sentence, style=_style(arm)), Text()]
     causes = Grid("", "cause", "answer", "seen on", "value", "interval", "limit")
     for name, cause in arm.causes.items():
-        for number, look in enumerate(_told(cause) or [None]):
-            answer = Text(cause.answer, style=ANSWER_STYLES[cause.answer])
-            causes.add_row(*((Text(name), answer) if number == 0 else ("", "")), *_look_cells(look))
+        answer = Text(cause.answer, style=ANSWER_STYLES[cause.answer])
+        causes.add_row(Text(name), answer, *_look_cells(_told(cause)))
     if arm.causes:
         parts += [causes, Text()]
     effects = Grid("", "lost", "from", "to", "nats a token", "95% interval", "pp", "95% interval")
@@ -53,17 +52,27 @@ def _style(arm: ArmDiagnosis) -> str:
     return "bold green" if answers == {"ruled out"} else "bold yellow"
 
 
-def _told(cause: Cause) -> list[Look]:
-    """The looks that a reader needs: those that found it, else those that leave it open, else those that decided."""
-    found = [look for look in cause.looks if look.answer == cause.answer]
-    return found if cause.answer == "found" else [look for look in found if look.decides]
+def _told(cause: Cause) -> Look | None:
+    """Of the looks that decided, the one that goes furthest towards its limit, or beyond; None where there is none."""
+    decided = [look for look in cause.looks if look.answer == cause.answer and (look.decides or look.answer == "found")]
+    return max(decided, key=_nearness, default=None)
+
+
+def _nearness(look: Look) -> float:
+    """How near its upper end comes to the limit, in half widths."""
+    low, high = look.intervals[_deciding(look)]
+    return (high - look.threshold) / max(high - low, 1e-12)
+
+
+def _deciding(look: Look) -> int:
+    """Of its effects, all of which must matter, the place of the one that left least open."""
+    return min(range(len(look.values)), key=lambda number: look.intervals[number][1])
 
 
 def _look_cells(look: Look | None) -> tuple[str, ...]:
-    """Of its effects the one that left least open decided."""
     if look is None:
         return "", "", "", ""
-    place = min(range(len(look.values)), key=lambda number: look.intervals[number][1])
+    place = _deciding(look)
     decimals = UNITS[look.unit]
     what = f"{look.what}: {look.effects[place]}" if len(look.effects) > 1 else look.what
     edges = interval(look.intervals[place], decimals)
