@@ -166,14 +166,14 @@ def test_a_study_without_its_diagnosis_is_not_finished(world: Path) -> None:
 
 def test_a_study_may_be_moved(world: Path) -> None:
     remove("hif8/result.json")(world / "runs/tiny")
-    before = checksums(world / "runs/tiny/bf16")
+    before = checksums(world / "runs/tiny/bf16") | {"README.md": ""}  # its card says where it lies
     (world / "big").mkdir()
     (world / "runs/tiny").rename(world / "big/renamed")
     moved = ("--set", "output_dir=big", "--set", "name=renamed")
     ran = run_qatrun("train", "tiny.yaml", "--resume", *moved, cwd=world)
     assert ran.code == 0, ran.err
     assert "bf16: done already" in ran.out
-    assert checksums(world / "big/renamed/bf16") == before
+    assert checksums(world / "big/renamed/bf16") | {"README.md": ""} == before
 
 
 @pytest.mark.parametrize(
