@@ -247,4 +247,7 @@ def test_a_study_is_run_labelled_and_run_again(tmp_path: Path, monkeypatch: pyte
     assert cells[0].start.own == pytest.approx(cells[0].start.new)
     assert "saturation" not in cells[0].alarms
     assert "saturation" in cells[1].alarms
+    asked: list[set[str]] = []
+    monkeypatch.setattr(studies, "run_study", lambda recipe, *_, **__: asked.append(set(recipe.arms)))
     assert studies.run(study, tiny, judge, 0, tmp_path, Silent()) == cells
+    assert asked == [{"bf16", "hif8-none", "hif8-scale-8x"}]  # a study takes more arms, not fewer

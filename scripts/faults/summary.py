@@ -97,8 +97,9 @@ def _answer(cause: Cause) -> str:
 
 
 def tally(cells: Sequence[Judged]) -> Table:
-    """For each model: harmful and healthy cells, and how many were answered wrongly."""
-    table = Table("model", "seeds", "harmful", "found", "missed", "hid", "healthy", "accused", "nothing ruled out")
+    """For each model: harmful and healthy cells, how many were answered wrongly, and healthy ones that were not ruled out.
+    Right is also what is not shown, where it is as small as the answer says."""
+    table = Table("model", "seeds", "harmful", "right", "missed", "hid", "healthy", "accused", "not shown")
     for model in dict.fromkeys(each.cell.model for each in cells):
         of_model = [each for each in cells if each.cell.model == model]
         harmful = [each for each in of_model if each.label.truth]
