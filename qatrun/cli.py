@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +77,7 @@ def train(
     loaded = load_recipe(recipe, set_ or ())
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _in_processes(processes)
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.report.fix import fix_table
     from qatrun.report.seeds_table import seeds_table
@@ -123,7 +122,7 @@ def check(
     if recipe is None:
         raise InputError("name a recipe to check, or give --schema")
     loaded = load_recipe(recipe, set_ or ())
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report import dry_run
     from qatrun.study import preflight
 
@@ -172,7 +171,7 @@ def evaluate(
     model."""
     chosen = None if engine is None else known(engine, ENGINE_NAMES, "--engine")
     _in_processes(processes)
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay, score_table
     from qatrun.study import eval_config, score_path
 
@@ -206,7 +205,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a quantized arm as a folder that serving engines read, and prove it equal to what was scored."""
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report.exported import exported_table, holds
     from qatrun.study import export_arm
 
@@ -262,9 +261,9 @@ def diagnose(
     processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
-    """Say what a drop is made of: forgetting, quantization noise or stale scales; scores two more models for each arm."""
+    """Say what a drop is made of, each cause found, ruled out or not shown; scores three more models for each arm."""
     _in_processes(processes)
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
     from qatrun.study import diagnose_study
@@ -291,7 +290,7 @@ def fix(
 ) -> None:
     """Try the remedy that a diagnosis names, as another arm, and say whether it cured the loss (exit code 1: it did not)."""
     _in_processes(processes)
-    _quiet_libraries()
+    terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
     from qatrun.study import fix_study
@@ -358,7 +357,7 @@ def _command() -> Any:
         if ranks.start().leads:
             return app(prog_name="qatrun", standalone_mode=False)
         try:
-            _quiet_libraries()
+            terminal.quiet_libraries()
             return followers.follow()
         except KeyboardInterrupt:  # the first was interrupted too, and says so
             raise SystemExit(boundary.INTERRUPTED) from None
@@ -385,17 +384,6 @@ def _located(recipe: str, overrides: list[str] | None) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(locate(error.problems, recipe, overrides or ())) from error
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries would tear the live view apart; their errors still reach us."""
-    import transformers
-
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` itself would take half a second to import
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def _exit_by_verdict(verdict: str | None, strict: bool) -> None:

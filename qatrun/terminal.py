@@ -115,3 +115,14 @@ def _finite(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear the live view apart; their errors still reach us."""
+    import transformers
+
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` itself would take half a second to import
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

@@ -1,10 +1,10 @@
 """Plant faults in runs of four models, and see whether the diagnosis and the alarms find them, and nothing else.
 
-    python scripts/fault_bench.py --output /tmp/faults                        # demo and code, seed 0: which need nothing
-    python scripts/fault_bench.py --output /tmp/faults --shared ../shared     # and gut3m and stories260K
-    python scripts/fault_bench.py --output /tmp/faults --models demo --only burst outlier --seed 1
-    python scripts/fault_bench.py --output /tmp/faults --healthy 10           # alarms of healthy arms over 10 seeds
-    python scripts/fault_bench.py --output /tmp/faults --summary              # matrix, wrong answers, faults.csv
+    python scripts/fault_bench.py --output FOLDER                        # demo and code, seed 0: which need nothing
+    python scripts/fault_bench.py --output FOLDER --shared MODELS         # and gut3m and stories260K
+    python scripts/fault_bench.py --output FOLDER --models demo --only burst outlier --seed 1
+    python scripts/fault_bench.py --output FOLDER --healthy 10           # alarms of healthy arms over 10 seeds
+    python scripts/fault_bench.py --output FOLDER --summary              # matrix, wrong answers, faults.csv
 
 Models: `faults.models`. Faults: `faults.studies`. What counts as harm, and as a wrong answer: `faults.labels`.
 """
