@@ -9,7 +9,7 @@ Each quantized linear N is spelled out, so that its codes are those that were sc
     y = Cast<float>(MatMulInteger(q, N.codes)) * (N.input_scale * N.weight_scale) + N.bias
 
 with scales of tokens from Abs, ReduceMax and Div. QuantizeLinear would divide by s and clip at -128. Under a zero-point z it
-is q = Cast<int8>(Clip(Round(x * N.input_inv_scale) + z, -128, 127)), and MatMulInteger takes z from it. N.codes are [in, out].
+is q = Cast<int8>(Clip(Round(x * N.input_inv_scale) + z, -128, 127)), and MatMulInteger takes z off. N.codes are [in, out].
 Attention is the plain one, since that is made of operators that every engine has.
 """
 
@@ -215,9 +215,9 @@ class _Spelled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
+        of_input = self.input_scale, self.input_inv_scale, self.input_zero_point
         y: Tensor = torch.ops.qatrun_onnx.linear(
-            *(x, self.codes, self.weight_scale, self.input_scale, self.input_inv_scale, self.input_zero_point, self.bias),
-            *(self.target, self.edge),
+            x, self.codes, self.weight_scale, *of_input, self.bias, self.target, self.edge
         )
         return y
 
