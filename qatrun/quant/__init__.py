@@ -2,6 +2,7 @@
 
 from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
+from qatrun.quant.coded import CodedWeight
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, named_linears, survey
 from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
@@ -14,6 +15,7 @@ from qatrun.quant.tally import STATISTICS
 
 __all__ = [
     "STATISTICS",
+    "CodedWeight",
     "Coverage",
     "FakeQuantLinear",
     "Latest",
