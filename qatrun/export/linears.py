@@ -46,6 +46,11 @@ def linear_problems(export: str, plan: QuantPlan, model: nn.Module) -> Iterator[
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if names := [name for name in plan.linears if linears[name] is head]:
         yield f"{names[0]} is the output head, which engines keep in BF16; leave it out (qat.ignore)"
+    yield from merged_problems(plan, linears)
+
+
+def merged_problems(plan: QuantPlan, linears: Iterable[str]) -> Iterator[str]:
+    """Groups to be merged whose schemes differ; `linears` are all of the model."""
     for group in merged_groups(linears):
         if len({_merged_scheme(plan, name) for name in group}) > 1:
             shown = "; ".join(f"{name}: {_said(plan, name)}" for name in group)

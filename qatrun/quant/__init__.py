@@ -3,8 +3,8 @@
 from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
 from qatrun.quant.linear import FakeQuantLinear
-from qatrun.quant.linears import Survey, named_linears, survey
-from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
+from qatrun.quant.linears import Survey, kinds, named_linears, survey
+from qatrun.quant.plan import Coverage, QuantPlan, coverage, idle_assignments, make_plan
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest, Quantizer
@@ -33,7 +33,9 @@ __all__ = [
     "detach",
     "finest_plan",
     "freeze",
+    "idle_assignments",
     "input_histograms",
+    "kinds",
     "make_plan",
     "named_linears",
     "quantized_linears",

@@ -150,12 +150,26 @@ def _scheme_problem(role: Role, scheme: Scheme) -> str | None:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The linears of a plan that have the same schemes.
+
+    Attributes:
+        weights: how many they hold.
+    """
+
+    schemes: Schemes
+    linears: tuple[str, ...]
+    weights: int
+
+
+@dataclass(frozen=True)
 class Coverage:
     """How much of a model a plan quantizes. FLOPs are those of the linears: proportional to their weights' sizes.
 
     Attributes:
         uncovered_experts: names of 3-D expert parameters, which no plan can quantize yet.
         unfit: linear -> why no plan can quantize it; the output head aside.
+        shares: of the quantized linears, by their schemes.
     """
 
     num_quantized: int
@@ -164,6 +178,7 @@ class Coverage:
     linear_weights: int
     uncovered_experts: tuple[str, ...]
     unfit: Mapping[str, str]
+    shares: tuple[Share, ...]
 
     @property
     def flops_share(self) -> float:
@@ -171,6 +186,12 @@ class Coverage:
 
     def __str__(self) -> str:
         text = f"{self.num_quantized} of {self.num_linears} linears, {self.flops_share:.0%} of linear FLOPs quantized"
+        weights: dict[str, int] = {}
+        for share in self.shares:
+            name = share.schemes["weight"].format
+            weights[name] = weights.get(name, 0) + share.weights
+        if len(weights) > 1:
+            text += f" ({', '.join(f'{name} {number / self.linear_weights:.0%}' for name, number in weights.items())})"
         if self.uncovered_experts:
             text += f"; not covered: {len(self.uncovered_experts)} expert tensors such as {self.uncovered_experts[0]}"
         if self.unfit:
@@ -192,10 +213,8 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
     problems: list[Problem] = []
     if seen.complaint is not None:
         problems.append(Problem(f"the model does not run on text alone: {seen.complaint}", key="model.path"))
-    decided: dict[str, Schemes | None] = {}
-    for assignment in reversed(wanted.assignments):  # so that the first has the last word
-        decided |= dict.fromkeys(_named(assignment, linears, seen, problems), assignment.schemes)
-    chosen = {name: given for name in linears if (given := decided.get(name)) is not None}
+    decided = _decisions(wanted, linears, seen, problems)
+    chosen = {name: given for name in linears if name in decided and (given := decided[name].schemes) is not None}
     schemes = {name: given for name, given in chosen.items() if name not in seen.unfit}
     if not problems and not schemes:
         unfit = {name: seen.unfit[name] for name in chosen}
@@ -207,11 +226,20 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
     return QuantPlan(schemes, groups, wanted.saves_codes)
 
 
+def idle_assignments(model: nn.Module, wanted: Wanted, seen: Survey) -> list[Assignment]:
+    """Those with patterns that decide nothing, since what they name is named before them."""
+    decided = {assignment.key for assignment in _decisions(wanted, named_linears(model), seen, []).values()}
+    return [each for each in wanted.assignments if each.patterns and each.key not in decided]
+
+
 def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:
     """What share of the model's linears and linear FLOPs the plan quantizes."""
     seen = survey(model) if seen is None else seen
     sizes = {name: module.get_parameter("weight").numel() for name, module in named_linears(model).items()}
     tied = {name: TIED for name in seen.tied if name not in plan.linears}
+    alike: dict[tuple[tuple[Role, Scheme], ...], list[str]] = {}
+    for name, schemes in plan.schemes.items():
+        alike.setdefault(tuple(schemes.items()), []).append(name)
     return Coverage(
         num_quantized=len(plan.linears),
         num_linears=len(sizes),
@@ -219,7 +247,20 @@ def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> C
         linear_weights=sum(sizes.values()),
         uncovered_experts=tuple(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n),
         unfit={name: reason for name, reason in (tied | dict(seen.unfit)).items() if name != seen.head},
+        shares=tuple(
+            Share(dict(schemes), tuple(names), sum(sizes[name] for name in names)) for schemes, names in alike.items()
+        ),
     )
+
+
+def _decisions(
+    wanted: Wanted, linears: Mapping[str, nn.Module], seen: Survey, problems: list[Problem]
+) -> dict[str, Assignment]:
+    """Linear -> the first assignment that names it."""
+    decided: dict[str, Assignment] = {}
+    for assignment in reversed(wanted.assignments):  # so that the first has the last word
+        decided |= dict.fromkeys(_named(assignment, linears, seen, problems), assignment)
+    return decided
 
 
 def _named(assignment: Assignment, linears: Mapping[str, nn.Module], seen: Survey, problems: list[Problem]) -> set[str]:

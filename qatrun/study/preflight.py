@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,21 @@ from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.export import EXPORTS
+from qatrun.export.linears import merged_problems
 from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
-from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
-from qatrun.recipe import Arm, Recipe
+from qatrun.quant import (
+    Coverage,
+    QuantPlan,
+    Survey,
+    coverage,
+    idle_assignments,
+    kinds,
+    make_plan,
+    named_linears,
+    survey,
+)
+from qatrun.recipe import Arm, QatConfig, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.scheme import Scheme
@@ -95,7 +107,7 @@ class Preflight:
             tokens_per_step=tokens_per_step,
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
-            roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
+            roles=_schemes_text(arm.qat, covered) if arm.qat is not None else [],
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
         )
@@ -137,11 +149,13 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
             problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
+            odd = [*_scheme_warnings(arm, plan, model, surveys[key])]
+            warnings += [_named(problem, name, recipe) for problem in odd]
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
             checked_data.add(data)
-            odd: list[Problem] = []
+            odd = []
             problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key], odd.append)]
             warnings += [_named(problem, name, recipe) for problem in odd]
         found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
@@ -166,6 +180,20 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
     )
+
+
+def _schemes_text(qat: QatConfig, covered: Coverage | None) -> list[str]:
+    """How tensors are quantized, a line a role; where linears differ, by what they have in common."""
+    shares = covered.shares if covered is not None else ()
+    if covered is None or len(shares) < 2:
+        schemes = shares[0].schemes if shares else qat.schemes
+        return [_role_text(*each) for each in schemes.items()]
+    lines: list[str] = []
+    for share in shares:
+        part = share.weights / covered.linear_weights
+        lines.append(f"{len(share.linears)} linears, {part:.0%} of linear FLOPs: {kinds(share.linears)}")
+        lines += [f"  {_role_text(*each)}" for each in share.schemes.items()]
+    return lines
 
 
 def _role_text(role: Role, scheme: Scheme) -> str:
@@ -215,6 +243,17 @@ def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Pr
             yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
 
 
+def _scheme_warnings(arm: Arm, plan: QuantPlan, model: nn.Module, seen: Survey) -> Iterator[Problem]:
+    """Entries that decide nothing, and what an engine will refuse where no `export` makes a problem of it already."""
+    assert arm.qat is not None
+    for idle in idle_assignments(model, arm.qat, seen):
+        yield Problem("decides nothing: all that it matches is decided before it (the first match wins)", idle.key)
+    refused = [] if arm.export else list(merged_problems(plan, named_linears(model)))
+    if refused:
+        more = f"; {len(refused)} such groups" if len(refused) > 1 else ""
+        yield Problem(f"arm '{arm.name}' cannot be served as it is: {refused[0]}{more}", "qat")
+
+
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
     """Arms that start from another model: their scores would stand beside a start that is not theirs."""
     first = next(iter(arms.values())).model
@@ -251,7 +290,7 @@ def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: R
 
 def _named(problem: Problem, arm: str, recipe: Recipe) -> Problem:
     overrides: Any = recipe.arms[arm]
-    for part in problem.key.split("."):
+    for part in re.sub(r"\[\d+\].*", "", problem.key).split("."):  # a list is an arm's as a whole
         if not isinstance(overrides, Mapping) or part not in overrides:
             return problem
         overrides = overrides[part]
