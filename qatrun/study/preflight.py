@@ -16,27 +16,21 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.export import EXPORTS
-from qatrun.export.linears import merged_problems
-from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import (
     Coverage,
     QuantPlan,
     Survey,
     coverage,
-    idle_assignments,
-    kinds,
     make_plan,
-    named_linears,
     survey,
 )
-from qatrun.recipe import Arm, QatConfig, Recipe
+from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
-from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
+from qatrun.study.schemes import export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
 from qatrun.tokenizer import load_tokenizer
 
@@ -56,6 +50,7 @@ class Preflight:
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
         processes: that are to train together.
+        runs: arm -> what of it the target's hardware runs natively, a line a scheme.
     """
 
     recipe: Recipe
@@ -68,6 +63,7 @@ class Preflight:
     problems: list[Problem]
     warnings: list[Problem]
     processes: int
+    runs: Mapping[str, list[str]]
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -107,9 +103,10 @@ class Preflight:
             tokens_per_step=tokens_per_step,
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
-            roles=_schemes_text(arm.qat, covered) if arm.qat is not None else [],
+            roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
+            runs=self.runs.get(name, []),
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -117,12 +114,15 @@ class Preflight:
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
-def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
+def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -> Preflight:
     """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising.
 
     Args:
         processes: that are to train together.
+        hardware: what it is to be served on, in place of the recipe's target.
     """
+    hardware = hardware or recipe.target.hardware
+    runs: dict[str, list[str]] = {}
     arms = recipe.arm_by_name
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -148,9 +148,12 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
-            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
-            odd = [*_scheme_warnings(arm, plan, model, surveys[key])]
+            problems += [_named(problem, name, recipe) for problem in export_problems(arm, plan, model)]
+            odd = [*scheme_warnings(arm, plan, model, surveys[key])]
             warnings += [_named(problem, name, recipe) for problem in odd]
+            if hardware is not None:
+                runs[name], odd = on_hardware(arm, coverages[name], hardware)
+                warnings += odd
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
@@ -179,32 +182,8 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
+        runs=runs,
     )
-
-
-def _schemes_text(qat: QatConfig, covered: Coverage | None) -> list[str]:
-    """How tensors are quantized, a line a role; where linears differ, by what they have in common."""
-    shares = covered.shares if covered is not None else ()
-    if covered is None or len(shares) < 2:
-        schemes = shares[0].schemes if shares else qat.schemes
-        return [_role_text(*each) for each in schemes.items()]
-    lines: list[str] = []
-    for share in shares:
-        part = share.weights / covered.linear_weights
-        lines.append(f"{len(share.linears)} linears, {part:.0%} of linear FLOPs: {kinds(share.linears)}")
-        lines += [f"  {_role_text(*each)}" for each in share.schemes.items()]
-    return lines
-
-
-def _role_text(role: Role, scheme: Scheme) -> str:
-    scaling = scheme.scaling
-    how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    if scaling.to_power_of_two:
-        how += ", powers of two"
-    onto = (
-        f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
-    )
-    return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
 
 
 def tracker_problems(names: Sequence[str]) -> list[Problem]:
@@ -234,24 +213,6 @@ def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
             f"of {processes} processes; {nearest} would be, or a smaller train.micro_batch_size",
             "train.global_batch_size",
         )
-
-
-def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
-    """What a format that an arm is to be exported as cannot say of it."""
-    for name in arm.export:
-        for problem in EXPORTS[name].problems(plan, model):
-            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
-
-
-def _scheme_warnings(arm: Arm, plan: QuantPlan, model: nn.Module, seen: Survey) -> Iterator[Problem]:
-    """Entries that decide nothing, and what an engine will refuse where no `export` makes a problem of it already."""
-    assert arm.qat is not None
-    for idle in idle_assignments(model, arm.qat, seen):
-        yield Problem("decides nothing: all that it matches is decided before it (the first match wins)", idle.key)
-    refused = [] if arm.export else list(merged_problems(plan, named_linears(model)))
-    if refused:
-        more = f"; {len(refused)} such groups" if len(refused) > 1 else ""
-        yield Problem(f"arm '{arm.name}' cannot be served as it is: {refused[0]}{more}", "qat")
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
