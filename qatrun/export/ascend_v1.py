@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
-from qatrun.export.linears import input_problems, input_schemes, linear_problems
+from qatrun.export.linears import expert_problems, input_problems, input_schemes, linear_problems
 from qatrun.files import write_json
 from qatrun.quant import QuantPlan
 
@@ -32,6 +32,7 @@ STATIC, DYNAMIC, UNQUANTIZED = "W8A8", "W8A8_DYNAMIC", "FLOAT"
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     formats = {plan.schemes[name][role].format for name in plan.linears for role in ("weight", "input")}
     for format_name in sorted(formats - {"int8"}):
         nearest = "hif8-ascend" if format_name == "hif8" else "compressed-tensors"

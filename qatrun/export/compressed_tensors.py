@@ -26,7 +26,14 @@ import torch
 from torch import nn
 
 from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
-from qatrun.export.linears import forward_schemes, input_problems, input_schemes, linear_problems, merged_groups
+from qatrun.export.linears import (
+    expert_problems,
+    forward_schemes,
+    input_problems,
+    input_schemes,
+    linear_problems,
+    merged_groups,
+)
 from qatrun.quant import QuantPlan
 
 NAME = "compressed-tensors"
@@ -42,6 +49,7 @@ def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     Args:
         model: with its linears as they were before they were quantized; on the meta device will do.
     """
+    yield from expert_problems(NAME, plan, model)
     pairs = dict.fromkeys(tuple(scheme.format for scheme in forward_schemes(plan, name)) for name in plan.linears)
     for format_name in dict.fromkeys(name for pair in pairs for name in pair if name not in TYPES):
         yield f"{NAME} has no {format_name}, its 8-bit float is E4M3 ({NEAREST[format_name]})"

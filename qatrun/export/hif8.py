@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
+from qatrun.export.linears import expert_problems
 from qatrun.files import write_json
 from qatrun.formats import FORMATS
 from qatrun.numerics import GRIDS
@@ -36,6 +37,7 @@ FORMULA = (
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     formats = {plan.schemes[name][role].format for name in plan.linears for role in ("weight", "input")}
     for format_name in sorted(formats - {"hif8"}):
         yield f"{NAME} holds HiF8 alone, and this is {format_name} (--to compressed-tensors, or train hif8)"
