@@ -16,6 +16,7 @@ class DryRunArm(Record):
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
         export: what it is written as in the end.
+        teacher: what it learns from beside the text, in words; None where nothing.
     """
 
     name: str
@@ -30,6 +31,7 @@ class DryRunArm(Record):
     roles: list[str]
     memory_bytes: dict[str, int] | None
     export: list[str] = Field(default_factory=list)
+    teacher: str | None = None
 
 
 class DryRunTask(Record):

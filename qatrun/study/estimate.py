@@ -13,15 +13,21 @@ ADAMW_MOMENTS = 2
 
 
 def memory_bytes(
-    arm: Arm, num_parameters: int, quantized_weights: int, config: Any, processes: int = 1
+    arm: Arm,
+    num_parameters: int,
+    quantized_weights: int,
+    config: Any,
+    processes: int = 1,
+    teacher_parameters: int | None = None,
 ) -> dict[str, int]:
     """Peak memory by phase, of each process.
 
     Parameters, gradients and AdamW's moments are exact. Activations take 34 bytes a token, layer and hidden unit in 16
     bits without the attention matrix (Korthikanti et al., arXiv:2205.05198, section 4.1; SDPA keeps no matrix), 2 with
     gradient checkpointing and one layer in full; logits are held in the compute dtype and twice in float32, but where they
-    are many only a chunk of them. Of several processes each holds its part of the states, the embeddings and two blocks,
-    which are gathered, and their gradients; to be scored a model lies on each of them whole.
+    are many only a chunk of them; a teacher has its weights and logits as well. Of several processes each holds its part
+    of the states, the embeddings and two blocks, which are gathered, and their gradients; to be scored a model lies on each
+    of them whole.
     """
     parameter, compute = BYTES[arm.model.param_dtype], BYTES[arm.model.compute_dtype]
     states = num_parameters * parameter * (2 + ADAMW_MOMENTS)
@@ -42,7 +48,11 @@ def memory_bytes(
     logits = num_logits * (compute + 8)
     if num_logits > CHUNKED_FROM:
         logits = 2 * num_logits * compute + 12 * CHUNK
-    bf16 = states + casts + kept + logits
+    teacher = 0
+    if teacher_parameters is not None:
+        teacher = teacher_parameters * compute // processes + num_logits * compute + 8 * min(num_logits, CHUNK)
+        teacher += 0 if processes == 1 else gathered * compute  # taken to be as large as the model's
+    bf16 = states + casts + kept + logits + teacher
     # Quantized weights and inputs are kept on their grid for the backward, with one byte a value for the STE's mask.
     qat = bf16 + grids + kept // 4
     return {"bf16 training": bf16, "qat training": qat, "scoring": num_parameters * compute}
