@@ -306,6 +306,60 @@ def fix(
 
 
 @app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="What may remain: nats a token (0.002), perplexity (1%) or average bits (9.5bits); default: the recipe's "
+            "for perplexity.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Score by KL, one group at a time: some 8 times as long.")
+    ] = False,
+    arm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose quantization; default: the first arm's.")
+    ] = None,
+    sequences: Annotated[int, number("Sequences of training text that groups are scored on.")] = 16,
+    output: Annotated[Path | None, path_option("Folder to write; default: beside the studies.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what other settings found there.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say which linears quantization hurts, and write a recipe that keeps in BF16 those that a budget asks for."""
+    from qatrun.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.sensitivity import sensitivity_table
+    from qatrun.study.sensitivity import find_sensitivity
+
+    with _located(recipe, set_), TerminalDisplay(err) as display:
+        folder, found = find_sensitivity(
+            loaded,
+            display,
+            source=recipe,
+            overrides=set_ or (),
+            arm=arm,
+            budget=budget,
+            exact=exact,
+            sequences=sequences,
+            output=output,
+            overwrite=overwrite,
+        )
+    if json_:
+        out.print_data(found.to_dict())
+        return
+    out.print(sensitivity_table(found))
+    out.out(f"\nthe page: {folder / 'report.html'}")
+    if found.fragment is not None:
+        out.out(f"a recipe that keeps them: {folder / found.fragment}")
+
+
+@app.command()
 def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs")) -> None:
     """Write a study's page: one HTML file that needs no network, and the CSV of every figure."""
     from qatrun.study import report_study
