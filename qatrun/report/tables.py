@@ -136,7 +136,7 @@ def _footer(pair: Pair) -> list[RenderableType]:
     comparison = pair.comparison
     lines: list[RenderableType] = [verdict_line(comparison.verdict, f"conditional on {comparison.conditional_on}")]
     if comparison.training is not None:
-        lines.append(_training_line(pair.arm, comparison.training))
+        lines.append(training_line(pair.arm, comparison.training))
     scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
     if comparison.perplexity is not None:
@@ -167,7 +167,7 @@ def _footer(pair: Pair) -> list[RenderableType]:
     return lines
 
 
-def _training_line(arm: str, training: TrainingComparison) -> Text:
+def training_line(arm: str, training: TrainingComparison) -> Text:
     """What was lost since the start model; a warning where no budget makes it count."""
     low, high = training.ci95_pp
     lost = f"{arm} lost {training.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] against the start model over all tasks"
