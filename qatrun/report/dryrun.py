@@ -35,6 +35,8 @@ def dry_run(plan: DryRun) -> RenderableType:
 def _arm(arm: DryRunArm) -> RenderableType:
     text = Text.assemble("\n", (arm.name, "bold cyan"), f" (twin: {arm.twin})" if arm.twin else "")
     lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
+    if arm.teacher is not None:
+        lines.append(arm.teacher)
     if arm.switch_step is None:
         lines.insert(0, f"steps 1-{arm.steps} BF16, the first {arm.warmup_steps} in the shared trunk")
     else:

@@ -11,10 +11,12 @@ from rich.text import Text
 
 LEFT_ALIGNED = frozenset(
     {"task", "metric", "verdict", "arm", "contrast", "answer", "lost", "from", "to", "source", "per seed"}
+    | {"linears", "keep", "tensor", "advice"}
 )
-FOLDED = frozenset({"task", "arm", "contrast", "metric", "source"})  # names: anywhere, down to so many columns
+# Names: anywhere, down to so many columns.
+FOLDED = frozenset({"task", "arm", "contrast", "metric", "source", "linears", "tensor"})
 FOLDED_TO = 10
-WRAPPED = frozenset({"answer", "per seed"})  # between words
+WRAPPED = frozenset({"answer", "per seed", "advice"})  # between words
 
 
 class Grid:

@@ -65,8 +65,9 @@ class TerminalDisplay:
         self._steps_per_line = max(1, (last_step - first_step) // LINES_PER_SEGMENT)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
+        from_teacher = f"  kl {row['distill_kl']:.4f}" if "distill_kl" in row else ""
         detail = (
-            f"{row['phase']:<4} loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  "
+            f"{row['phase']:<4} loss {row['loss']:.4f}{from_teacher}  lr {row['learning_rate']:.1e}  "
             f"{row['tokens_per_second']:,.0f} tok/s  saturated {row['num_saturated']}"
         )
         if self._task is not None:

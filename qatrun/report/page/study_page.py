@@ -12,7 +12,7 @@ from qatrun.report.exported import contents, holds, proofs
 from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
-from qatrun.report.page.curves import forgetting_figure, loss_figure
+from qatrun.report.page.curves import forgetting_figure, loss_figure, teacher_figure
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.heatmap import heatmap_figure
@@ -38,7 +38,10 @@ def study_document(content: StudyContent) -> Document:
         _scores_section(content),
         *_contrasts_section(content),
         figures_section(
-            "loss", "Loss and its error", [loss_figure(content.arms)], "No training record (metrics.jsonl)."
+            "loss",
+            "Loss and its error",
+            [loss_figure(content.arms), teacher_figure(content.arms)],
+            "No training record (metrics.jsonl).",
         ),
         _saturation_section(content, measured),
         _scale_section(content, measured),
