@@ -1,6 +1,6 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
-from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
+from qatrun.quant.attach import attach, detach, freeze, mark_quantized, quantized_linears, replace_linear
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, named_linears, survey
@@ -35,6 +35,7 @@ __all__ = [
     "freeze",
     "input_histograms",
     "make_plan",
+    "mark_quantized",
     "named_linears",
     "quantized_linears",
     "replace_linear",
