@@ -1,6 +1,6 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
-from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linears
+from qatrun.quant.attach import attach, detach, freeze, mark_quantized, quantized_linears, replace_linears
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
 from qatrun.quant.coded import CodedWeight
 from qatrun.quant.expert_weights import Experts, experts_of_linears
@@ -42,6 +42,7 @@ __all__ = [
     "input_histograms",
     "kinds",
     "make_plan",
+    "mark_quantized",
     "named_linears",
     "quantized_linears",
     "replace_linears",
