@@ -343,7 +343,7 @@ def sensitivity(
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.sensitivity import sensitivity_table
-    from qatrun.study.sensitivity import find_sensitivity
+    from qatrun.study import find_sensitivity
 
     with _located(recipe, set_), TerminalDisplay(err) as display:
         folder, found = find_sensitivity(
@@ -389,7 +389,7 @@ def inspect(
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.inspection import inspection_table
-    from qatrun.study.inspecting import inspect_model
+    from qatrun.study import inspect_model
 
     with TerminalDisplay(err) as display:
         folder, found = inspect_model(

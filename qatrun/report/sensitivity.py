@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -20,7 +22,7 @@ def sensitivity_table(found: Sensitivity) -> RenderableType:
     total = found.curve[0].nats or 1.0
     for group, point in zip(found.groups[:shown], found.curve[1:], strict=False):
         table.add_row(
-            Text(_named(group.linears)),
+            Text(in_short(group.linears)),
             Text("keep", "yellow") if group.kept else "",
             f"{100 * group.share:.1f}%",
             f"{group.nats:.6f}",
@@ -37,7 +39,7 @@ def sensitivity_table(found: Sensitivity) -> RenderableType:
     return Group(table, *rest, bits, Text(), Text(found.answer))
 
 
-def _named(linears: list[str]) -> str:
-    """The first in full, of the others what differs."""
+def in_short(linears: Sequence[str]) -> str:
+    """Linears of one group: the first in full, of the others what differs."""
     parent = linears[0].rpartition(".")[0]
     return ", ".join([linears[0], *(name.removeprefix(f"{parent}.") for name in linears[1:])])

@@ -6,16 +6,13 @@ training text -> calibrated scales -> a cost for each group -> the choice -> hel
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML
 from torch import Tensor
 
 from qatrun.data import IGNORE_INDEX, Batch, open_data
@@ -37,12 +34,12 @@ from qatrun.quant.sensitivity import (
     quantizing,
 )
 from qatrun.recipe import Arm, Recipe
-from qatrun.recipe.document import Document, deep_merge, with_override
 from qatrun.records.sensitivity import Budget, CostRow, GroupCost, MeasuredCost, Sensitivity
 from qatrun.report.page.sensitivity_page import curve_svg, sensitivity_document
 from qatrun.study import keeping
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.inputs import describe_inputs
+from qatrun.study.keeping_recipe import keeping_recipe
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
 from qatrun.study.preflight import preflight
@@ -297,32 +294,7 @@ def _write(folder: Path, recipe: Recipe, found: Sensitivity, overrides: Sequence
     if found.fragment is None:
         fragment.unlink(missing_ok=True)
     else:
-        replace_file(fragment, _fragment(folder, recipe, found, overrides).encode())
+        replace_file(fragment, keeping_recipe(folder, recipe, found, overrides).encode())
     write_document(StudyFolder(folder), sensitivity_document(folder.name, found))
     replace_file(folder / CURVE, curve_svg(found).encode())
     write_json(folder / RESULT, found)
-
-
-def _fragment(folder: Path, recipe: Recipe, found: Sensitivity, overrides: Sequence[str]) -> str:
-    """A recipe that extends the one that was asked about, and keeps the choice."""
-    is_file = Path(found.recipe).is_file()
-    tree: dict[str, Any] = {"extends": os.path.relpath(found.recipe, folder) if is_file else found.recipe}
-    document = Document({})
-    for position, text in enumerate(overrides):
-        document = with_override(document, text, position)[0]
-    tree |= document.tree
-    tree["name"] = f"{recipe.name}-keep"
-    qat = recipe.arm_by_name[found.arm].qat
-    assert qat is not None
-    given = [module.model_dump(mode="json") for module in getattr(qat, "modules", ())]
-    own = [{"match": group.linears, "format": None} for group in found.groups if group.kept]
-    section: Any = {"qat": {"modules": [*own, *given]}}
-    if sum(arm.qat is not None for arm in recipe.arm_by_name.values()) > 1:
-        section = {"arms": {found.arm: section}}
-    text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
-    yaml.dump(deep_merge(tree, section), text)
-    said = "\n".join(f"# {line}" for line in found.answer.split("; "))
-    return f"# {recipe.name}, {found.arm}: by qatrun sensitivity, {found.method}\n{said}\n{text.getvalue()}"

@@ -23,7 +23,7 @@ COLUMNS = (
         "best amax",
         "SQNR dB, best",
     ),
-    *("SQNR dB, rows", "zero-point", "SQNR dB, asymmetric", "advice"),
+    *("SQNR dB, rows", "zero-point", "SQNR dB, asymmetric"),
 )
 
 
@@ -36,6 +36,7 @@ def inspection_document(name: str, found: Inspection, histograms: Sequence[Histo
     rows = [
         (
             each.tensor,
+            "; ".join(each.advice),
             each.low,
             each.high,
             each.outlier_ratio,
@@ -47,16 +48,19 @@ def inspection_document(name: str, found: Inspection, histograms: Sequence[Histo
             each.row_sqnr_db,
             each.zero_point,
             each.asymmetric_sqnr_db,
-            "; ".join(each.advice),
         )
         for each in found.tensors
     ]
     advised = sum(bool(each.advice) for each in found.tensors)
     chip = Chip(f"Advice on {advised} of {len(rows)} tensors", "warn") if advised else Chip("Nothing to change", "good")
-    drawn = histogram_figure(ArmContent(found.model, 0, None, histograms=histograms), "histograms", len(histograms))
+    content, of = (
+        ArmContent(found.model, 0, None, histograms=histograms),
+        "the worst tensors, one scale for the amax of each",
+    )
+    drawn = histogram_figure(content, "histograms", len(histograms), of)
     sections = (
-        Section("histograms", "Values on the grid", figures=(drawn,) if drawn else ()),
         Section("tensors", "Tensors", tables=(table(COLUMNS, rows, "Every tensor, worst first", "tensors"),)),
+        Section("histograms", "Values on the grid", figures=(drawn,) if drawn else ()),
     )
     condition = (
         f"{found.num_tokens:,} tokens of {found.data}. SQNR: signal over quantization noise of the tensor alone, with one "

@@ -20,7 +20,7 @@ from qatrun.report.page.theme import NUM_ARM_COLORS, arm_glyph
 LEFT_ALIGNED = {
     *("arm", "arms", "twin", "task", "score", "metric", "verdict", "effect", "from", "to", "kind", "alarm", "tensor"),
     *("worst tensor", "findings", "quantized linears", "blocks", "role", "format", "granularity", "scaling"),
-    *("clipped at", "contrast", "a", "b", "answer", "the last one kept", "advice"),
+    *("clipped at", "contrast", "a", "b", "answer", "the last one kept", "advice", "keep"),
 }
 LONG_TEXT = {"answer", "findings", "advice"}
 NUMERIC_TEXT = {

@@ -14,9 +14,10 @@ from qatrun.report.page.render import style_sheet
 from qatrun.report.page.svg import standalone
 from qatrun.report.page.table import printable, sentence_case, table
 from qatrun.report.page.theme import INK, arm_color, arm_marker
+from qatrun.report.sensitivity import in_short
 
 CURVE_PX = 300
-ANNOTATED = 6  # groups named along the curve
+ANNOTATED = 0.05  # of the cost: groups that carry as much are named along the curve
 
 
 def sensitivity_document(name: str, found: Sensitivity) -> Document:
@@ -28,8 +29,8 @@ def sensitivity_document(name: str, found: Sensitivity) -> Document:
         chips.append(Chip("Flat curve", "none"))
     rows = [
         (
-            ", ".join(group.linears),
-            "kept" if group.kept else "",
+            printable(in_short(group.linears)),
+            "keep" if group.kept else "",
             group.num_weights,
             100 * group.share,
             group.nats,
@@ -38,7 +39,7 @@ def sensitivity_document(name: str, found: Sensitivity) -> Document:
         )
         for group in found.groups
     ]
-    columns = ("tensor", "verdict", "weights", "share %", "nats a token", "SQNR dB", "bits if kept")
+    columns = ("tensor", "keep", "weights", "share %", "nats a token", "SQNR dB", "bits if kept")
     groups = table(columns, rows, "Groups, those first that cost most for each weight", "groups")
     fragment = (f"{found.fragment} extends the recipe with this choice.",) if found.fragment else ()
     num_scored, num_held_out = found.num_tokens
@@ -58,7 +59,7 @@ def sensitivity_document(name: str, found: Sensitivity) -> Document:
 
 def curve_figure(found: Sensitivity) -> Figure:
     """Average bits of a weight against the cost that remains."""
-    names = ["", *(", ".join(group.linears) for group in found.groups)]
+    names = ["", *(in_short(group.linears) for group in found.groups)]
     rows = [
         (point.bits, point.num_kept, 100 * point.share, point.nats, name)
         for point, name in zip(found.curve, names, strict=True)
@@ -99,8 +100,12 @@ def _plot(layout: Layout, found: Sensitivity) -> Plot:
         measured.append((found.curve[sum(group.kept for group in found.groups)].bits, found.choice.nats))
     bits, nats = zip(*measured, strict=True)
     axes.plot(bits, nats, color=arm_color(1), marker=arm_marker(1), linestyle="none", markersize=7)
-    for group, point in list(zip(found.groups, points[1:], strict=False))[: 0 if layout.narrow else ANNOTATED]:
-        axes.annotate(printable(group.name), (point.bits, point.nats), (6, 3), textcoords="offset points", color=INK)
+    whole = found.curve[0].nats
+    for group, point in zip(found.groups, points[1:], strict=False):
+        if group.nats > ANNOTATED * whole and not layout.narrow:
+            axes.annotate(
+                printable(group.name), (point.bits, point.nats), (6, 3), textcoords="offset points", color=INK
+            )
     scaled(axes, np.array([*(p.nats for p in points), *nats]))
     axes.set_xlabel("bits of a weight, on average")
     axes.set_ylabel("KL, nats a token")
