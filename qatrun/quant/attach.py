@@ -65,8 +65,10 @@ def attach(model: nn.Module, plan: QuantPlan) -> QuantState:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the original modules, with the parameters as training left them."""
-    for module in (*_modules_of(model, FakeQuantLinear).values(), *_modules_of(model, FakeQuantExperts).values()):
-        module.take_off()
+    for linear in _modules_of(model, FakeQuantLinear).values():
+        linear.take_off()
+    for experts in _modules_of(model, FakeQuantExperts).values():
+        experts.take_off()
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)
 

@@ -111,9 +111,10 @@ class Spread:
 
     def best_amax(self, scheme: Scheme) -> float:
         """Whose scale loses least: what lies beyond is clipped, or as far as the format goes on past its target."""
-        tried = [self.amax * 2.0 ** float(power) for power in SCALES]
+        tried: list[float] = [self.amax * 2.0 ** float(power) for power in SCALES]
         found = {amax: self.sqnr_db(scheme, self.fit(scheme, amax)) for amax in tried}
-        return max(found, key=lambda amax: -math.inf if found[amax] is None else found[amax])  # type: ignore[arg-type, return-value]
+        known = {amax: db for amax, db in found.items() if db is not None}
+        return max(known or tried, key=lambda amax: known.get(amax, -math.inf))
 
     def share_beyond(self, size: float) -> float:
         """Of the values, those larger than that, to the bin."""

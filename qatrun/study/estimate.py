@@ -33,8 +33,8 @@ def memory_bytes(
     parameter, compute = BYTES[arm.model.param_dtype], BYTES[arm.model.compute_dtype]
     cast = compute if compute != parameter else 0
     tied, sharded = getattr(config, "tie_word_embeddings", False), processes > 1
-    embeddings = config.vocab_size * config.hidden_size
-    outside = embeddings * (1 if tied else 2)
+    embeddings: int = config.vocab_size * config.hidden_size
+    outside: int = embeddings * (1 if tied else 2)
     blocks = max(0, num_parameters - outside)
     block = blocks // config.num_hidden_layers
     num_logits: int = arm.train.micro_batch_size * arm.data.seq_len * config.vocab_size
@@ -70,11 +70,11 @@ def _activations(arm: Arm, config: Any, saved_input: int) -> int:
     and the input of each."""
     parameter, compute = BYTES[arm.model.param_dtype], BYTES[arm.model.compute_dtype]
     tokens = arm.train.micro_batch_size * arm.data.seq_len
-    hidden = config.hidden_size
+    hidden: int = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     of_hidden, of_intermediate = 4 * parameter + 4 * compute + 3 * saved_input, 3 * compute + saved_input
-    layer = tokens * (of_hidden * hidden + of_intermediate * intermediate)
-    layers = config.num_hidden_layers
+    layer: int = tokens * (of_hidden * hidden + of_intermediate * intermediate)
+    layers: int = config.num_hidden_layers
     if arm.train.gradient_checkpointing:
         return layer + tokens * hidden * parameter * layers
     return layer * layers
