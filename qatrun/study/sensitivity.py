@@ -197,7 +197,7 @@ class _Search:
             for number, batch in enumerate(batches):
                 missing = [name for name in names if name not in done[number]]
                 for name, cost in self._costs(batch, missing):
-                    row = CostRow(batch=number, name=name, **vars(cost))
+                    row = CostRow(batch=number, name=name, nats=cost.nats, signal=cost.signal, noise=cost.noise)
                     kept.append(row)
                     rows.append(row)
                     there = number * len(names) + len(names) - len(missing) + 1
