@@ -1,7 +1,8 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype;
+                           above 5 GB in parts, model-00001-of-0000N.safetensors, with an index
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
-from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
+from qatrun.export.weights import StoredTensors, weights_files, write_weights
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, write_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import (
@@ -59,9 +60,11 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / PLAN_FILE).unlink(missing_ok=True)  # it comes last: until then the folder is none
     with filled_folder(folder):
+        write_weights(tensors, folder)
+        for file in weights_files(folder):
+            flush_to_disk(file)
         save_description(model, folder)
         tokenizer.save_pretrained(folder)
     description = {
@@ -97,16 +100,15 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         trust_remote_code=trust_remote_code,
     )
     skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
-    with reading(folder / WEIGHTS_FILE):
-        tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = StoredTensors(folder)
     if problems := list(_problems(tensors, plan, skeleton, dtype)):
         more = f" (and {len(problems) - 1} more such)" if len(problems) > SHOWN else ""
         shown = problems[:1] if more else problems
-        raise DamagedFileError([Problem(f"{folder / WEIGHTS_FILE}: {problem}{more}") for problem in shown])
+        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
     try:
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
-        raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        raise DamagedFileError(f"{tensors.place}: {error}") from error
     shared = {slot: Latest() for slot in plan.slots()}
     frozen = {name: _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]) for name in plan.linears}
     replace_linears(model, frozen)
