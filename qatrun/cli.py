@@ -13,6 +13,7 @@ import typer
 from qatrun import boundary, followers, ranks, terminal
 from qatrun.errors import InputError
 from qatrun.formats import FORMATS
+from qatrun.hardware import HARDWARE_NAMES
 from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
     JsonOption,
@@ -112,6 +113,10 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
     processes: Annotated[str | None, typer.Option(metavar="N", help="What it would be with so many.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="CHIP", help="What it is to be served on: what runs there natively, and what not."),
+    ] = None,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
@@ -122,12 +127,14 @@ def check(
         return
     if recipe is None:
         raise InputError("name a recipe to check, or give --schema")
+    if hardware is not None:
+        known(hardware, HARDWARE_NAMES, "--hardware")
     loaded = load_recipe(recipe, set_ or ())
     terminal.quiet_libraries()
     from qatrun.report import dry_run
     from qatrun.study import preflight
 
-    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes))
+    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
     if json_:
         out.print_data(checked.dry_run().to_dict())
     else:

@@ -45,6 +45,8 @@ _SECTIONS: tuple[tuple[str, str], ...] = (
     ("ScalingConfig", "qat.scaling, and scaling of a role"),
     ("RoleConfig", "qat.weight, qat.input, qat.grad_output"),
     ("SkipBlocks", "qat.skip_blocks"),
+    ("ModuleConfig", "qat.modules, each entry"),
+    ("TargetConfig", "target"),
     ("MonitorConfig", "monitor"),
     ("ProbeConfig", "monitor.probe"),
     ("AlarmConfig", "monitor.alarms"),

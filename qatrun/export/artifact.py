@@ -1,7 +1,8 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype;
+                           above 5 GB in parts, model-00001-of-0000N.safetensors, with an index
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
@@ -16,16 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
-from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
+from qatrun.export.weights import StoredTensors, weights_files, write_weights
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, write_json
+from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors, save_description
 from qatrun.numerics import GRIDS, Grid, inverse_scale
-from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, quantized_linears, replace_linear
+from qatrun.quant import (
+    Experts,
+    Latest,
+    QTensor,
+    QuantizedLinear,
+    QuantPlan,
+    experts_of_linears,
+    quantized_linears,
+    replace_linears,
+)
 from qatrun.recipe import ModelConfig
 from qatrun.records.quantized import Quantized, Versioned
 from qatrun.scheme import GRANULARITIES
@@ -50,9 +60,11 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / PLAN_FILE).unlink(missing_ok=True)  # it comes last: until then the folder is none
     with filled_folder(folder):
+        write_weights(tensors, folder)
+        for file in weights_files(folder):
+            flush_to_disk(file)
         save_description(model, folder)
         tokenizer.save_pretrained(folder)
     description = {
@@ -88,19 +100,18 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         trust_remote_code=trust_remote_code,
     )
     skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
-    with reading(folder / WEIGHTS_FILE):
-        tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = StoredTensors(folder)
     if problems := list(_problems(tensors, plan, skeleton, dtype)):
         more = f" (and {len(problems) - 1} more such)" if len(problems) > SHOWN else ""
         shown = problems[:1] if more else problems
-        raise DamagedFileError([Problem(f"{folder / WEIGHTS_FILE}: {problem}{more}") for problem in shown])
+        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
     try:
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
-        raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        raise DamagedFileError(f"{tensors.place}: {error}") from error
     shared = {slot: Latest() for slot in plan.slots()}
-    for name in plan.linears:
-        replace_linear(model, name, _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]))
+    frozen = {name: _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]) for name in plan.linears}
+    replace_linears(model, frozen)
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), tokenizer
@@ -134,14 +145,16 @@ def _description(folder: Path) -> Quantized:
 def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> Iterator[str]:
     """A sentence on every tensor that is not what plan and architecture ask for: kernels would read past it, or take its
     bytes for another number."""
-    expected = skeleton.state_dict()
+    expected, experts = skeleton.state_dict(), experts_of_linears(skeleton)
+    planned = set(plan.linears)
     for name in plan.linears:
-        weight = expected.get(f"{name}.weight")
-        if weight is None or weight.dim() != 2:
+        shape = _effective_shape(name, expected, skeleton, experts)
+        if shape is None:
             yield f"the plan names {name}, which is no linear of this model"
             continue
-        transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
-        shape, scheme = (*reversed(weight.shape),) if transposed else (*weight.shape,), plan.schemes[name]["weight"]
+        if name in experts and not planned.issuperset(experts[name].linears):
+            yield f"the plan names {name}, but not all experts of that parameter"
+        scheme = plan.schemes[name]["weight"]
         yield from _codes_problems(f"{name}.codes", tensors, shape, GRIDS[scheme.format])
         yield from _scale_problems(
             f"{name}.weight_scale", tensors, GRANULARITIES[scheme.granularity].scale_shape(shape)
@@ -151,7 +164,7 @@ def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Modul
             yield from _zero_point_problems(f"{name}.input_zero_point", tensors)
     leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
     leaves |= {f"{name}.input_zero_point" for name in plan.linears if not plan.schemes[name]["input"].symmetric}
-    replaced = {f"{name}.weight" for name in plan.linears}
+    replaced = {f"{experts[n].owner}.{experts[n].leaf}" if n in experts else f"{n}.weight" for n in plan.linears}
     for name in tensors.keys() - leaves:
         stored, asked = tensors[name], expected.get(name)
         if asked is None or name in replaced:
@@ -160,6 +173,19 @@ def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Modul
             yield f"{name} must be {_shown(dtype, asked.shape)} ({_got(stored)})"
         elif stored.is_floating_point() and not stored.isfinite().all():
             yield f"{name} is not finite"
+
+
+def _effective_shape(
+    name: str, expected: Mapping[str, Tensor], skeleton: nn.Module, experts: Mapping[str, Experts]
+) -> tuple[int, ...] | None:
+    """[out, in] of the weight of a linear; None where there is no such linear."""
+    if name in experts:
+        return experts[name].shape
+    weight = expected.get(f"{name}.weight")
+    if weight is None or weight.dim() != 2:
+        return None
+    transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
+    return (*reversed(weight.shape),) if transposed else (*weight.shape,)
 
 
 def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], grid: Grid) -> Iterator[str]:
@@ -198,14 +224,21 @@ def _got(tensor: Tensor | None) -> str:
 def _unquantized(skeleton: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:
     """The model with grid values where quantized weights go, so that everything else is loaded as it should be."""
     weights: dict[str, Tensor] = {}
+    experts = experts_of_linears(skeleton)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in plan.schemes or leaf == "bias":
             weights[name] = tensor
-        elif leaf == "codes":
+        elif leaf == "codes" and owner not in experts:
             values = _grid_of(plan, owner).decode(tensor).to(dtype)
             transposed = not isinstance(skeleton.get_submodule(owner), nn.Linear)
             weights[f"{owner}.weight"] = values.t().contiguous() if transposed else values
+    for parameter in dict.fromkeys(experts[name] for name in plan.linears if name in experts):
+        values = torch.stack(
+            [_grid_of(plan, each).decode(tensors[f"{each}.codes"]).to(dtype) for each in parameter.linears]
+        )
+        held = values.transpose(1, 2).contiguous() if parameter.transposed else values
+        weights[f"{parameter.owner}.{parameter.leaf}"] = held
     return from_tensors(skeleton, weights, dtype)
 
 

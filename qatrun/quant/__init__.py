@@ -1,10 +1,11 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
-from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
+from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linears
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
+from qatrun.quant.expert_weights import Experts, experts_of_linears
 from qatrun.quant.linear import FakeQuantLinear
-from qatrun.quant.linears import Survey, named_linears, survey
-from qatrun.quant.plan import Coverage, QuantPlan, coverage, make_plan
+from qatrun.quant.linears import Survey, kinds, named_linears, survey
+from qatrun.quant.plan import Coverage, QuantPlan, coverage, idle_assignments, make_plan
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest, Quantizer
@@ -15,6 +16,7 @@ from qatrun.quant.tally import STATISTICS
 __all__ = [
     "STATISTICS",
     "Coverage",
+    "Experts",
     "FakeQuantLinear",
     "Latest",
     "Mode",
@@ -31,12 +33,15 @@ __all__ = [
     "calibrated_plan",
     "coverage",
     "detach",
+    "experts_of_linears",
     "finest_plan",
     "freeze",
+    "idle_assignments",
     "input_histograms",
+    "kinds",
     "make_plan",
     "named_linears",
     "quantized_linears",
-    "replace_linear",
+    "replace_linears",
     "survey",
 ]

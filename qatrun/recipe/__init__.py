@@ -3,6 +3,7 @@
 from qatrun.recipe.loader import load_recipe, locate, parse_recipe
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.qat import (
+    ModuleConfig,
     QatConfig,
     RoleConfig,
     RoleScaling,
@@ -32,6 +33,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvalConfig",
     "ModelConfig",
+    "ModuleConfig",
     "MonitorConfig",
     "ProbeConfig",
     "QatConfig",

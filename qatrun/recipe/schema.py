@@ -26,6 +26,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from qatrun.hardware import HARDWARE_NAMES
 from qatrun.paths import expand_path
 from qatrun.recipe.distill import START_MODEL, DistillConfig
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
@@ -95,9 +96,9 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
 if TYPE_CHECKING:
-    ExportName = str
+    ExportName = HardwareName = str
 else:
-    ExportName = Literal[EXPORT_NAMES]
+    ExportName, HardwareName = Literal[EXPORT_NAMES], Literal[HARDWARE_NAMES]
 Exports = Annotated[tuple[ExportName, ...], Field(strict=False), AfterValidator(_distinct_names)]
 TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pair)]
 
@@ -223,6 +224,14 @@ class EvalConfig(Section):
     batch_size: Count = Field(16, description="sequences per forward")
 
 
+class TargetConfig(Section):
+    """What the arms are meant for. It changes no number: what would not run there natively is said before training."""
+
+    hardware: HardwareName | None = Field(
+        None, description="chip to serve on; null: none is asked about (as `qatrun check --hardware`)"
+    )
+
+
 class Arm(Section):
     """One arm of a study: the recipe's sections with its overrides applied.
 
@@ -286,6 +295,11 @@ class Recipe(Section):
         (),
         description="folders for serving engines that each quantized arm is written as at the end of `qatrun train`, proven "
         "equal and scored again in the engine",
+    )
+    target: TargetConfig = Field(
+        TargetConfig(),
+        exclude_if=lambda target: target.hardware is None,  # as `is_null` says
+        description="what the arms are meant for",
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")

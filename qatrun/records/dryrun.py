@@ -17,6 +17,7 @@ class DryRunArm(Record):
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
         export: what it is written as in the end.
         teacher: what it learns from beside the text, in words; None where nothing.
+        runs: what of it the hardware that it is meant for runs natively, a line a scheme.
     """
 
     name: str
@@ -32,6 +33,7 @@ class DryRunArm(Record):
     memory_bytes: dict[str, int] | None
     export: list[str] = Field(default_factory=list)
     teacher: str | None = None
+    runs: list[str] = Field(default_factory=list)
 
 
 class DryRunTask(Record):

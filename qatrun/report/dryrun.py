@@ -43,6 +43,7 @@ def _arm(arm: DryRunArm) -> RenderableType:
         lines.insert(0, f"steps 1-{arm.switch_step} BF16, switch, steps {arm.switch_step + 1}-{arm.steps} QAT")
         lines += arm.roles
         lines.append(arm.coverage or "coverage unknown")
+        lines += arm.runs
         if arm.export:
             lines.append(f"in the end exported as {', '.join(arm.export)}, proven equal and scored again")
     if arm.memory_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,21 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.export import EXPORTS
-from qatrun.formats import Role
 from qatrun.model import architecture, check_model, text_config
-from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
+from qatrun.quant import (
+    Coverage,
+    QuantPlan,
+    Survey,
+    coverage,
+    make_plan,
+    survey,
+)
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
-from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
+from qatrun.study.schemes import export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
 from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
 from qatrun.tokenizer import load_tokenizer
@@ -46,6 +52,7 @@ class Preflight:
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
         processes: that are to train together.
+        runs: arm -> what of it the target's hardware runs natively, a line a scheme.
     """
 
     recipe: Recipe
@@ -59,6 +66,7 @@ class Preflight:
     problems: list[Problem]
     warnings: list[Problem]
     processes: int
+    runs: Mapping[str, list[str]]
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -99,10 +107,11 @@ class Preflight:
             tokens_per_step=tokens_per_step,
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
-            roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
+            roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
             teacher=teacher_text(arm),
+            runs=self.runs.get(name, []),
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -110,12 +119,15 @@ class Preflight:
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
-def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
+def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -> Preflight:
     """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising.
 
     Args:
         processes: that are to train together.
+        hardware: what it is to be served on, in place of the recipe's target.
     """
+    hardware = hardware or recipe.target.hardware
+    runs: dict[str, list[str]] = {}
     arms = recipe.arm_by_name
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -142,7 +154,12 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
-            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
+            problems += [_named(problem, name, recipe) for problem in export_problems(arm, plan, model)]
+            odd = [*scheme_warnings(arm, plan, model, surveys[key])]
+            warnings += [_named(problem, name, recipe) for problem in odd]
+            if hardware is not None:
+                runs[name], odd = on_hardware(arm, coverages[name], hardware)
+                warnings += odd
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
         if model is not None and tokenizers[key] is not None and (taught := teacher_key(arm)) not in teachers:
@@ -150,7 +167,7 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
             teachers[taught] = _collect(check, problems, name, recipe)
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
             checked_data.add(data)
-            odd: list[Problem] = []
+            odd = []
             problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key], odd.append)]
             warnings += [_named(problem, name, recipe) for problem in odd]
         found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
@@ -175,18 +192,8 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
+        runs=runs,
     )
-
-
-def _role_text(role: Role, scheme: Scheme) -> str:
-    scaling = scheme.scaling
-    how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    if scaling.to_power_of_two:
-        how += ", powers of two"
-    onto = (
-        f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
-    )
-    return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
 
 
 def tracker_problems(names: Sequence[str]) -> list[Problem]:
@@ -216,13 +223,6 @@ def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
             f"of {processes} processes; {nearest} would be, or a smaller train.micro_batch_size",
             "train.global_batch_size",
         )
-
-
-def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
-    """What a format that an arm is to be exported as cannot say of it."""
-    for name in arm.export:
-        for problem in EXPORTS[name].problems(plan, model):
-            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
 
 
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
@@ -261,7 +261,7 @@ def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: R
 
 def _named(problem: Problem, arm: str, recipe: Recipe) -> Problem:
     overrides: Any = recipe.arms[arm]
-    for part in problem.key.split("."):
+    for part in re.sub(r"\[\d+\].*", "", problem.key).split("."):  # a list is an arm's as a whole
         if not isinstance(overrides, Mapping) or part not in overrides:
             return problem
         overrides = overrides[part]
