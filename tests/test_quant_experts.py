@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from builders import logits, quantized_steps, token_ids, word_tokenizer
+from studies import read
+from tiny_world import run_qatrun, write_world
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, MixtralConfig, Qwen3MoeConfig
 
 from qatrun import QatConfig, fake_quantize
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.export import EXPORTS, artifact
+from qatrun.export.weights import StoredTensors
 from qatrun.quant import Mode, QuantPlan, attach, coverage, detach, freeze, make_plan
 from qatrun.quant.expert_weights import named_experts
 from qatrun.scheme import Slot
@@ -202,7 +207,7 @@ def test_a_quantized_folder_gives_back_what_was_frozen(kind: str, dtype: torch.d
     loaded, _ = artifact.load(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(logits(copy.deepcopy(loaded)), logits(model))
-    codes = [name for name in artifact.load_file(tmp_path / "model.safetensors") if name.endswith(".codes")]
+    codes = [name for name in StoredTensors(tmp_path) if name.endswith(".codes")]
     assert len(codes) == len(plan.linears) == 2 * 2 * 4 + 2
     for export in EXPORTS.values():
         problems = list(export.problems(plan, model_of(kind)))
@@ -227,3 +232,22 @@ def test_one_parameter_of_experts_may_be_left_in_bf16(tmp_path: Path) -> None:
 def test_single_experts_cannot_be_chosen() -> None:
     with pytest.raises(InputError, match=r"did you mean 'model\.layers\.0\.mlp\.experts\.down_proj'"):
         make_plan(model_of("mixtral"), QatConfig(targets=("model.layers.0.mlp.experts.down_proj.0",)))
+
+
+def test_a_study_of_a_mixture_trains_scores_and_watches_its_experts(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    model_of("mixtral").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    settings = ("train.steps=6", "warmup.steps=3", "train.learning_rate=1e-3", "diagnose.at_end=false", "eval.limit=5")
+    ran = run_qatrun("train", "tiny.yaml", *(part for each in settings for part in ("--set", each)), cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    arm = tmp_path / "runs" / "tiny" / "hif8"
+    assert read(arm / "result.json")["coverage"].startswith("24 of 25 linears, ")
+    watched = {
+        str(name) for file in (arm / "tensors").glob("*.parquet") for name in pq.read_table(file)["tensor"].to_pylist()
+    }
+    experts = "model.layers.1.mlp.experts"
+    assert {f"{experts}.gate_up_proj.3:weight", f"{experts}.down_proj.0:input"} <= watched
+    ran = run_qatrun("eval", str(arm), "--tasks", "likes.yaml", "--limit", "5", "--json", cwd=tmp_path)
+    assert ran.code == 0, ran.err

@@ -1,7 +1,8 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype;
+                           above 5 GB in parts, model-00001-of-0000N.safetensors, with an index
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
@@ -16,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.export.artifact_check import problems
 from qatrun.export.folder import write_description
-from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
+from qatrun.export.weights import StoredTensors, weights_files, write_weights
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, write_json
+from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors
 from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import (
@@ -59,8 +60,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / PLAN_FILE).unlink(missing_ok=True)  # it comes last: until then the folder is none
     description = {
         "format_version": FORMAT_VERSION,
         "compute_dtype": dtype,
@@ -72,6 +72,9 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         "transformers_weights": "import qatrun (pip install qatrun) before from_pretrained, or call qatrun.load",
     }
     with filled_folder(folder):
+        write_weights(tensors, folder)
+        for file in weights_files(folder):
+            flush_to_disk(file)
         write_description(model, tokenizer, folder, entries)
     write_json(folder / PLAN_FILE, description)
 
@@ -100,12 +103,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         trust_remote_code=trust_remote_code,
     )
     skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
-    tensors = read_weights(folder / WEIGHTS_FILE)
-    check_tensors(folder / WEIGHTS_FILE, tensors, plan, skeleton, dtype)
+    tensors = StoredTensors(folder)
+    check_tensors(tensors, plan, skeleton, dtype)
     try:
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
-        raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        raise DamagedFileError(f"{tensors.place}: {error}") from error
     put_in(model, tensors, plan, dtype)
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -133,29 +136,17 @@ def described_plan(description: Mapping[str, Any], file: Path) -> QuantPlan:
         return QuantPlan.from_dict(_of_version_1(described) if description["format_version"] == 1 else described)
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """
-    Raises:
-        DamagedFileError: they cannot be read.
-    """
-    with reading(file):
-        tensors: dict[str, Tensor] = load_file(file)
-    return tensors
-
-
-def check_tensors(
-    file: Path, tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype
-) -> None:
+def check_tensors(tensors: StoredTensors, plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> None:
     """
     Args:
         skeleton: the architecture with its linears as they were, on the meta device.
     Raises:
-        DamagedFileError: names the tensors of a file that are not what plan and architecture ask for.
+        DamagedFileError: names those that are not what plan and architecture ask for.
     """
     if found := list(problems(tensors, plan, skeleton, dtype)):
         more = f" (and {len(found) - 1} more such)" if len(found) > SHOWN else ""
         shown = found[:1] if more else found
-        raise DamagedFileError([Problem(f"{file}: {problem}{more}") for problem in shown])
+        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
 
 
 def take_out(model: Any, linear: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
+from qatrun.export.folder import Stored, other_tensors, stored_linears, write_model
 from qatrun.export.linears import (
     expert_problems,
     forward_schemes,
@@ -34,6 +34,7 @@ from qatrun.export.linears import (
     linear_problems,
     merged_groups,
 )
+from qatrun.export.weights import StoredTensors
 from qatrun.quant import QuantPlan
 
 NAME = "compressed-tensors"
@@ -95,7 +96,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Stored]:
     """The quantized linears of a folder."""
-    tensors = dict(read_tensors(folder))
+    tensors = StoredTensors(folder)
     found: dict[str, Stored] = {}
     for name in (key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
         weight = tensors[f"{name}.weight"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qatrun.formats import Role
 from qatrun.numerics import Fit, affine_from_reach, inverse_scale, own_fit, scale_from_amax
 from qatrun.quant.linears import Survey, named_linears
 from qatrun.quant.qtensor import to_grid
@@ -111,10 +112,10 @@ class Spread:
 
     def best_amax(self, scheme: Scheme) -> float:
         """Whose scale loses least: what lies beyond is clipped, or as far as the format goes on past its target."""
-        tried: list[float] = [self.amax * 2.0 ** float(power) for power in SCALES]
-        found = {amax: self.sqnr_db(scheme, self.fit(scheme, amax)) for amax in tried}
-        known = {amax: db for amax, db in found.items() if db is not None}
-        return max(known or tried, key=lambda amax: known.get(amax, -math.inf))
+        tried = [self.amax * float(factor) for factor in SCALES.exp2()]
+        kept = [self.sqnr_db(scheme, self.fit(scheme, amax)) for amax in tried]
+        found = zip((-math.inf if decibels is None else decibels for decibels in kept), tried, strict=True)
+        return max(found)[1]
 
     def share_beyond(self, size: float) -> float:
         """Of the values, those larger than that, to the bin."""
@@ -130,7 +131,7 @@ def asymmetric(scheme: Scheme) -> Scheme | None:
 
 @torch.no_grad()
 def spreads(
-    model: Any, seen: Survey, batches: Iterable[Tensor], by_rows: Mapping[str, Scheme]
+    model: Any, seen: Survey, batches: Iterable[Tensor], by_rows: Mapping[Role, Scheme]
 ) -> Iterable[dict[Slot, Spread]]:
     """Of the weights, and after each batch of all that was read so far: of every linear that can be quantized, each input
     that several read once.

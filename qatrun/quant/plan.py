@@ -286,12 +286,15 @@ def _decisions(wanted: Wanted, model: nn.Module, seen: Survey, problems: list[Pr
     """Linear, or parameter that holds experts -> the first assignment that names it."""
     decided: dict[str, Assignment] = {}
     names = _names(model)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for assignment in reversed(wanted.assignments):  # so that the first has the last word
-        decided |= dict.fromkeys(_named(assignment, names, seen, problems), assignment)
+        decided |= dict.fromkeys(_named(assignment, names, embeddings, seen, problems), assignment)
     return decided
 
 
-def _named(assignment: Assignment, linears: Sequence[str], seen: Survey, problems: list[Problem]) -> set[str]:
+def _named(
+    assignment: Assignment, linears: Sequence[str], embeddings: Sequence[str], seen: Survey, problems: list[Problem]
+) -> set[str]:
     """The linears that an assignment names."""
     if assignment.edge_blocks is not None:
         return _edge_blocks(linears, *assignment.edge_blocks)
@@ -304,7 +307,12 @@ def _named(assignment: Assignment, linears: Sequence[str], seen: Survey, problem
         except ValueError as error:
             problems.append(Problem(str(error), key=assignment.key))
             continue
-        if not hits:
+        if not hits and matching_names(pattern, embeddings):
+            message = (
+                f"pattern '{pattern}' matches no linear: embeddings are looked up, not multiplied, and stay in BF16"
+            )
+            problems.append(Problem(message, key=assignment.key))
+        elif not hits:
             nearest = suggestion(pattern, linears, f"names look like '{next(iter(linears), 'none')}'", cutoff=0.5)
             problems.append(Problem(f"pattern '{pattern}' matches no linear{nearest}", key=assignment.key))
         matched |= hits

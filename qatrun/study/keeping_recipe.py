@@ -25,8 +25,8 @@ def keeping_recipe(folder: Path, recipe: Recipe, found: Sensitivity, overrides: 
     is_file = Path(found.recipe).is_file()
     tree: dict[str, Any] = {"extends": os.path.relpath(found.recipe, folder) if is_file else found.recipe}
     document = Document({})
-    for position, text in enumerate(overrides):
-        document = with_override(document, text, position)[0]
+    for position, override in enumerate(overrides):
+        document = with_override(document, override, position)[0]
     tree |= document.tree
     tree["name"] = f"{recipe.name}-keep"
     qat = recipe.arm_by_name[found.arm].qat

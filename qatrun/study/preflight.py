@@ -110,8 +110,8 @@ class Preflight:
             roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
-            runs=self.runs.get(name, []),
             teacher=teacher_text(arm),
+            runs=self.runs.get(name, []),
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
