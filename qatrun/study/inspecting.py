@@ -97,7 +97,7 @@ def inspect_model(
         model = on_device(model)
         with bfloat16_products():
             schemes: dict[Role, Scheme] = {role: _scheme(role, format_name) for role in ("input", "weight")}
-            by_rows: dict[Role, Scheme] = {role: _by_rows(role, scheme) for role, scheme in schemes.items()}
+            by_rows = {role: _by_rows(role, scheme) for role, scheme in schemes.items()}
             for number, so_far in enumerate(spreads(model, seen, batches, by_rows)):
                 display.on_scored("batches", number, len(batches))
                 found = so_far
