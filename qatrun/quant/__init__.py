@@ -3,10 +3,11 @@
 from qatrun.quant.attach import attach, detach, freeze, mark_quantized, quantized_linears, replace_linears
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
 from qatrun.quant.coded import CodedWeight
+from qatrun.quant.coverage import Coverage, coverage
 from qatrun.quant.expert_weights import Experts, experts_of_linears
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, kinds, named_linears, survey
-from qatrun.quant.plan import Coverage, QuantPlan, coverage, idle_assignments, make_plan
+from qatrun.quant.plan import QuantPlan, idle_assignments, make_plan
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantized import QuantizedLinear
 from qatrun.quant.quantizer import Latest, Quantizer

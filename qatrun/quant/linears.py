@@ -60,6 +60,12 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
 
 
+def effective_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in), whatever way round the weight is stored."""
+    first, second = linear.get_parameter("weight").shape
+    return (first, second) if isinstance(linear, nn.Linear) else (second, first)
+
+
 def survey(model: nn.Module) -> Survey:
     """Look at a model's linears; one on the meta device will do. The model is left as it is."""
     linears = named_linears(model)

@@ -115,7 +115,8 @@ class RoleConfig(Section):
     format: FormatName | None = Field(None, description="number format; null: `qat.format`")
     granularity: Granularity = Field(
         "per_tensor",
-        description="what shares a scale: the tensor, an output channel (weight only) or a token (input only)",
+        description="what shares a scale: the tensor, an output channel (weight only), a token (input only), or 32 values "
+        "of a row (`per_block`: a power of two by OCP MX; of FP8 alone, which is MXFP8 then)",
     )
     target_amax: PositiveFloat | None = Field(
         None,
@@ -130,7 +131,7 @@ class RoleConfig(Section):
     scaling: RoleScaling | None = Field(
         None,
         description="keys that differ from `qat.scaling`; null: none do "
-        "(but `dynamic` for per_channel and per_token, their only type)",
+        "(but `dynamic` for per_channel, per_token and per_block, their only type)",
     )
 
 

@@ -149,6 +149,8 @@ def _format_findings(role: Role, scheme: Scheme, sections: tuple[str, ...]) -> I
         yield _finding(message, *_keys(sections, role, "format"))
     elif problem := scheme.asymmetry_problem(role):
         yield _finding(problem, *_keys(sections, role, "symmetric", "format", "target_amax", "scaling.type"))
+    elif problem := scheme.block_problem():
+        yield _finding(problem, *_keys(sections, role, "granularity", "format", "target_amax"))
     elif scheme.symmetric and scheme.target_amax > largest:
         message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
         yield _finding(message, *_keys(sections, role, "target_amax", "format"))
