@@ -26,7 +26,8 @@ from qatrun.options import (
     path_option,
     place,
 )
-from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, known
+from qatrun.records.values import VERDICTS
+from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
 
 app = typer.Typer(
     name="qatrun",
@@ -80,20 +81,25 @@ def train(
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay, comparison_table
     from qatrun.report.fix import fix_table
+    from qatrun.report.overview import overview
     from qatrun.report.seeds_table import seeds_table
     from qatrun.study import fix_study, run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
-    for pair in result.pairs:
+    ranked = result.ranked
+    if ranked:
         out.print()
-        out.print(comparison_table(pair))
-    if result.summary is not None:
-        out.print()
-        out.print(seeds_table(result.summary))
+        out.print(overview(ranked))
     if result.diagnosis is not None:
         for arm in result.diagnosis.arms.values():
             out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
+    for total in ranked:
+        out.print()
+        out.print(comparison_table(total.pair, total.alarms))
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
     out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
     if not result.pairs and result.summary is None:
         out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
@@ -223,8 +229,10 @@ def export(
 
 @app.command()
 def compare(
-    twin: Annotated[str, argument("TWIN", "The BF16 arm, or a folder with scores.")],
-    arm: Annotated[str, argument("ARM", "The arm to judge, or a folder with scores.")],
+    twin: Annotated[
+        str | None, argument("TWIN", "The BF16 arm, or a folder with scores; none: every arm of the study, ranked.")
+    ] = None,
+    arm: Annotated[str | None, argument("ARM", "The arm to judge, or a folder with scores.")] = None,
     study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
     output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[
@@ -235,22 +243,37 @@ def compare(
     strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
     json_: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help=f"Print {', '.join(TABLE_FORMATS)}.")
+    ] = None,
 ) -> None:
-    """Compare an arm with its BF16 twin, item by item."""
+    """Compare an arm with its BF16 twin, item by item; or every arm of a study with its own, ranked."""
     from qatrun.report import comparison_table
-    from qatrun.study import compare_named, comparison_csv
+    from qatrun.report.overview import overview
+    from qatrun.report.total import marked_up
+    from qatrun.study import comparison_csv, ranked_arms
 
-    if json_ and csv:
-        raise InputError("--json and --csv exclude each other")
-    took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
-    if json_:
-        out.print_data(pair.to_dict())
-    elif csv:
-        sys.stdout.write(comparison_csv([pair]))
+    asked = [name for name, given in (("json", json_), ("csv", csv), (format_, format_)) if given and name]
+    if len(asked) > 1:
+        raise InputError("--json, --csv and --format exclude each other")
+    format_ = known(asked[0], TABLE_FORMATS, "--format") if asked else "text"
+    if twin is not None and arm is None:
+        raise InputError(f"compare {twin} with what? Name a second arm, or none for all arms of the study")
+    took, ranked = ranked_arms(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
+    pairs = [total.pair for total in ranked]
+    if format_ == "json":
+        out.print_data(pairs[0].to_dict() if twin is not None else {"pairs": [pair.to_dict() for pair in pairs]})
+    elif format_ == "csv":
+        sys.stdout.write(comparison_csv(pairs))
+    elif format_ != "text":
+        sys.stdout.write(marked_up(ranked, format_))
     else:
         out.out(f"comparing {took}")
-        out.print(comparison_table(pair))
-    _exit_by_verdict(pair.comparison.verdict, strict)
+        out.print(overview(ranked))
+        for total in ranked if twin is not None else ():
+            out.print()
+            out.print(comparison_table(total.pair, total.alarms))
+    _exit_by_verdict(max((total.verdict for total in ranked), key=VERDICTS.index), strict)
 
 
 @app.command()
@@ -264,9 +287,10 @@ def diagnose(
     """Say what a drop is made of, each cause found, ruled out or not shown; scores three more models for each arm."""
     _in_processes(processes)
     terminal.quiet_libraries()
+    from qatrun.layout import StudyFolder
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
-    from qatrun.study import diagnose_study
+    from qatrun.study import alarms_raised, diagnose_study
 
     with TerminalDisplay(err) as display:
         found = diagnose_study(study, output_dir, display)
@@ -276,7 +300,7 @@ def diagnose(
     for folder, diagnosis in found.items():
         for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
-            out.print(diagnosis_table(arm))
+            out.print(diagnosis_table(arm, sum(alarms_raised(StudyFolder(Path(folder))).values())))
 
 
 @app.command()
@@ -293,8 +317,9 @@ def fix(
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
-    from qatrun.study import fix_study
+    from qatrun.study import fix_study, named_study
 
+    boundary.working_in(named_study(study, output_dir).path, "qatrun fix")
     with TerminalDisplay(err) as display:
         fixes = fix_study(study, output_dir, display, tries=tries)
     if json_:

@@ -25,7 +25,7 @@ from qatrun.layout import QUANT_METHOD, WEIGHTS_FILE
 
 
 class FolderConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of config.json: what plan.json says, so that a hub that gives the one need not give the other."""
+    """`quantization_config` of config.json: what plan.json says, so that a hub that gives only the one will do."""
 
     def __init__(self, **description: Any) -> None:
         self.__dict__.update(description)

@@ -1,4 +1,4 @@
-"""Names of what an arm is exported as, and of the engines that open it; recipes and the command line give them."""
+"""Names of what an arm is exported as, of engines that open it, of the forms of a table; recipes and the command line give them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from qatrun.errors import InputError
 from qatrun.text import suggestion
 
 EXPORT_NAMES = ("compressed-tensors", "onnx", "hif8", "hif8-ascend", "ascend-v1")
+TABLE_FORMATS = ("text", "json", "csv", "latex", "markdown")
 ENGINE_NAMES = ("transformers", "onnxruntime", "vllm")
 
 

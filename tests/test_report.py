@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -203,12 +204,12 @@ def played(console: Console) -> str:
 def test_in_a_log_ten_lines_a_segment() -> None:
     console = Console(file=io.StringIO(), width=80, soft_wrap=True)
     steps = [
-        f"training hif8 step {step}: qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"
+        f"00:00:00 training hif8 step {step} of 60: qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"
         for step in range(24, 61, 4)
     ]
-    assert played(console).splitlines() == [
-        f"scoring {HOSTILE}",
-        "training hif8",
+    assert re.sub(r"\d\d:\d\d:\d\d", "00:00:00", played(console)).splitlines() == [
+        f"00:00:00 scoring {HOSTILE}",
+        "00:00:00 training hif8",
         *steps,
         f"warning: {HOSTILE}",
         HOSTILE,
@@ -220,8 +221,8 @@ def test_on_a_terminal_bar_and_detail_fit_80_columns() -> None:
     display = TerminalDisplay(console)
     display.begin_training("hif8-window-64-most-recent-and-more", 0, 10_000)
     display.on_step({**ROW, "step": 1234})
-    bar, detail = drawn(display._progress)
-    assert bar.startswith("training hif8-window-64-most-")
+    what, bar, detail = drawn(display._progress)
+    assert what.strip() == "training hif8-window-64-most-recent-and-more"
     assert "1234/10000" in bar
     assert bar.split("ETA ")[1].count(":") == 2
     assert detail.strip() == "qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
-from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
 from qatrun.export.artifact_check import problems
 from qatrun.export.folder import write_description
+from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
+from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors
 from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, mark_quantized, quantized_linears, replace_linear

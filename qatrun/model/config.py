@@ -50,7 +50,7 @@ def load_config(model: ModelConfig) -> Any:
             location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         if _is_ours(model, raw):  # who opens it puts the linears in
-            del config.quantization_config
+            del config.quantization_config, config.transformers_weights
         return config
     except Exception as error:  # transformers raises whatever the values of a config lead to
         if "auto_map" in raw and not model.trust_remote_code:

@@ -11,9 +11,9 @@ from qatrun.study.preflight import preflight
 if TYPE_CHECKING:
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
-    from qatrun.study.named import diagnose_study, report_study
-    from qatrun.study.pairs import compare_named
-    from qatrun.study.results import StudyResult, comparison_csv
+    from qatrun.study.named import diagnose_study, named_study, report_study
+    from qatrun.study.pairs import compare_named, ranked_arms
+    from qatrun.study.results import StudyResult, alarms_raised, comparison_csv
     from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
 else:
@@ -22,9 +22,9 @@ else:
         {
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
-            "qatrun.study.named": ("diagnose_study", "report_study"),
-            "qatrun.study.pairs": ("compare_named",),
-            "qatrun.study.results": ("StudyResult", "comparison_csv"),
+            "qatrun.study.named": ("diagnose_study", "named_study", "report_study"),
+            "qatrun.study.pairs": ("compare_named", "ranked_arms"),
+            "qatrun.study.results": ("StudyResult", "alarms_raised", "comparison_csv"),
             "qatrun.study.runner": ("run", "run_study"),
             "qatrun.study.scoring": ("eval_config", "score_path"),
         },
@@ -32,13 +32,16 @@ else:
 
 __all__ = [
     "StudyResult",
+    "alarms_raised",
     "compare_named",
     "comparison_csv",
     "diagnose_study",
     "eval_config",
     "export_arm",
     "fix_study",
+    "named_study",
     "preflight",
+    "ranked_arms",
     "report_study",
     "run",
     "run_study",
