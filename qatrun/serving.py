@@ -1,4 +1,4 @@
-"""Names of what an arm is exported as, of engines that open it, of the forms of a table; recipes and the command line give them."""
+"""Names of what an arm is exported as, of engines that open it, of forms of a table: what recipes and options name."""
 
 from __future__ import annotations
 
