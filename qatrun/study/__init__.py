@@ -11,6 +11,7 @@ from qatrun.study.preflight import preflight
 if TYPE_CHECKING:
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
+    from qatrun.study.housekeeping import clean, list_studies, spare_files
     from qatrun.study.named import diagnose_study, named_study, report_study
     from qatrun.study.pairs import compare_named, ranked_arms
     from qatrun.study.results import StudyResult, alarms_raised, comparison_csv
@@ -22,6 +23,7 @@ else:
         {
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
+            "qatrun.study.housekeeping": ("clean", "list_studies", "spare_files"),
             "qatrun.study.named": ("diagnose_study", "named_study", "report_study"),
             "qatrun.study.pairs": ("compare_named", "ranked_arms"),
             "qatrun.study.results": ("StudyResult", "alarms_raised", "comparison_csv"),
@@ -33,12 +35,14 @@ else:
 __all__ = [
     "StudyResult",
     "alarms_raised",
+    "clean",
     "compare_named",
     "comparison_csv",
     "diagnose_study",
     "eval_config",
     "export_arm",
     "fix_study",
+    "list_studies",
     "named_study",
     "preflight",
     "ranked_arms",
@@ -46,4 +50,5 @@ __all__ = [
     "run",
     "run_study",
     "score_path",
+    "spare_files",
 ]

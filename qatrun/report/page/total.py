@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qatrun.records.values import Verdict
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
 from qatrun.report.page.table import Table, percent, printable, sentence_case, signed, table
-from qatrun.report.page.theme import BAD, GOOD, INK, MUTED, arm_color
+from qatrun.report.page.theme import BAD, GOOD, INK, MUTED, WARN, arm_color
 from qatrun.report.total import COLUMNS, LEGEND, Total, ranked_rows, tiles, totals
 
 BAR_PX = 30
@@ -71,10 +72,8 @@ def waterfall_figure(content: StudyContent, found: Sequence[Total]) -> Figure | 
     )
     rows = [
         (
-            total.pair.arm,
-            *(percent(value) for value in (total.start, total.twin, total.arm)),
-            total.training_pp,
-            *_of(total),
+            *(total.pair.arm, *(percent(value) for value in (total.start, total.twin, total.arm))),
+            *(total.training_pp, total.quantization_pp),
         )
         for total in known
     ]
@@ -86,12 +85,11 @@ def waterfall_figure(content: StudyContent, found: Sequence[Total]) -> Figure | 
         "quantization took or gave, and what ships. The axis begins where it is needed, not at 0.",
         drawings=draw("waterfall", title, lambda layout: _plot(layout, known, indices)),
         tables=(table(columns, rows),),
-        legend=(Key("gained", "■", "good"), Key("lost", "■", "bad")),
+        legend=(
+            *(Key("gained", "■", "good"), Key("lost, within its budget", "■", "muted")),
+            *(Key("lost, inconclusive", "■", "warn"), Key("lost too much", "■", "bad")),
+        ),
     )
-
-
-def _of(total: Total) -> tuple[float]:
-    return (total.quantization_pp,)
 
 
 def _plot(layout: Layout, known: Sequence[Total], indices: dict[str, int]) -> Plot:
@@ -103,17 +101,23 @@ def _plot(layout: Layout, known: Sequence[Total], indices: dict[str, int]) -> Pl
         _draw(axes, total, indices.get(total.pair.arm, 0), min(values) - room)
         if len(known) > 1:
             axes.set_title(printable(total.pair.arm))
-    panels[-1].set_xlim(max(0.0, min(values) - room), max(values) + 2.4 * room)
+    panels[-1].set_xlim(max(0.0, min(values) - room), max(values) + 0.16 * (max(values) - min(values) + room))
     panels[-1].set_xlabel("accuracy, %")
     return Plot(figure)
 
 
+def _color(gained: float, verdict: Verdict) -> str:
+    """Red only for what is too much."""
+    return GOOD if gained > 0 else {"within": MUTED, "inconclusive": WARN, "exceeds": BAD}[verdict]
+
+
 def _draw(axes: Any, total: Total, index: int, low: float) -> None:
     start, twin, arm = (100 * value for value in (total.start or 0.0, total.twin, total.arm))
+    trained = total.pair.comparison.training
     bars = [
         ("start", low, start, INK, f"{start:.2f}"),
-        ("training", start, twin, GOOD if twin >= start else BAD, signed(twin - start)),
-        ("quantization", twin, arm, GOOD if arm >= twin else BAD, signed(arm - twin)),
+        ("training", start, twin, _color(twin - start, trained.verdict if trained else "within"), signed(twin - start)),
+        ("quantization", twin, arm, _color(arm - twin, total.verdict), signed(arm - twin)),
         ("shipped", low, arm, arm_color(index), f"{arm:.2f}"),
     ]
     for place, (_, begin, end, color, text) in enumerate(bars):
