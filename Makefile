@@ -18,8 +18,9 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/qatrun train demo --resume
 
+# A process for each core, a test file at a time.
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

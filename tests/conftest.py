@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Threads that wait for a core cost more than they bring.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 # As the benchmarks do, and why: scripts/benchmarks/__init__.py.
 _COMPILED = f"qatrun-inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}-{os.getuid()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _COMPILED))

@@ -29,8 +29,9 @@ pytest.importorskip("onnxscript")
     [
         (QatConfig(format="int8", weight=CHANNEL, ignore=("*.o_proj",)), {"attention_bias": True}),
         (QatConfig(format="int8", input=TOKEN, clip="target", weight=CHANNEL), {}),
+        (QatConfig(format="int8", input=RoleConfig(symmetric=False), weight=CHANNEL), {"attention_bias": True}),
     ],
-    ids=["channels, some with a bias, some in bf16", "tokens"],
+    ids=["channels, some with a bias, some in bf16", "tokens", "asymmetric"],
 )
 def test_a_graph_of_integer_products_gives_what_was_scored(
     tmp_path: Path, wanted: QatConfig, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -64,9 +65,9 @@ def test_a_graph_of_integer_products_gives_what_was_scored(
 REFUSED = {
     "hif8": (QatConfig(), "onnx is INT8 here, which runs as integers, and this is hif8 (--to hif8, or train int8)"),
     "mixed": (Mixed(), "and this is fp8_e4m3 (--to compressed-tensors, or train int8)"),
-    "asymmetric": (
-        QatConfig(format="int8", input=RoleConfig(symmetric=False)),
-        "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)",
+    "asymmetric tokens": (
+        QatConfig(format="int8", input=RoleConfig(symmetric=False, granularity="per_token")),
+        "asymmetric token scales are not written (qat.input.symmetric: true, or per_tensor)",
     ),
     "tokens": (
         QatConfig(format="int8", input=TOKEN, scaling=POWERS),

@@ -89,7 +89,9 @@ def compare(
             for task, score in twin.scores.tasks.items()
         ],
         perplexity=None if text is None else _compare_texts(start, twin, arm, text, limit, verdicts.get(PERPLEXITY)),
-        training=None if lost is None else _compare_training(lost, asked, verdicts.get(TRAINING)),
+        training=None
+        if lost is None
+        else compare_training(lost.num_items, lost.drop, partial(_drop_interval, lost), asked, verdicts.get(TRAINING)),
         verdict=worst,
         conditional_on=CONDITIONAL_ON,
     )
@@ -222,12 +224,20 @@ def _compare_texts(
     )
 
 
-def _compare_training(lost: Flips, asked: float | None, verdict: Verdict | None) -> TrainingComparison:
+def compare_training(
+    num_items: int, drop: float, bounds: Bounds, asked: float | None, verdict: Verdict | None
+) -> TrainingComparison:
+    """What was lost from the start model to the arm, judged though nobody asked.
+
+    Args:
+        drop: of accuracy; `bounds` its intervals.
+        asked: budget, percentage points; None: it is only said.
+        verdict: where it was judged in a family already.
+    """
     budget_pp = TRAINING_PP if asked is None else asked
-    bounds = partial(_drop_interval, lost)
     return TrainingComparison(
-        num_items=lost.num_items,
-        drop_pp=100.0 * lost.drop,
+        num_items=num_items,
+        drop_pp=100.0 * drop,
         ci95_pp=[100.0 * edge for edge in bounds(0.95)],
         budget_pp=budget_pp,
         asked=asked is not None,

@@ -42,6 +42,11 @@ class Stored(NamedTuple):
         return cls(codes, linear.weight_scale.flatten().expand(len(codes)), input_scale, linear.input_zero_point)
 
     @property
+    def zero(self) -> int:
+        """The code of an input's zero."""
+        return 0 if self.input_zero_point is None else int(self.input_zero_point)
+
+    @property
     def is_exact(self) -> bool:
         """Whether products with its scales are exact: powers of two, and none left to the engine. Under a zero-point engines
         round halves otherwise: x / s + z to even."""

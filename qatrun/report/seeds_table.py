@@ -10,7 +10,7 @@ from rich.text import Text
 from qatrun.records.seeds import Answer, Seeds, TaskOfSeeds
 from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
-from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, verdict_line
+from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, training_line, verdict_line
 from qatrun.text import interval
 
 EFFECT_STYLES: dict[Answer, str] = {"helps": "green", "no effect shown": "yellow", "hurts": "red"}
@@ -107,6 +107,7 @@ def _footer(summary: Seeds) -> list[RenderableType]:
     lines: list[RenderableType] = []
     if summary.verdict is not None:
         lines.append(verdict_line(summary.verdict, "the worst of the arms and tasks"))
+    lines += [training_line(name, arm.training) for name, arm in summary.arms.items() if arm.training is not None]
     if len(summary.seeds) > 1:
         lines.append(
             Text(

@@ -156,7 +156,7 @@ def _verdicts(pair: Pair, alarms: int) -> list[RenderableType]:
     more = f"conditional on {comparison.conditional_on}"
     lines: list[RenderableType] = [verdict_line(comparison.verdict, more, alarms)]
     if comparison.training is not None:
-        lines.append(_training_line(pair.arm, comparison.training))
+        lines.append(training_line(pair.arm, comparison.training))
     return lines
 
 
@@ -193,7 +193,7 @@ def _footer(pair: Pair) -> list[RenderableType]:
     return lines
 
 
-def _training_line(arm: str, training: TrainingComparison) -> Text:
+def training_line(arm: str, training: TrainingComparison) -> Text:
     """What was lost since the start model; a warning where no budget makes it count."""
     low, high = training.ci95_pp
     lost = f"{arm} lost {training.drop_pp:.1f} pp [{low:.1f}, {high:.1f}] against the start model over all tasks"

@@ -196,7 +196,7 @@ def _compare_codes(scored: Mapping[str, Stored], written: Mapping[str, Stored]) 
         differing += int((theirs.codes.view(torch.int8) != ours.codes.view(torch.int8)).sum())
         differing += int((theirs.weight_scale != ours.weight_scale).sum())
         differing += _differ(ours.input_scale, theirs.input_scale)
-        differing += _differ(ours.input_zero_point, theirs.input_zero_point)
+        differing += ours.zero != theirs.zero
     differing += len(written.keys() - scored.keys())
     return CodesProof(linears=len(scored), codes=codes, scales=scales, differing=differing)
 
