@@ -63,13 +63,15 @@ def drawn(renderable: RenderableType, width: int = 80) -> list[str]:
 def test_comparison_of_the_demo_fits_80_columns() -> None:
     names = ("demo_facts", "demo_routines", "demo_inference")
     lines = drawn(comparison_table(a_pair(*({**TASK, "task": name} for name in names))))
-    assert [line.rstrip() for line in lines[:4]] == [
+    assert [line.rstrip() for line in lines[:6]] == [
+        "verdict: inconclusive -- conditional on these checkpoints",
+        "",
         "hif8 against bf16",
         "task           start  bf16  hif8   off drop pp     95% interval verdict",
         "demo_facts     75.12 76.25 74.88 75.25   +1.37 -10.21 .. +10.55 inconclusive",
         "demo_routines  75.12 76.25 74.88 75.25   +1.37 -10.21 .. +10.55 inconclusive",
     ]
-    assert [line.rstrip() for line in lines[6:8]] == [
+    assert [line.rstrip() for line in lines[8:10]] == [
         "task            items    rel.       p     flips |Δll| detects budget to settle",
         "demo_facts     12,345 -11.80% 1.2e-10 123↓ 104↑ 0.123    1.23    1.5  ~123,456",
     ]
@@ -79,10 +81,10 @@ def test_comparison_of_the_demo_fits_80_columns() -> None:
 def test_what_is_not_known_is_a_dash_and_a_column_less() -> None:
     task = {**TASK, "start": None, "arm_off": None, "drop_relative_percent": None, "items_to_settle": None}
     lines = drawn(comparison_table(a_pair(task)))
-    assert "off" not in lines[1].split()
-    assert lines[2].split()[:4] == ["demo_facts", "-", "76.25", "74.88"]
-    assert lines[5].split()[2] == "-"
-    assert lines[5].split()[-1] == "-"
+    assert "off" not in lines[3].split()
+    assert lines[4].split()[:4] == ["demo_facts", "-", "76.25", "74.88"]
+    assert lines[7].split()[2] == "-"
+    assert lines[7].split()[-1] == "-"
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -110,8 +112,9 @@ def test_everything_known_is_below_the_tables() -> None:
         coverage="14 of 15 linears",
         mismatches=["seed -- the twin has 0, the arm 1"],
     )
-    assert drawn(comparison_table(pair), 120)[7:] == [
-        "verdict: inconclusive -- conditional on these checkpoints",
+    lines = drawn(comparison_table(pair), 120)
+    assert lines[0] == "verdict: inconclusive -- conditional on these checkpoints"
+    assert lines[9:] == [
         "scored: demo_facts 0-shot acc",
         "held-out perplexity: start 12.000, bf16 10.000, hif8 10.500, hif8 quantizers off 10.250",
         "training loss APE: 0.100% all steps, 0.200% after the switch",

@@ -83,7 +83,9 @@ def compare(
                 update={
                     "start": None if start is None else start.scores.tasks[task].accuracy,
                     "arm_off": None if arm_off is None else arm_off.tasks[task].accuracy,
-                    "others": _others({"start": start.scores if start else None, "twin": twin.scores, "arm": arm.scores}, task),
+                    "others": _others(
+                        {"start": start.scores if start else None, "twin": twin.scores, "arm": arm.scores}, task
+                    ),
                 }
             )
             for task, score in twin.scores.tasks.items()

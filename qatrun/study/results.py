@@ -18,6 +18,7 @@ from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
 from qatrun.records.values import Verdict
 from qatrun.report import comparison_text
+from qatrun.report.notebook import result_html
 from qatrun.report.overview import overview
 from qatrun.report.seeds_table import seeds_text
 from qatrun.report.tables import plain_text
@@ -54,6 +55,10 @@ class StudyResult:
         if self.summary is not None:
             return self.summary.verdict
         return worst_verdict(pair.comparison.verdict for pair in self.pairs)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        return result_html(self.ranked, self.diagnosis.sentence if self.diagnosis else "", self.page)
 
 
 def alarms_raised(folder: StudyFolder) -> dict[str, int]:
