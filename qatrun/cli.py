@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qatrun import boundary, followers, ranks, terminal
+from qatrun import boundary, completion, followers, ranks, terminal
 from qatrun.errors import InputError
 from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
@@ -34,7 +34,7 @@ app = typer.Typer(
     help="Run quantization-aware-training recipes for language models and learn honestly what quantization cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
 )
 out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
@@ -112,11 +112,17 @@ def train(
 
 @app.command()
 def check(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.", autocompletion=completion.recipes),
+    ] = None,
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
     processes: Annotated[str | None, typer.Option(metavar="N", help="What it would be with so many.")] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time two steps of each arm, on weights that are made up.")
+    ] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
@@ -133,10 +139,15 @@ def check(
     from qatrun.study import preflight
 
     checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes))
+    plan = checked.dry_run()
+    if time and not checked.problems:
+        from qatrun.study.timing import training_seconds
+
+        plan = plan.model_copy(update={"training_seconds": training_seconds(checked)})
     if json_:
-        out.print_data(checked.dry_run().to_dict())
+        out.print_data(plan.to_dict())
     else:
-        out.print(dry_run(checked.dry_run()))
+        out.print(dry_run(plan))
     if checked.problems:
         with _located(recipe, set_):
             raise InputError(checked.problems)
@@ -145,7 +156,10 @@ def check(
 @app.command(name="eval")
 def evaluate(
     path: Annotated[
-        str, argument("PATH", "A model: an arm of a study, a quantized folder, or any Hugging Face model.")
+        str,
+        argument(
+            "PATH", "A model: an arm of a study, a quantized folder, or any Hugging Face model.", completion.arm_folders
+        ),
     ],
     tasks: Annotated[
         str | None,
@@ -196,7 +210,7 @@ def evaluate(
 
 @app.command()
 def export(
-    arm: Annotated[str, argument("ARM", "A quantized arm's folder.")],
+    arm: Annotated[str, argument("ARM", "A quantized arm's folder.", completion.arm_folders)],
     to: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
@@ -230,10 +244,15 @@ def export(
 @app.command()
 def compare(
     twin: Annotated[
-        str | None, argument("TWIN", "The BF16 arm, or a folder with scores; none: every arm of the study, ranked.")
+        str | None,
+        argument(
+            "TWIN", "The BF16 arm, or a folder with scores; none: every arm of the study, ranked.", completion.arms
+        ),
     ] = None,
-    arm: Annotated[str | None, argument("ARM", "The arm to judge, or a folder with scores.")] = None,
-    study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
+    arm: Annotated[str | None, argument("ARM", "The arm to judge, or a folder with scores.", completion.arms)] = None,
+    study: Annotated[
+        str | None, place("STUDY", "Study to take arms from; default: the newest.", completion.studies)
+    ] = None,
     output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[
         list[str] | None,
@@ -401,7 +420,7 @@ def init(
         raise InputError(f"{file} exists already; give another --output")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(template(model), encoding="utf-8")
-    out.out(f"wrote {file}; next: qatrun check {file}")
+    out.out(f"wrote {file}; next: qatrun check {file} --time")
 
 
 def main() -> None:

@@ -18,6 +18,11 @@ def known(name: str, names: Collection[str], option: str) -> str:
     Raises:
         InputError: it is none; names the option, and the nearest.
     """
+    if name in ("gguf", "llama.cpp", "llamacpp"):
+        raise InputError(
+            f"{option} {name}: llama.cpp has none of these grids; its convert_hf_to_gguf.py --outtype q8_0 takes the arm's "
+            f"plain folder and quantizes that anew (here: {', '.join(names)})"
+        )
     if name not in names:
         raise InputError(f"{option} {name}: no such name{suggestion(name, names)}")
     return name
