@@ -47,10 +47,8 @@ def _too_few(plan: DryRun) -> Iterator[Text]:
         detects = task.detectable_drop_pp
         if task.num_items and detects and detects > task.budget_pp:
             enough = math.ceil(task.num_items * (detects / task.budget_pp) ** 2)
-            yield Text(
-                f"{task.name}: {task.num_items:,} items cannot judge a budget of {task.budget_pp:g} pp; about {enough:,} could",
-                style="yellow",
-            )
+            few = f"{task.name}: {task.num_items:,} items cannot judge a budget of {task.budget_pp:g} pp"
+            yield Text(f"{few}; about {enough:,} could", style="yellow")
 
 
 def _arm(arm: DryRunArm) -> RenderableType:

@@ -83,13 +83,12 @@ def _summary(folder: StudyFolder) -> StudySummary:
 
 
 def _state(folder: StudyFolder) -> str:
-    for file, kind in ((folder.seeds, Seeds), (folder.comparison, StudyComparison)):
-        if file.is_file():
-            try:
-                return read_json(file, kind).verdict or "finished"
-            except DamagedFileError:
-                return "damaged"
-    return "unfinished"
+    try:
+        if folder.comparison.is_file():
+            return read_json(folder.comparison, StudyComparison).verdict or "finished"
+        return (read_json(folder.seeds, Seeds).verdict or "finished") if folder.seeds.is_file() else "unfinished"
+    except DamagedFileError:
+        return "damaged"
 
 
 def _is_trained(folder: StudyFolder, file: Path) -> bool:
