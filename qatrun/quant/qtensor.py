@@ -89,8 +89,8 @@ def to_grid(
         x, inv_scale = x.unflatten(-1, (-1, scheme.block)), inv_scale.unsqueeze(-1)
     seen = quantize(x, inv_scale, grid, scheme.limit, zero=zero, values=values, codes=codes, blocked=blocked)
     if scheme.block is not None:
-        made = (None if part is None else part.flatten(-2) for part in (seen.values, seen.codes))
-        seen = seen._replace(**dict(zip(("values", "codes"), made, strict=True)))
+        on_grid, as_codes = (None if part is None else part.flatten(-2) for part in (seen.values, seen.codes))
+        seen = seen._replace(values=on_grid, codes=as_codes)
     return QTensor(grid, seen.values, seen.codes, scale, seen.blocked, zero), seen
 
 

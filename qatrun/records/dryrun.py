@@ -61,6 +61,7 @@ class DryRun(Record):
     Attributes:
         num_parameters: None where the model cannot be looked at, as is `disk_bytes`, phase -> estimate.
         processes: that are to train together; memory is that of each.
+        training_seconds: of all arms and trunks, estimated from steps that were timed; None where none was.
         assumed_discordance: share of the items on which two models are taken to differ.
     """
 
@@ -77,3 +78,4 @@ class DryRun(Record):
     problems: list[str]
     warnings: list[str] = Field(default_factory=list)
     processes: int = 1
+    training_seconds: float | None = None

@@ -196,11 +196,21 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
     )
 
 
+TRACKER_PACKAGES = {
+    "tensorboard": "'qatrun[track]'",
+    **{name: name for name in ("wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab", "trackio")},
+}
+
+
 def tracker_problems(names: Sequence[str]) -> list[Problem]:
     """A problem for each tracker that Accelerate does not know or that is not installed; it would leave those out."""
     installed = sorted({"all", *map(str, get_available_trackers())})
     return [
-        Problem(f"--track {name}: no such tracker here (one of {', '.join(installed)})")
+        Problem(
+            f"--track {name}: not installed: pip install {TRACKER_PACKAGES[name]}"
+            if name in TRACKER_PACKAGES
+            else f"--track {name}: no such tracker here (one of {', '.join(installed)})"
+        )
         for name in names
         if name not in installed
     ]
