@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qatrun.formats import Role
 from qatrun.numerics import Fit, affine_from_reach, inverse_scale, own_fit, scale_from_amax
+from qatrun.quant.expert_weights import named_experts
 from qatrun.quant.linears import Survey, named_linears
 from qatrun.quant.qtensor import to_grid
 from qatrun.scheme import ASYMMETRIC_STEPS, Scheme, Slot
@@ -143,6 +144,13 @@ def spreads(
     """
     linears = {name: module for name, module in named_linears(model).items() if name not in seen.unfit}
     weights = {name: _effective(module) for name, module in linears.items()}
+    experts = list(named_experts(model).values())
+    for each in experts:
+        parameter = model.get_parameter(f"{each.owner}.{each.leaf}")
+        weights |= {
+            name: weight.t() if each.transposed else weight
+            for name, weight in zip(each.linears, parameter, strict=True)
+        }
     found = {
         Slot(name, "weight"): Spread.of(weight, by_rows["weight"], channels_are_rows=True)
         for name, weight in weights.items()
@@ -153,10 +161,16 @@ def spreads(
         here = Spread.of(x, by_rows["input"], channels_are_rows=False)
         found[slot] = found[slot].and_(here) if slot in found else here
 
-    readers = [name for name in linears if seen.first_reader[name] == name or seen.first_reader[name] not in linears]
+    first = {name for name in linears if seen.first_reader[name] == name or seen.first_reader[name] not in linears}
+    readers = {name: name for name in linears if name in first}
+    readers |= {
+        each.owner: each.linears[0] for each in reversed(experts)
+    }  # of a module's parameters the first reads it
     handles = [
-        linears[name].register_forward_pre_hook(lambda _, args, name=name: see(Slot(name, "input"), args[0]))
-        for name in readers
+        model.get_submodule(module).register_forward_pre_hook(
+            lambda _, args, name=name: see(Slot(name, "input"), args[0])
+        )
+        for module, name in readers.items()
     ]
     try:
         for input_ids in batches:

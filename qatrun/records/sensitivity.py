@@ -14,10 +14,10 @@ Method = Literal["one backward", "one at a time"]
 
 
 class CostRow(TypedDict):
-    """Of some linears on one batch of text.
+    """Of some modules on one batch of text.
 
     Attributes:
-        name: a linear, or first linear of an input group.
+        name: a module, or the first one of an input group.
         nats, signal, noise: sums (see `quant.sensitivity.Cost`).
     """
 
@@ -32,7 +32,7 @@ class GroupCost(Record):
     """An input group, in the order in which groups are kept.
 
     Attributes:
-        linears: that read one tensor.
+        linears: that read one tensor, or the parameters of a module's experts; as a recipe names them.
         share: of all weights that the plan quantizes.
         nats: a token; what quantizing it costs, so scaled that all groups together cost what was measured.
         sqnr_db: of the linears' outputs; None where nothing is lost.

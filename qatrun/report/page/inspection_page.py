@@ -12,17 +12,8 @@ from qatrun.report.page.histograms import histogram_figure
 from qatrun.report.page.table import printable, sentence_case, table
 
 COLUMNS = (
-    *(
-        "tensor",
-        "least",
-        "largest",
-        "outlier ratio",
-        "outliers",
-        "SQNR dB",
-        "SQNR dB, typical",
-        "best amax",
-        "SQNR dB, best",
-    ),
+    *("tensor", "advice", "least", "largest", "outlier ratio", "outliers"),
+    *("SQNR dB", "SQNR dB, typical", "best amax", "SQNR dB, best"),
     *("SQNR dB, rows", "zero-point", "SQNR dB, asymmetric"),
 )
 
