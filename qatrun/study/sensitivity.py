@@ -84,7 +84,8 @@ def find_sensitivity(
     chosen = _arm(recipe, arm)
     wanted = keeping.parse_budget(budget or f"{recipe.budget['perplexity'] or 1.0}%")
     checked = preflight(recipe)
-    if problems := [each for each in checked.problems if not each.key.startswith(("eval.", "export"))]:
+    asked_elsewhere = {"eval", "export"}  # of what a search does not do
+    if problems := [each for each in checked.problems if not asked_elsewhere & set(each.key.split("."))]:
         raise InputError(problems)
     plan = checked.plans[chosen.name]
     assert plan is not None
@@ -100,7 +101,13 @@ def find_sensitivity(
     }
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         search = _Search(chosen, plan, folder, display, exact=exact, sequences=sequences)
-        found = search.result(wanted, source)
+        try:
+            found = search.result(wanted, source)
+        except KeyboardInterrupt:
+            display.on_warning(
+                "stopped by Ctrl-C: costs found so far are saved, and the same command goes on from there"
+            )
+            raise
         _write(folder, recipe, found, overrides)
     return folder, found
 
