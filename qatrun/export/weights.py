@@ -47,7 +47,7 @@ class StoredTensors(Mapping[str, Tensor]):
         self._of: dict[str, tuple[Path, Any]] = {}
         for file in weights_files(folder, pattern) or [folder / pattern.format(suffix="")]:
             with reading(file):
-                opened: Any = self._open.enter_context(safe_open(file, framework="pt"))  # type: ignore[no-untyped-call]
+                opened: Any = self._open.enter_context(safe_open(file, framework="pt"))
                 self._of |= dict.fromkeys(opened.keys(), (file, opened))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -55,6 +55,9 @@ class StoredTensors(Mapping[str, Tensor]):
         with reading(file):
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)

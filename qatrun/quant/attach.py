@@ -14,8 +14,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from qatrun.errors import InputError
+from qatrun.layout import QUANT_METHOD
 from qatrun.quant.expert_weights import named_experts
 from qatrun.quant.experts import FakeQuantExperts, QuantizedExperts
 from qatrun.quant.linear import FakeQuantLinear, Quantization
@@ -62,8 +65,10 @@ def attach(model: nn.Module, plan: QuantPlan) -> QuantState:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the original modules, with the parameters as training left them."""
-    for module in (*_modules_of(model, FakeQuantLinear).values(), *_modules_of(model, FakeQuantExperts).values()):
-        module.take_off()
+    for linear in _modules_of(model, FakeQuantLinear).values():
+        linear.take_off()
+    for experts in _modules_of(model, FakeQuantExperts).values():
+        experts.take_off()
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)
 
@@ -103,6 +108,13 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     delattr(model, STATE_NAME)
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their float32
         parameter.data = parameter.data.to(dtype)
+    mark_quantized(model)
+
+
+def mark_quantized(model: nn.Module) -> None:
+    """Let transformers know: its `save_pretrained` would write tensors that its `from_pretrained` has no place for."""
+    if isinstance(model, PreTrainedModel):
+        setattr(model, "hf_quantizer", AutoHfQuantizer.from_config({"quant_method": QUANT_METHOD}))  # noqa: B010
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

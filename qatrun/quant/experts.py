@@ -149,9 +149,8 @@ class FakeQuantExperts(_ExpertsModule):
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the module's own."""
         state = next(self.linears()).quant.state
-        if state.mode is Mode.QUANTIZE or (state.mode is Mode.OBSERVE and self.training):
-            return self._by_expert(hidden_states, *routing)
-        y: Tensor = super().forward(hidden_states, *routing)
+        takes_part = state.mode is Mode.QUANTIZE or (state.mode is Mode.OBSERVE and self.training)
+        y: Tensor = (self._by_expert if takes_part else super().forward)(hidden_states, *routing)
         return y
 
     def _linears(self, leaf: str) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -176,14 +175,16 @@ class QuantizedExperts(_ExpertsModule):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the module's own."""
-        return self._by_expert(hidden_states, *routing)
+        y: Tensor = self._by_expert(hidden_states, *routing)
+        return y
 
     def _linears(self, leaf: str) -> Iterator[Callable[[Tensor], Tensor]]:
         frozen = getattr(self, leaf)
         if not isinstance(frozen, nn.ModuleList):
             yield from super()._linears(leaf)
             return
-        for linear, bias in zip(frozen, self._biases(leaf), strict=True):
+        linears: Any = frozen
+        for linear, bias in zip(linears, self._biases(leaf), strict=True):
             yield partial(linear.product, bias=bias)
 
 

@@ -239,7 +239,7 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
     if problems:
         raise InputError(problems)
     first_reader = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
-    groups = {name: (seen.first_reader | first_reader)[name] for name in schemes}
+    groups = {name: ({**seen.first_reader, **first_reader})[name] for name in schemes}
     return QuantPlan(schemes, groups, wanted.saves_codes)
 
 

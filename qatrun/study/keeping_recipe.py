@@ -36,10 +36,10 @@ def keeping_recipe(folder: Path, recipe: Recipe, found: Sensitivity, overrides: 
     section: Any = {"qat": {"modules": [*own, *given]}}
     if sum(arm.qat is not None for arm in recipe.arm_by_name.values()) > 1:
         section = {"arms": {found.arm: section}}
-    text = io.StringIO()
+    written = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
-    yaml.dump(deep_merge(tree, section), text)
+    yaml.dump(deep_merge(tree, section), written)
     said = "\n".join(f"# {line}" for line in found.answer.split("; "))
-    return f"# {recipe.name}, {found.arm}: by qatrun sensitivity, {found.method}\n{said}\n{text.getvalue()}"
+    return f"# {recipe.name}, {found.arm}: by qatrun sensitivity, {found.method}\n{said}\n{written.getvalue()}"

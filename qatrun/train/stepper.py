@@ -18,6 +18,7 @@ from qatrun.numerics import recomputed_products
 from qatrun.quant import Mode, QuantPlan, QuantState, attach
 from qatrun.ranks import world
 from qatrun.recipe import ModelConfig, TrainConfig
+from qatrun.train.coded_gather import CodedGathers
 from qatrun.train.objective import CrossEntropy, Distillation, Objective
 from qatrun.train.sharding import own_part, shard
 
@@ -71,8 +72,10 @@ class Stepper:
         self.prepared = model if self.sharded else accelerator.prepare_model(model)
         if self.sharded:
             shard(model, self.world, accelerator.device)
+        self._coded: CodedGathers | None = None
         if self.sharded and self.quant is not None:
             self.quant.to(accelerator.device).keeps_grids = False
+            self._coded = CodedGathers(model, self.world)
         groups = list(_parameter_groups(model, train.weight_decay))
         self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
         self.objective: Objective = CrossEntropy()
@@ -91,6 +94,8 @@ class Stepper:
         self._nonfinite |= ~(terms[0].isfinite() & grad_norm.isfinite())
         self.optimizer.found_inf = self._nonfinite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self._coded is not None:
+            self._coded.forget()
         self.optimizer.zero_grad(set_to_none=True)
         return Taken(dict(zip(self.objective.terms, terms, strict=True)), grad_norm, self._move_scales())
 
