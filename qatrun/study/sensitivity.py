@@ -21,7 +21,7 @@ from qatrun.evaluate.paired import Rate
 from qatrun.evaluate.text import perplexity
 from qatrun.files import read_rows, replace_file, write_json
 from qatrun.layout import StudyFolder
-from qatrun.model import DTYPES, load_model, on_device
+from qatrun.model import DTYPES, load_model, on_device, text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.quant.calibration import calibrated_plan
@@ -50,7 +50,7 @@ from qatrun.train.metrics import RowsFile
 RESULT, COSTS, CURVE, FRAGMENT = "sensitivity.json", "costs.jsonl", "curve.svg", "keep.yaml"
 OWN = (RESULT, COSTS, CURVE, FRAGMENT)
 ALL = "all together"  # as a group of costs.jsonl
-AT_ONCE = 4  # sequences of a batch at most: what is lost by a stop, and held in memory
+AT_ONCE, LOGITS_AT_ONCE = 4, 2**27  # sequences of a batch, and their logits: what a stop loses, and memory holds
 
 
 def find_sensitivity(
@@ -130,8 +130,9 @@ class _Search:
         self.arm, self.plan, self.folder, self.display, self.exact = arm, plan, folder, display, exact
         data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
         self.text, self.held_out = data.train.take(sequences), data.valid
-        self.at_once = min(AT_ONCE, arm.train.micro_batch_size)
         self.model = on_device(load_model(arm.model, DTYPES[arm.model.param_dtype]))
+        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(self.model).vocab_size)
+        self.at_once = max(1, min(AT_ONCE, arm.train.micro_batch_size, room))
         attach(self.model, calibrated_plan(plan))
         self.groups = input_groups(self.model, plan)
         self.modules = [name for group in self.groups.values() for name in group.modules]
