@@ -19,7 +19,7 @@ from faults.studies import FAULTS, STEPS
 from qatrun.records.diagnosis import Cause
 
 NOTHING = "nothing"
-LOOKED_AT = (0,)  # seeds, while the rule was mended
+LOOKED_AT = (0, 1)  # seeds, while the rule was mended
 
 
 class Judged(NamedTuple):
