@@ -47,7 +47,7 @@ class StoredTensors(Mapping[str, Tensor]):
         self._of: dict[str, tuple[Path, Any]] = {}
         for file in weights_files(folder, pattern) or [folder / pattern.format(suffix="")]:
             with reading(file):
-                opened: Any = self._open.enter_context(safe_open(file, framework="pt"))  # type: ignore[no-untyped-call]
+                opened: Any = self._open.enter_context(safe_open(file, framework="pt"))
                 self._of |= dict.fromkeys(opened.keys(), (file, opened))
 
     def __getitem__(self, name: str) -> Tensor:

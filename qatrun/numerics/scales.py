@@ -34,7 +34,8 @@ def amax(x: Tensor, granularity: str) -> Tensor:
     """
     values = x.detach()
     if (block := GRANULARITIES[granularity].block) is not None:
-        return values.unflatten(-1, (-1, block)).abs().amax(dim=-1).to(torch.float32)
+        blocks: Tensor = values.unflatten(-1, (-1, block))
+        return blocks.abs().amax(dim=-1).to(torch.float32)
     if not GRANULARITIES[granularity].rows:
         if values.numel() == 0:
             return values.new_zeros((), dtype=torch.float32)

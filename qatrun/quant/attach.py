@@ -62,8 +62,10 @@ def attach(model: nn.Module, plan: QuantPlan) -> QuantState:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the original modules, with the parameters as training left them."""
-    for module in (*_modules_of(model, FakeQuantLinear).values(), *_modules_of(model, FakeQuantExperts).values()):
-        module.take_off()
+    for linear in _modules_of(model, FakeQuantLinear).values():
+        linear.take_off()
+    for experts in _modules_of(model, FakeQuantExperts).values():
+        experts.take_off()
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)
 
@@ -97,7 +99,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     for name, linear in _modules_of(model, FakeQuantLinear).items():
         replace_linears(model, {name: QuantizedLinear.from_trained(linear, dtype)})
     for module in _modules_of(model, FakeQuantExperts).values():
-        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.linears()}
+        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.all_linears()}
         module.take_off()
         replace_linears(model, trained)
     delattr(model, STATE_NAME)

@@ -136,7 +136,7 @@ class FakeQuantExperts(_ExpertsModule):
             for experts, of_experts in quants.items()
         }
 
-    def linears(self) -> Iterator[ExpertLinear]:
+    def all_linears(self) -> Iterator[ExpertLinear]:
         """Of all its parameters."""
         for linears in self.quants.values():
             yield from linears
@@ -148,9 +148,10 @@ class FakeQuantExperts(_ExpertsModule):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the module's own."""
-        state = next(self.linears()).quant.state
+        state = next(self.all_linears()).quant.state
         if state.mode is Mode.QUANTIZE or (state.mode is Mode.OBSERVE and self.training):
-            return self._by_expert(hidden_states, *routing)
+            by_expert: Tensor = self._by_expert(hidden_states, *routing)
+            return by_expert
         y: Tensor = super().forward(hidden_states, *routing)
         return y
 
@@ -176,7 +177,8 @@ class QuantizedExperts(_ExpertsModule):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the module's own."""
-        return self._by_expert(hidden_states, *routing)
+        y: Tensor = self._by_expert(hidden_states, *routing)
+        return y
 
     def _linears(self, leaf: str) -> Iterator[Callable[[Tensor], Tensor]]:
         frozen = getattr(self, leaf)
@@ -184,7 +186,8 @@ class QuantizedExperts(_ExpertsModule):
             yield from super()._linears(leaf)
             return
         for linear, bias in zip(frozen, self._biases(leaf), strict=True):
-            yield partial(linear.product, bias=bias)
+            product: Callable[..., Tensor] = linear.product  # type: ignore[assignment]  # of a QuantizedLinear
+            yield partial(product, bias=bias)
 
 
 _CLASSES: dict[tuple[type[_ExpertsModule], type[nn.Module]], type[_ExpertsModule]] = {}

@@ -95,7 +95,8 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
 if TYPE_CHECKING:
-    ExportName = HardwareName = str
+    ExportName = str
+    HardwareName = str
 else:
     ExportName, HardwareName = Literal[EXPORT_NAMES], Literal[HARDWARE_NAMES]
 Exports = Annotated[tuple[ExportName, ...], Field(strict=False), AfterValidator(_distinct_names)]
