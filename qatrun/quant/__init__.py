@@ -1,7 +1,7 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
 from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linear
-from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
+from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms, statistics
 from qatrun.quant.folding import Fold, find_folds
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.linears import Survey, named_linears, survey
@@ -44,5 +44,6 @@ __all__ = [
     "quantized_linears",
     "replace_linear",
     "smooth",
+    "statistics",
     "survey",
 ]

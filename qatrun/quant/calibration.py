@@ -72,7 +72,9 @@ def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState
             on_x, _ = to_grid(x, quantizer.scheme, (shrunk, inverse_scale(shrunk), zero), torch.float32)
             errors[quantizer.index][number] += float((x.float() - on_x.dequantized()).square().sum())
 
-    handles = [module.register_forward_pre_hook(partial(measure, quantizer)) for module, quantizer in quantizers.values()]
+    handles = [
+        module.register_forward_pre_hook(partial(measure, quantizer)) for module, quantizer in quantizers.values()
+    ]
     try:
         for input_ids in batches:
             model(input_ids=input_ids, use_cache=False)
@@ -90,18 +92,39 @@ def _factors(scheme: Scheme) -> Sequence[float]:
     return [2.0**-n for n in range(len(SHRUNK))] if scheme.scaling.to_power_of_two else SHRUNK
 
 
-def calibrated_plan(plan: QuantPlan) -> QuantPlan:
-    """The plan with every scale of a whole tensor from calibration, whatever its own scaling; rounded as its own are."""
+def calibrated_plan(plan: QuantPlan, *, keeps_unscaled: bool = False) -> QuantPlan:
+    """The plan of the forward with every scale of a whole tensor from calibration, whatever its own scaling; rounded as its
+    own are.
+
+    Args:
+        keeps_unscaled: tensors that have the scale 1 for a reason keep it.
+    """
     schemes = {
         name: {
             role: scheme
-            if scheme.per_row
+            if scheme.per_row or (keeps_unscaled and scheme.scaling.type == "none")
             else replace(scheme, scaling=replace(CALIBRATED, rounding=scheme.scaling.rounding))
             for role, scheme in of_roles.items()
+            if role != "grad_output"
         }
         for name, of_roles in plan.schemes.items()
     }
     return replace(plan, schemes=schemes, saves_codes=False)
+
+
+@torch.no_grad()
+def statistics(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """[num_slots, len(STATISTICS)] of an attached model that quantizes, on this text, [batch, seq_len]; scales stay."""
+    state = attached_state(model)
+    state.training, state.tally.measures_noise = True, True
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    finally:
+        state.training, state.tally.measures_noise = False, False
+    state.tally.note_amax(state.scales.amax)
+    state.tally.note_fit(state.scales, primed=state.primed)
+    state.scales.amax = torch.zeros_like(state.scales.amax)
+    return state.tally.take()
 
 
 def finest_plan(plan: QuantPlan) -> QuantPlan:

@@ -94,7 +94,9 @@ class _Seen:
 def _is_norm_like(module: nn.Module) -> bool:
     """Whether it has a weight of one dimension, and perhaps a bias, and nothing else."""
     weight = module._parameters.get("weight")
-    return not module._modules and weight is not None and weight.dim() == 1 and {*module._parameters} <= {"weight", "bias"}
+    return (
+        not module._modules and weight is not None and weight.dim() == 1 and {*module._parameters} <= {"weight", "bias"}
+    )
 
 
 def _folds(model: nn.Module, seen: _Seen) -> Iterator[Fold]:

@@ -16,6 +16,8 @@ class DryRunArm(Record):
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
         export: what it is written as in the end.
+        method: "qat", or "ptq" for an arm that no step is trained for.
+        calibration: how scales are found without training, in words.
     """
 
     name: str
@@ -30,6 +32,8 @@ class DryRunArm(Record):
     roles: list[str]
     memory_bytes: dict[str, int] | None
     export: list[str] = Field(default_factory=list)
+    method: str = "qat"
+    calibration: list[str] = Field(default_factory=list)
 
 
 class DryRunTask(Record):

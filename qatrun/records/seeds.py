@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from qatrun.files import Record
+from qatrun.records.comparison import OverPtq
 from qatrun.records.values import Interval, Verdict
 
 Answer = Literal["helps", "hurts", "no effect shown"]
@@ -123,3 +124,4 @@ class Seeds(Record):
     start: StartOfSeeds
     arms: dict[str, ArmOfSeeds]
     contrasts: list[Contrast] = Field(default_factory=list)
+    over_ptq: list[OverPtq] = Field(default_factory=list)

@@ -45,14 +45,17 @@ def memory_bytes(
     bf16 = states + casts + kept + logits
     # Quantized weights and inputs are kept on their grid for the backward, with one byte a value for the STE's mask.
     qat = bf16 + grids + kept // 4
-    return {"bf16 training": bf16, "qat training": qat, "scoring": num_parameters * compute}
+    scoring = num_parameters * compute
+    calibration = num_parameters * parameter + casts + layer + logits  # one layer and the logits, without gradients
+    return {"bf16 training": bf16, "qat training": qat, "calibration": calibration, "scoring": scoring}
 
 
 def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> dict[str, int]:
     """Disk by phase: the checkpoints that trunk and arms keep while training, and the model folders they end in."""
     first = next(iter(arms.values()))
+    trained = [arm for arm in arms.values() if arm.trains]
     checkpoint = num_parameters * BYTES[first.model.param_dtype] * (1 + ADAMW_MOMENTS)
-    kept = checkpoint * first.train.keep_last * (len(arms) + (1 if first.warmup.steps else 0))
+    kept = checkpoint * first.train.keep_last * (len(trained) + (1 if trained and first.warmup.steps else 0))
     plain = sum(num_parameters * BYTES[arm.model.compute_dtype] for arm in arms.values())
     codes = sum(
         num_parameters * BYTES[arms[name].model.compute_dtype] - count * (BYTES[arms[name].model.compute_dtype] - 1)

@@ -12,18 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qatrun.data import Batch, PackedStream
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import score_texts
 from qatrun.followers import together
+from qatrun.layout import ArmFolder
 from qatrun.model import DTYPES, load_model, on_device, without_weights
-from qatrun.quant import ResumableState, attach
+from qatrun.quant import QuantPlan, ResumableState, attach, statistics
 from qatrun.ranks import world
-from qatrun.recipe import EvalConfig, ModelConfig
+from qatrun.recipe import Arm, CalibrationConfig, EvalConfig, ModelConfig
 from qatrun.records.scores import TextScores
 from qatrun.records.training import Outcome
 from qatrun.study.display import SILENT, Display, ScoringDisplay
+from qatrun.study.variants import calibrated, computing_as
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.loop import train
 from qatrun.train.segment import Segment, Watched
@@ -97,6 +101,22 @@ def _whole(sharded: Any, segment: Segment) -> Any:
     if segment.plan is not None and scales is not None:
         ResumableState(attach(model, segment.plan)).load_state_dict(scales)
     return model
+
+
+def calibrate_together(
+    arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor], held_out: Tensor
+) -> tuple[Any, Tensor]:
+    """A model that is made by calibration alone, see `variants.calibrated`, and the `quant.statistics` of its tensors on
+    held-out text, [batch, seq_len]."""
+    return together(partial(_calibrate, arm, folder, plan, batches, held_out), None, None)
+
+
+def _calibrate(
+    arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor], held_out: Tensor, _: None
+) -> tuple[Any, Tensor]:
+    model = calibrated(arm, folder, plan, batches, arm.qat.calibrating if arm.qat else CalibrationConfig())
+    with computing_as(arm, model):
+        return model, statistics(model, held_out.to(next(model.parameters()).device)).cpu()
 
 
 def score_together(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,20 @@ from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.export import EXPORTS
 from qatrun.formats import Role
+from qatrun.layout import START
 from qatrun.model import architecture, check_model, text_config
-from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
+from qatrun.quant import (
+    Coverage,
+    QuantPlan,
+    Survey,
+    calibrated_plan,
+    coverage,
+    find_folds,
+    folded,
+    make_plan,
+    survey,
+)
+from qatrun.quant.linears import described
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
@@ -44,6 +56,7 @@ class Preflight:
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
         processes: that are to train together.
+        calibrations: arm -> how its scales are found without training, in words; those that have none are left out.
     """
 
     recipe: Recipe
@@ -56,6 +69,7 @@ class Preflight:
     problems: list[Problem]
     warnings: list[Problem]
     processes: int
+    calibrations: Mapping[str, list[str]] = field(default_factory=dict)
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -83,7 +97,7 @@ class Preflight:
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             num_quantized = covered.quantized_weights if covered else 0
             memory = memory_bytes(arm, self.num_parameters, num_quantized, self.config, self.processes)
-            memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
+            memory = {phase: size for phase, size in memory.items() if phase in _phases(arm)}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
             name=name,
@@ -95,7 +109,11 @@ class Preflight:
             tokens_per_step=tokens_per_step,
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
-            roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
+            roles=[_role_text(*each) for each in arm.qat.schemes.items() if arm.trains or each[0] != "grad_output"]
+            if arm.qat is not None
+            else [],
+            method=arm.method,
+            calibration=self.calibrations.get(name, []),
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
         )
@@ -116,6 +134,7 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
     warnings: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
+    calibrations: dict[str, list[str]] = {}
     models: dict[str, nn.Module | None] = {}
     tokenizers: dict[str, Any] = {}
     checked_data: set[tuple[str, str]] = set()
@@ -133,9 +152,13 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         if model is not None and qat is not None:
             seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
             plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
+            if plan is not None and not arm.trains:
+                plan = calibrated_plan(plan, keeps_unscaled=True)
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
+            if lines := list(_calibration_lines(arm, plan, model)):
+                calibrations[name] = lines
             problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
@@ -148,7 +171,10 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         warnings += [_named(problem, name, recipe) for problem in found]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     problems += [
-        _named(problem, name, recipe) for name, arm in arms.items() for problem in _sharing_problems(arm, processes)
+        _named(problem, name, recipe)
+        for name, arm in arms.items()
+        if arm.trains
+        for problem in _sharing_problems(arm, processes)
     ]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -165,7 +191,31 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
+        calibrations=calibrations,
     )
+
+
+def _phases(arm: Arm) -> tuple[str, ...]:
+    """What an arm takes memory for."""
+    if not arm.trains:
+        return ("calibration", "scoring")
+    return ("bf16 training", *(("qat training",) if arm.qat is not None else ()), "scoring")
+
+
+def _calibration_lines(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[str]:
+    """How the scales of an arm are found without training; nothing where they are not."""
+    if arm.qat is None or (arm.trains and arm.qat.init != "ptq"):
+        return
+    how = arm.qat.calibrating
+    what = "the start model" if arm.twin == START or arm.trains else arm.twin
+    by = "the largest value" if how.input == "absmax" else "the least mean square error of inputs"
+    yield f"calibration of {what}: {how.sequences} sequences of {arm.data.seq_len} tokens, scales by {by}"
+    if how.smooth is None:
+        return
+    smoothed = {name for fold in folded(find_folds(model), plan.schemes) for name in fold.readers}
+    left = {name: "what makes their input cannot be scaled" for name in plan.linears if name not in smoothed}
+    text = f"inputs of {len(plan.linears) - len(left)} of {len(plan.linears)} linears smoothed by {how.smooth:g}"
+    yield text + (f"; not: {described(left)}" if left else "")
 
 
 def _role_text(role: Role, scheme: Scheme) -> str:
@@ -229,15 +279,18 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
     for name, arm in arms.items():
         if arm.twin is None:
             continue
-        of_arm, of_twin = _comparable_settings(arm), _comparable_settings(arms[arm.twin])
+        # The start model is scored on the first arm's text.
+        twin = arms[next(iter(arms)) if arm.twin == START else arm.twin]
+        of_arm, of_twin = (_comparable_settings(each, trained=arm.trains) for each in (arm, twin))
         differing = [key for key in of_arm if of_arm[key] != of_twin[key]]
         if differing:
             message = f"its twin '{arm.twin}' has other {', '.join(differing)}: name a twin that does not, or add one"
             yield Problem(message, f"arms.{name}.twin")
 
 
-def _comparable_settings(arm: Arm) -> dict[str, Any]:
-    return {**matched_settings(arm), "data": arm.data.model_dump()}
+def _comparable_settings(arm: Arm, *, trained: bool) -> dict[str, Any]:
+    settings = matched_settings(arm) if trained else {"model": arm.model.model_dump(mode="json")}
+    return {**settings, "data": arm.data.model_dump()}
 
 
 def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:

@@ -93,6 +93,9 @@ def _lags(scaling: Scaling) -> bool:
 def _against_resolution(arm: Arm, plan: QuantPlan, tensors: list[TensorRecord]) -> Iterator[Remedy]:
     qat = arm.qat
     assert qat is not None
+    easier = {"input": "mse", "smooth": 0.5}
+    if not arm.trains and not qat.schemes["input"].per_row and qat.calibrating.smooth is None:
+        yield Remedy("inputs smoothed by 0.5, scaled for the least error", {"qat": {"calibration": easier}})
     rows = {"input": "per_token", "weight": "per_channel"}
     coarse = {role: rows[role] for role, scheme in qat.schemes.items() if role in rows and not scheme.per_row}
     if coarse:
