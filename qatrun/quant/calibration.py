@@ -14,7 +14,7 @@ from qatrun.formats import Role
 from qatrun.numerics import inverse_scale
 from qatrun.quant.attach import attached_state
 from qatrun.quant.linear import FakeQuantLinear
-from qatrun.quant.plan import QuantPlan
+from qatrun.quant.plan import QuantPlan, Schemes
 from qatrun.quant.qtensor import to_grid
 from qatrun.quant.quantizer import Quantizer
 from qatrun.quant.state import Mode, QuantState
@@ -99,7 +99,7 @@ def calibrated_plan(plan: QuantPlan, *, keeps_unscaled: bool = False) -> QuantPl
     Args:
         keeps_unscaled: tensors that have the scale 1 for a reason keep it.
     """
-    schemes = {
+    schemes: dict[str, Schemes] = {
         name: {
             role: scheme
             if scheme.per_row or (keeps_unscaled and scheme.scaling.type == "none")

@@ -123,9 +123,9 @@ def _folds(model: nn.Module, seen: _Seen) -> Iterator[Fold]:
 def _edges(seen: _Seen) -> Counter[Any]:
     """Node of the graph -> how many others read what it makes."""
     result = seen.result
-    logits = getattr(result, "logits", result[0] if isinstance(result, tuple) else result)
+    logits: Any = getattr(result, "logits", None)
     edges: Counter[Any] = Counter()
-    done, to_do = set(), [logits.grad_fn]
+    done, to_do = set(), [None if logits is None else logits.grad_fn]
     while to_do:
         node = to_do.pop()
         if node is None or node in done:

@@ -42,7 +42,8 @@ def calibrated(arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[T
 def calibration_batches(arm: Arm, sequences: int) -> tuple[Tensor, ...]:
     """The first so many training sequences, [batch, seq_len] token ids each."""
     data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
-    return data.train.take(sequences).input_ids.split(arm.train.micro_batch_size)
+    batches: tuple[Tensor, ...] = data.train.take(sequences).input_ids.split(arm.train.micro_batch_size)
+    return batches
 
 
 @contextmanager
