@@ -105,6 +105,25 @@ def test_without_power_nothing_is_ruled_out_and_the_most_that_could_hide_is_said
     assert found["forgetting"].unit == "nats a token"
 
 
+def test_intervals_hold_together_and_half_of_what_may_be_wrong_goes_to_whole_texts() -> None:
+    asked: list[float] = []
+
+    def interval(confidence: float) -> Interval:
+        asked.append(1.0 - confidence)
+        return -1.0, 1.0
+
+    noted, nothing = Measured(0.0, interval), measured(0.0)
+    base = measures()
+    texts = base.texts | {"training": {"known": noted}}
+    strata = {"training": {"common": noted, "rare": noted}}
+    points, nats = (dict.fromkeys(base.points, nothing) | {"training": noted} for _ in range(2))
+    causes(Measures(texts, strata, points, nats, {}, {}), clipped=False)
+    assert asked == pytest.approx([0.025, *[0.025 / 4] * 4])
+    asked.clear()
+    causes(Measures({}, {}, points, nats, {}, {}), clipped=False)  # no text
+    assert asked == pytest.approx([0.025, 0.025])
+
+
 def test_either_text_is_enough_to_find_and_both_must_rule_out() -> None:
     found = measures(whole=0.06, beyond_ptq=0.05)
     for text, expected in (("held-out", "found"), ("known", "found")):

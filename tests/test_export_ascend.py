@@ -77,7 +77,10 @@ def test_the_ascend_layout_is_that_of_the_inference_recipes(tmp_path: Path) -> N
     assert json.loads((written / "hif8.json").read_text())["format"] == "hifloat8"
 
 
-@pytest.mark.parametrize("of_input", [RoleConfig(), TOKEN], ids=["static", "tokens"])
+ASYMMETRIC = RoleConfig(symmetric=False)
+
+
+@pytest.mark.parametrize("of_input", [RoleConfig(), ASYMMETRIC, TOKEN], ids=["static", "asymmetric", "tokens"])
 def test_ascend_v1_is_what_msmodelslim_writes(tmp_path: Path, of_input: RoleConfig) -> None:
     wanted = QatConfig(format="int8", weight=CHANNEL, input=of_input, ignore=("*.o_proj",))
     arm, frozen, plan = frozen_arm(tmp_path, wanted, torch.bfloat16, mlp_bias=True)
@@ -85,7 +88,7 @@ def test_ascend_v1_is_what_msmodelslim_writes(tmp_path: Path, of_input: RoleConf
     assert record.codes.differing == 0
     tensors = load_file(written / "quant_model_weights.safetensors")
     described = json.loads((written / "quant_model_description.json").read_text())
-    kind = "W8A8" if of_input == RoleConfig() else "W8A8_DYNAMIC"
+    kind = "W8A8_DYNAMIC" if of_input == TOKEN else "W8A8"
     assert (described.pop("model_quant_type"), described.pop("version"), described.pop("group_size")) == (
         kind,
         "1.0.0",
@@ -105,10 +108,12 @@ def test_ascend_v1_is_what_msmodelslim_writes(tmp_path: Path, of_input: RoleConf
         assert described[f"{name}.weight"] == kind
         if kind == "W8A8":
             assert torch.equal(own["deq_scale"], linear.input_scale * linear.weight_scale.flatten())
-            bias = torch.zeros(len(own["weight"])) if linear.bias is None else linear.bias.float()
             assert own["quant_bias"].dtype == torch.int32
-            assert ((own["quant_bias"] * own["deq_scale"] - bias).abs() <= own["deq_scale"] * 0.5001).all()
-            assert not own["input_offset"].any()
+            q = torch.randint(-127, 128, (5, own["weight"].shape[1]))
+            x = (q - own["input_offset"]) * own["input_scale"]  # which Ascend's kernel rounds to q
+            y = (q.double() @ own["weight"].double().t() + own["quant_bias"]) * own["deq_scale"]
+            assert ((y - linear.float()(x)).abs() <= own["deq_scale"] * 0.51 + 1e-5 * y.abs().max()).all()
+            assert bool(own["input_offset"].any()) == (of_input == ASYMMETRIC)
         else:
             assert own.keys() <= {"weight", "weight_scale", "weight_offset", "bias"}
 

@@ -136,10 +136,10 @@ class TestChoice:
         chosen, recipe = self.choose(tmp_path, probe={"path": "builtin:demo", "split": "probe"})
         data, tokenizer = recipe.data, load_tokenizer(recipe.model)
         assert chosen.source == "given"
-        expected = open_probe(data, tokenizer, NUM)
+        expected = open_probe(data, tokenizer, 2 * NUM)  # for there is little
         assert expected is not None
         assert torch.equal(chosen.input_ids, expected)
-        assert str(chosen) == f"data.probe, {NUM} sequences of {SEQ_LEN} tokens"
+        assert str(chosen) == f"data.probe, {2 * NUM} sequences of {SEQ_LEN} tokens"
 
     def test_held_out_text_of_the_kind_that_the_model_writes_is_taken(self, tmp_path: Path) -> None:
         chosen, recipe = self.choose(tmp_path, train=own_kind(tmp_path))
@@ -151,7 +151,7 @@ class TestChoice:
     def test_else_the_model_writes_its_own_which_is_kept_and_made_again_the_same(self, tmp_path: Path) -> None:
         chosen, recipe = self.choose(tmp_path, train=another_kind(tmp_path))
         assert chosen.source == "own writing"
-        assert chosen.input_ids.shape == (NUM, SEQ_LEN)
+        assert chosen.input_ids.shape == (2 * NUM, SEQ_LEN)
         assert "the held-out text is of another kind, or new (token frequencies 0." in str(chosen)
         file = StudyFolder(tmp_path / "a").start.known_text
         content = bytearray(file.read_bytes())

@@ -312,6 +312,10 @@ OVERRIDDEN: dict[str, tuple[list[str], list[str]]] = {
         "--set arms.hif8.qat.start_step=5: arms.hif8.qat.start_step -- start_step 5 is before the end of the "
         "BF16 warmup (at least 500, warmup.steps)",
     ]),
+    "an entry of a list": (["qat.modules=[{match: x, input: {target_amax: 0}}]"], [
+        "--set qat.modules=[{match: x, input: {target_amax: 0}}]: qat.modules[0].input.target_amax -- must be greater "
+        "than 0 (got 0)",
+    ]),
     "several, in the order given": (["train.seed=a", "qat.ste=clip", "oops"], [
         "--set train.seed=a: train.seed -- must be a whole number (got 'a')",
         "--set qat.ste=clip: qat.ste -- unknown ste 'clip' (did you mean 'clipped'?)",

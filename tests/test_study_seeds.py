@@ -13,13 +13,14 @@ from rich.console import Console
 from studies import checksums, interrupt_at, read
 from tiny_world import Ran, run_qatrun, write_world
 
-from qatrun.evaluate.paired import t_interval
+from qatrun.evaluate.paired import t_interval, worst_verdict
 from qatrun.files import read_json, sha256
 from qatrun.layout import StudyFolder, newest_study
 from qatrun.recipe import load_recipe
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.seeds import Seeds
 from qatrun.report.seeds_table import seeds_table
+from qatrun.study.evidence import summarize
 from qatrun.study.preflight import preflight
 
 SHORT = ("--set", "train.steps=6", "--set", "warmup.steps=2", "--set", "qat.scaling.window=2")
@@ -143,6 +144,30 @@ def test_the_summary_is_of_the_scores_of_the_seeds(finished: Path) -> None:
     assert arm["perplexity"] == [pair.perplexity["arm"] for pair in pairs]
     assert arm["all_tasks"]["num_items"] == 120
     assert arm["all_tasks"]["mean"] == pytest.approx(sum(task["mean"] for task in arm["tasks"].values()) / 2)
+
+
+def test_what_training_lost_is_said_over_seeds_and_counts_where_it_has_a_budget(finished: Path) -> None:
+    study = finished / "runs/many"
+    folders = {seed: StudyFolder(study / f"seed-{seed}") for seed in (0, 1)}
+    recipe = load_recipe(folders[0].recipe)
+    said = summarize("many", recipe, folders).arms["hif8"]
+    of_seeds = [
+        read_json(folder.comparison, StudyComparison).pairs[0].comparison.training for folder in folders.values()
+    ]
+    drops = [training.drop_pp for training in of_seeds if training is not None]
+    assert said.training is not None
+    assert said.training.drop_pp == pytest.approx(sum(drops) / 2)
+    assert not said.training.asked
+    judged = [task.verdict for task in said.tasks.values()] + ([said.text.verdict] if said.text else [])
+    assert said.verdict == worst_verdict(judged)
+    budget = dict.fromkeys(recipe.budget, 100.0) | {"training": 0.01}
+    counted = summarize("many", recipe.model_copy(update={"budget": budget}), folders).arms["hif8"]
+    assert counted.training is not None
+    assert counted.training.asked
+    assert counted.training.ci95_pp == said.training.ci95_pp
+    judged = [task.verdict for task in counted.tasks.values()] + ([counted.text.verdict] if counted.text else [])
+    assert counted.verdict == worst_verdict([*judged, counted.training.verdict]) != worst_verdict(judged)
+    assert f"hif8 lost {said.training.drop_pp:.1f} pp" in (finished / "many.log").read_text(encoding="utf-8")
 
 
 def test_contrasts_are_paired_over_all_tasks_and_say_what_the_loss_said(finished: Path) -> None:

@@ -1,7 +1,8 @@
 """What did harm: each cause found, ruled out, or not shown, from the effects between models.
 
 A *look* is one measure of a cause: an effect on a text or on the items, with an interval and a threshold above which it
-matters. Intervals of all looks at a cause hold together at 95 % (Bonferroni), so that looking at several accuses nobody.
+matters. Intervals of all looks at a cause hold together at 95 % (Bonferroni), so that looking at several accuses nobody;
+half of what may be wrong goes to the looks at whole texts, which see most.
 
     found       some look lies above its threshold with the whole interval
     ruled out   every look that decides lies below it with the whole interval
@@ -13,8 +14,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
     input         start and twin, above the entropy of the text's own token frequencies: a model that can read a text, or has
                   learned to, does better than to guess by frequency, so this is none (the wrong data). Or start, 0.5 above
                   ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another tokenizer)
-    forgetting    start -> twin on text that the start model knew: 0.05; in each third of its tokens by frequency
-                  three times as much, as if all of it fell there. A model that only guessed knew nothing to forget
+    forgetting    start -> twin on text that the start model knew: 0.04, so that 0.05 is found; in each third of its tokens
+                  by frequency three times as much, as if all of it fell there. Who only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
                   named where a tensor clipped, or where fresh scales cure it
     divergence    the same where nothing clipped
@@ -60,7 +61,7 @@ class Thresholds(NamedTuple):
     answer: float = math.inf
 
 
-FORGETTING = Thresholds(text=0.05, stratum=0.15, pp=3.0, nats=0.10, answer=0.10)
+FORGETTING = Thresholds(text=0.04, stratum=0.12, pp=3.0, nats=0.10, answer=0.10)
 BEYOND_PTQ = Thresholds(text=0.02, stratum=0.15, pp=1.0, nats=0.02, answer=0.04)
 RESOLUTION = Thresholds(text=0.04, stratum=0.15, pp=1.0, nats=0.04)
 
@@ -122,6 +123,7 @@ class _Look:
     threshold: float
     unit: str
     decides: bool = False
+    of_text: bool = False  # of all its tokens
 
 
 def _input_looks(measures: Measures) -> Iterator[_Look]:
@@ -137,7 +139,7 @@ def _forgetting_looks(measures: Measures) -> Iterator[_Look]:
     effect, limits = "training", FORGETTING
     known = measures.texts.get(effect, {}).get("known")
     if known is not None:
-        yield _Look("text it knew", (effect,), [known], limits.text, A_TOKEN, decides=True)
+        yield _Look("text it knew", (effect,), [known], limits.text, A_TOKEN, decides=True, of_text=True)
         for stratum, measured in measures.strata.get(effect, {}).items():
             what = f"{stratum} tokens of text it knew"
             yield _Look(what, (effect,), [measured], limits.stratum, A_TOKEN, decides=True)
@@ -155,7 +157,7 @@ def _quantization_looks(
         measured = [each for each in found if each is not None]
         if len(measured) == len(on_text):
             has_text = True
-            yield _Look(what, on_text, measured, limits.text, A_TOKEN, decides=True)
+            yield _Look(what, on_text, measured, limits.text, A_TOKEN, decides=True, of_text=True)
     yield from _item_looks(measures, limits, on_items, decides=not has_text)
 
 
@@ -171,7 +173,7 @@ def _item_looks(measures: Measures, limits: Thresholds, effects: tuple[str, ...]
 
 def _judge(looks: Iterable[_Look]) -> Cause:
     taken = list(looks)
-    records = [_record(look, 1.0 - LEVEL / len(taken)) for look in taken]
+    records = [_record(look, 1.0 - _level(look, taken)) for look in taken]
     deciding = [look for look in records if look.decides]
     if any(look.answer == "found" for look in records):
         answer: Answer = "found"
@@ -186,6 +188,12 @@ def _judge(looks: Iterable[_Look]) -> Cause:
     if widest is None:
         return Cause(answer=answer, looks=records)
     return Cause(answer=answer, could_hide=_least(widest), unit=widest.unit, looks=records)
+
+
+def _level(look: _Look, looks: Sequence[_Look]) -> float:
+    """How often this look may be wrong: half of LEVEL is shared by those at whole texts, and half by the others."""
+    alike = [other for other in looks if other.of_text == look.of_text]
+    return LEVEL / len(looks) if len(alike) == len(looks) else LEVEL / 2 / len(alike)
 
 
 def _least(look: Look) -> float:

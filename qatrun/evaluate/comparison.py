@@ -83,15 +83,27 @@ def compare(
                 update={
                     "start": None if start is None else start.scores.tasks[task].accuracy,
                     "arm_off": None if arm_off is None else arm_off.tasks[task].accuracy,
+                    "others": _others(
+                        {"start": start.scores if start else None, "twin": twin.scores, "arm": arm.scores}, task
+                    ),
                 }
             )
             for task, score in twin.scores.tasks.items()
         ],
         perplexity=None if text is None else _compare_texts(start, twin, arm, text, limit, verdicts.get(PERPLEXITY)),
-        training=None if lost is None else _compare_training(lost, asked, verdicts.get(TRAINING)),
+        training=None
+        if lost is None
+        else compare_training(lost.num_items, lost.drop, partial(_drop_interval, lost), asked, verdicts.get(TRAINING)),
         verdict=worst,
         conditional_on=CONDITIONAL_ON,
     )
+
+
+def _others(models: Mapping[str, Scores | None], task: str) -> dict[str, dict[str, float]]:
+    """Metric that decides nothing -> model -> its mean."""
+    given = {model: scores.tasks[task].others for model, scores in models.items() if scores is not None}
+    names = dict.fromkeys(name for others in given.values() for name in others)
+    return {name: {model: others[name] for model, others in given.items() if name in others} for name in names}
 
 
 def match_items(engine: str, scored: Scores, exported: Scores, budgets: Mapping[str, float | None]) -> EngineMatch:
@@ -214,12 +226,20 @@ def _compare_texts(
     )
 
 
-def _compare_training(lost: Flips, asked: float | None, verdict: Verdict | None) -> TrainingComparison:
+def compare_training(
+    num_items: int, drop: float, bounds: Bounds, asked: float | None, verdict: Verdict | None
+) -> TrainingComparison:
+    """What was lost from the start model to the arm, judged though nobody asked.
+
+    Args:
+        drop: of accuracy; `bounds` its intervals.
+        asked: budget, percentage points; None: it is only said.
+        verdict: where it was judged in a family already.
+    """
     budget_pp = TRAINING_PP if asked is None else asked
-    bounds = partial(_drop_interval, lost)
     return TrainingComparison(
-        num_items=lost.num_items,
-        drop_pp=100.0 * lost.drop,
+        num_items=num_items,
+        drop_pp=100.0 * drop,
         ci95_pp=[100.0 * edge for edge in bounds(0.95)],
         budget_pp=budget_pp,
         asked=asked is not None,

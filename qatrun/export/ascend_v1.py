@@ -5,7 +5,7 @@ quant_model_weights.safetensors     per quantized linear N [out, in]
   N.weight_offset  float32 [out, 1], 0
 where inputs have one scale (W8A8; with a scale a token, W8A8_DYNAMIC, this is absent)
   N.input_scale    float32 [1]             N.deq_scale     float32 [out], input_scale * weight_scale
-  N.input_offset   float32 [1], 0          N.quant_bias    int32 [out], bias / deq_scale, rounded
+  N.input_offset   float32 [1]             N.quant_bias    int32 [out], bias / deq_scale - input_offset * sum of codes
 quant_model_description.json        name of each tensor -> W8A8, W8A8_DYNAMIC or FLOAT
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
-from qatrun.export.linears import input_problems, input_schemes, linear_problems
+from qatrun.export.folder import Stored, other_tensors, stored_linears, write_model
+from qatrun.export.linears import expert_problems, input_problems, input_schemes, linear_problems
+from qatrun.export.weights import StoredTensors
 from qatrun.files import write_json
 from qatrun.quant import QuantPlan
 
@@ -32,12 +33,11 @@ STATIC, DYNAMIC, UNQUANTIZED = "W8A8", "W8A8_DYNAMIC", "FLOAT"
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     formats = {plan.schemes[name][role].format for name in plan.linears for role in ("weight", "input")}
     for format_name in sorted(formats - {"int8"}):
         nearest = "hif8-ascend" if format_name == "hif8" else "compressed-tensors"
         yield f"{NAME} is INT8 here, and this is {format_name} (--to {nearest}, or train int8)"
-    if not all(scheme.symmetric for scheme in input_schemes(plan)):
-        yield "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)"
     for scheme in input_schemes(plan):
         yield from input_problems(scheme)
     yield from linear_problems(NAME, plan, model)
@@ -47,7 +47,7 @@ def notes(plan: QuantPlan) -> Iterator[str]:
     """What engines do otherwise than what was scored, or may not do."""
     yield "the layout is read from the public sources of msmodelslim and vllm-ascend; nothing was run on an Ascend NPU"
     if any(not scheme.per_row for scheme in input_schemes(plan)):
-        yield "biases are rounded to whole units of deq_scale, and inputs below -127.5 s are clipped at -128 s"
+        yield "biases are rounded to whole units of deq_scale, and symmetric inputs below -127.5 s are clipped at -128 s"
 
 
 def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
@@ -69,12 +69,16 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Stored]:
     """The quantized linears of a folder."""
-    tensors = dict(read_tensors(folder, WEIGHTS_PATTERN))
+    tensors = StoredTensors(folder, WEIGHTS_PATTERN)
     found: dict[str, Stored] = {}
     for name in (key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
-        input_scale = tensors.get(f"{name}.input_scale")
-        scale = None if input_scale is None else input_scale.reshape(())
-        found[name] = Stored(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].flatten(), scale)
+        scale, offset = tensors.get(f"{name}.input_scale"), tensors.get(f"{name}.input_offset")
+        found[name] = Stored(
+            tensors[f"{name}.weight"],
+            tensors[f"{name}.weight_scale"].flatten(),
+            None if scale is None else scale.reshape(()),
+            None if offset is None else offset.reshape(()).to(torch.int8),
+        )
     return found
 
 
@@ -94,11 +98,11 @@ def _tensors(linear: Stored, bias: Tensor | None) -> dict[str, Tensor]:
     if linear.input_scale is None:
         return tensors
     deq_scale = linear.input_scale * linear.weight_scale
-    offset = torch.zeros(1)  # symmetric: so it takes nothing from the bias
-    quant_bias = torch.zeros(len(scale)) if bias is None else (bias.double() / deq_scale.double()).round()
+    of_bias = 0.0 if bias is None else bias.double() / deq_scale.double()
+    quant_bias = of_bias - linear.codes.double().sum(1) * linear.zero
     return tensors | {
         "input_scale": linear.input_scale.reshape(1).clone(),
-        "input_offset": offset,
+        "input_offset": torch.tensor([float(linear.zero)]),
         "deq_scale": deq_scale.contiguous(),
-        "quant_bias": quant_bias.to(torch.int32),
+        "quant_bias": quant_bias.round().to(torch.int32),
     }

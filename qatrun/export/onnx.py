@@ -8,7 +8,8 @@ Each quantized linear N is spelled out, so that its codes are those that were sc
     q = Cast<int8>(Clip(Round(x * N.input_inv_scale), -127, 127))
     y = Cast<float>(MatMulInteger(q, N.codes)) * (N.input_scale * N.weight_scale) + N.bias
 
-with scales of tokens from Abs, ReduceMax and Div. QuantizeLinear would divide by s and clip at -128. N.codes are [in, out].
+with scales of tokens from Abs, ReduceMax and Div. QuantizeLinear would divide by s and clip at -128. Under a zero-point z it
+is q = Cast<int8>(Clip(Round(x * N.input_inv_scale) + z, -128, 127)), and MatMulInteger takes z off. N.codes are [in, out].
 Attention is the plain one, since that is made of operators that every engine has.
 """
 
@@ -28,6 +29,7 @@ from torch.library import custom_op
 
 from qatrun.errors import InputError, RunError
 from qatrun.export.folder import Stored, write_description
+from qatrun.export.linears import expert_problems
 from qatrun.files import reading
 from qatrun.model.config import sentence
 from qatrun.quant import QuantizedLinear, QuantPlan, quantized_linears
@@ -36,19 +38,20 @@ NAME = "onnx"
 ENGINES: tuple[str, ...] = ("onnxruntime",)
 FILE = "model.onnx"
 MOST_IN_ONE_FILE = 2**31 - 2**24  # bytes; what a protocol buffer holds, less the graph
-CODES, WEIGHT_SCALE, INPUT_SCALE = "codes", "weight_scale", "input_scale"
+CODES, WEIGHT_SCALE, INPUT_SCALE, ZERO_POINT = "codes", "weight_scale", "input_scale", "input_zero_point"
 _SCALES = 2.0**-126, 2.0**126  # as of `numerics.scale_from_amax`
 _FLOAT, _INT8 = 1, 3  # types of ONNX
 
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     schemes = {scheme for name in plan.linears for role, scheme in plan.schemes[name].items() if role != "grad_output"}
     for format_name in sorted({scheme.format for scheme in schemes} - {"int8"}):
         nearest = "hif8" if format_name == "hif8" else "compressed-tensors"
         yield f"{NAME} is INT8 here, which runs as integers, and this is {format_name} (--to {nearest}, or train int8)"
-    if not all(scheme.symmetric for scheme in schemes):
-        yield "asymmetric inputs are not written (--to compressed-tensors, or qat.input.symmetric: true)"
+    if any(scheme.per_row and not scheme.symmetric for scheme in schemes):
+        yield "asymmetric token scales are not written (qat.input.symmetric: true, or per_tensor)"
     if any(plan.schemes[name]["input"].per_row and _input(plan, name).scaling.to_power_of_two for name in plan.linears):
         yield "no operator rounds a token scale to a power of two (qat.input.scaling.rounding: none)"
 
@@ -102,18 +105,19 @@ def read(folder: Path) -> dict[str, Stored]:
 
     with reading(folder / FILE):
         graph = onnx.load(folder / FILE).graph
-        tensors = {part.name: part for part in graph.initializer if part.name.endswith((CODES, "_scale"))}
+        tensors = {part.name: part for part in graph.initializer if part.name.endswith((CODES, "_scale", ZERO_POINT))}
     found: dict[str, Stored] = {}
     for key in tensors:
         owner, _, leaf = key.rpartition(".")
         if leaf == CODES:
             parts: dict[str, Tensor] = {
                 other: torch.from_numpy(onnx.numpy_helper.to_array(tensors[f"{owner}.{other}"]).copy())
-                for other in (CODES, WEIGHT_SCALE, INPUT_SCALE)
+                for other in (CODES, WEIGHT_SCALE, INPUT_SCALE, ZERO_POINT)
                 if f"{owner}.{other}" in tensors
             }
             codes = parts[CODES].t().contiguous()
-            found[owner] = Stored(codes, parts[WEIGHT_SCALE].expand(len(codes)), parts.get(INPUT_SCALE))
+            weight_scale = parts[WEIGHT_SCALE].expand(len(codes))
+            found[owner] = Stored(codes, weight_scale, parts.get(INPUT_SCALE), parts.get(ZERO_POINT))
     return found
 
 
@@ -131,7 +135,8 @@ def ends_of_linears(graph: Any, names: Iterable[str]) -> dict[str, tuple[str, st
     for name in names:
         product = readers[f"{name}.{CODES}"]
         start, end = product.input[0], product.output[0]
-        for _ in ("Cast", "Clip", "Round", "Mul"):
+        before = ("Cast", "Clip", "Round", "Mul", "Add")[: 5 if f"{name}.{ZERO_POINT}" in tensors else 4]
+        for _ in before:
             start = makers[start].input[0]
         for _ in ("Cast", "Mul", "Add")[: 3 if f"{name}.bias" in tensors else 2]:
             end = readers[end].output[0]
@@ -146,6 +151,7 @@ def _linear(
     weight_scale: Tensor,
     input_scale: Tensor | None,
     input_inv_scale: Tensor | None,
+    input_zero_point: Tensor | None,
     bias: Tensor | None,
     target: float,
     edge: float,
@@ -153,7 +159,7 @@ def _linear(
     """Stands for a quantized linear in the graph that torch makes; never run.
 
     Args:
-        target, edge: grid values that a token's amax is mapped to, and that inputs are clipped at.
+        target, edge: grid values that a token's amax is mapped to, and that symmetric inputs are clipped at.
     """
     raise NotImplementedError
 
@@ -164,7 +170,15 @@ def _(x: Tensor, codes: Tensor, *_args: Any) -> Tensor:
 
 
 def _translated(
-    x: Any, codes: Any, weight_scale: Any, input_scale: Any, input_inv_scale: Any, bias: Any, target: float, edge: float
+    x: Any,
+    codes: Any,
+    weight_scale: Any,
+    input_scale: Any,
+    input_inv_scale: Any,
+    zero: Any,
+    bias: Any,
+    target: float,
+    edge: float,
 ) -> Any:
     """The linear in operators of ONNX."""
     from onnxscript import opset18 as op
@@ -176,8 +190,13 @@ def _translated(
         scale = op.Where(op.Greater(amax, 0.0), fitting, 1.0)
         # Clipping changes nothing, but keeps ONNX Runtime from making x * (1 / s) an x / s, which rounds otherwise.
         inv_scale = op.Clip(op.Div(1.0, scale), *_SCALES)
-    q = op.Cast(op.Clip(op.Round(op.Mul(x, inv_scale)), -edge, edge), to=_INT8)
-    product = op.Cast(op.MatMulInteger(q, codes), to=_FLOAT)
+    rounded = op.Round(op.Mul(x, inv_scale))
+    if zero is None:
+        total = op.MatMulInteger(op.Cast(op.Clip(rounded, -edge, edge), to=_INT8), codes)
+    else:
+        shifted = op.Clip(op.Add(rounded, op.Cast(zero, to=_FLOAT)), -128.0, 127.0)
+        total = op.MatMulInteger(op.Cast(shifted, to=_INT8), codes, zero)
+    product = op.Cast(total, to=_FLOAT)
     y = op.Mul(product, op.Mul(scale, weight_scale))
     return y if bias is None else op.Add(y, bias)
 
@@ -193,13 +212,14 @@ class _Spelled(nn.Module):
         self.register_buffer(WEIGHT_SCALE, linear.weight_scale.flatten().clone())
         self.register_buffer(INPUT_SCALE, None if scheme.per_row else linear.input_scale.clone())
         self.register_buffer("input_inv_scale", None if scheme.per_row else linear.input_inv_scale.clone())
+        self.register_buffer(ZERO_POINT, None if linear.input_zero_point is None else linear.input_zero_point.clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
+        of_input = self.input_scale, self.input_inv_scale, self.input_zero_point
         y: Tensor = torch.ops.qatrun_onnx.linear(
-            *(x, self.codes, self.weight_scale, self.input_scale, self.input_inv_scale, self.bias),
-            *(self.target, self.edge),
+            x, self.codes, self.weight_scale, *of_input, self.bias, self.target, self.edge
         )
         return y
 

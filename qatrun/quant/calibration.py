@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qatrun.formats import Role
 from qatrun.numerics import inverse_scale
 from qatrun.quant.attach import attached_state
+from qatrun.quant.experts import FakeQuantExperts
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan, Schemes
 from qatrun.quant.qtensor import to_grid
@@ -38,7 +39,9 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], *, least_error: bool 
     state = attached_state(model)
     state.forget()
     model.eval()
-    observing = [module for module in model.modules() if isinstance(module, QuantState | FakeQuantLinear)]
+    observing = [
+        module for module in model.modules() if isinstance(module, QuantState | FakeQuantLinear | FakeQuantExperts)
+    ]
     for module in observing:
         module.training = True
     state.enter(Mode.OBSERVE)
@@ -160,9 +163,11 @@ def input_histograms(
         counts[name] = torch.histogram(size[size > 0].log2().clamp(LOG2_BINS[0], LOG2_BINS[-1]), LOG2_BINS).hist
         zeros[name] = int((size == 0).sum())
 
+    modules = dict(model.named_modules())
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
+        modules[name].register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
         for name in scales
+        if name in modules  # the linear of an expert is none
     ]
     try:
         model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)

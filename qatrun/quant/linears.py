@@ -16,7 +16,7 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,12 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
 
 
+def effective_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in), whatever way round the weight is stored."""
+    first, second = linear.get_parameter("weight").shape
+    return (first, second) if isinstance(linear, nn.Linear) else (second, first)
+
+
 def survey(model: nn.Module) -> Survey:
     """Look at a model's linears; one on the meta device will do. The model is left as it is."""
     linears = named_linears(model)
@@ -82,13 +88,15 @@ def survey(model: nn.Module) -> Survey:
 
 def described(unfit: Mapping[str, str]) -> str:
     """In words: names with their block's number as `*`, grouped by reason."""
-    names: dict[str, dict[str, None]] = {}
+    names: dict[str, list[str]] = {}
     for name, reason in unfit.items():
-        names.setdefault(reason, {})[re.sub(r"\.\d+(?=\.|$)", ".*", name)] = None
-    return "; ".join(f"{_listed(list(those))} ({reason})" for reason, those in names.items())
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{kinds(those)} ({reason})" for reason, those in names.items())
 
 
-def _listed(names: list[str]) -> str:
+def kinds(linears: Iterable[str]) -> str:
+    """Their names with the block's number as `*`, the first few of them."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in linears))
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
 

@@ -5,6 +5,7 @@ from qatrun.recipe.loader import load_recipe, locate, parse_recipe
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.qat import (
     CalibrationConfig,
+    ModuleConfig,
     QatConfig,
     RoleConfig,
     RoleScaling,
@@ -35,6 +36,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvalConfig",
     "ModelConfig",
+    "ModuleConfig",
     "MonitorConfig",
     "ProbeConfig",
     "QatConfig",

@@ -68,7 +68,7 @@ def locate(problems: Iterable[Problem], path_or_name: str, overrides: Sequence[s
     """
     document = _read(path_or_name, overrides, mistakes=[])
     # Names of tasks and arms may hold dots themselves, so a key that is there is looked up whole.
-    paths = {".".join(map(str, path)): path for path in document.places}
+    paths = {Place("", (0, 0)).below(path).key: path for path in document.places}
     placed = [(document.place(paths.get(problem.key, tuple(problem.key.split(".")))), problem) for problem in problems]
     return [
         replace(problem, where=problem.where or place.where) if problem.key else problem

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qatrun.formats import Role, get_format
+from qatrun.formats import FORMATS, Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
@@ -26,7 +26,9 @@ class Finding:
 
 
 def _finding(message: str, *keys: str) -> Finding:
-    return Finding(tuple(tuple(key.split(".")) for key in keys), message)
+    """`keys` are dotted; a number is a position in a list."""
+    paths = ((int(part) if part.isdecimal() else part for part in key.split(".")) for key in keys)
+    return Finding(tuple(tuple(path) for path in paths), message)
 
 
 def arm_findings(arm: Arm) -> Iterator[Finding]:
@@ -104,6 +106,10 @@ def arm_warnings(arm: Arm) -> Iterator[Finding]:
     elif 2 * rise > steps:
         message = f"the learning rate still rises when most of the training is over ({rise} of {steps} steps)"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
+    named = next((name for name in FORMATS if name in arm.name.replace("-", "_")), None)
+    if named and arm.qat is not None and all(scheme.format != named for scheme in arm.qat.schemes.values()):
+        message = f"the arm is named {arm.name}, and holds {arm.qat.format}: tables show its format beside the name"
+        yield _finding(message, "qat.format")
 
 
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:
@@ -117,39 +123,60 @@ def _source_findings(key: str, source: Source) -> Iterator[Finding]:
 
 
 def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
-    for role, scheme in qat.schemes.items():
-        yield from _granularity_findings(role, scheme)
-        yield from _format_findings(role, scheme)
+    yield from _scheme_findings(qat, qat.schemes, ("qat",))
+    for index, module in enumerate(qat.modules):
+        place = f"qat.modules.{index}"
+        said = sorted(module.model_fields_set - {"match", "format"})
+        if not module.in_bf16:
+            yield from _scheme_findings(qat, qat.schemes_of(module) or {}, (place, "qat"))
+        elif said:
+            message = f"makes no sense for linears left in BF16 (format: null); leave {' and '.join(said)} out"
+            yield _finding(message, f"{place}.{said[0]}", f"{place}.format")
+
+
+def _scheme_findings(qat: QatConfig, schemes: Mapping[Role, Scheme], sections: tuple[str, ...]) -> Iterator[Finding]:
+    """Those of the schemes that the sections make together, the first having the last word."""
+    for role, scheme in schemes.items():
+        yield from _granularity_findings(role, scheme, sections)
+        yield from _format_findings(role, scheme, sections)
         if scheme.scaling.unit != qat.scaling.unit:
             message = f"one unit for all roles: set qat.scaling.unit (here {qat.scaling.unit})"
-            yield _finding(message, f"qat.{role}.scaling.unit")
+            yield _finding(message, *_keys(sections, role, "scaling.unit"))
 
 
-def _granularity_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
-    section = f"qat.{role}"
+def _keys(sections: tuple[str, ...], role: Role, *keys: str) -> Iterator[str]:
+    """Where a setting of a role may stand, nearest first: each section's role, then the section itself."""
+    for section in sections:
+        yield from (f"{section}.{role}.{key}" for key in keys)
+        yield from (f"{section}.{key}" for key in keys if key in ("format", "scaling.type", "scaling.unit"))
+
+
+def _granularity_findings(role: Role, scheme: Scheme, sections: tuple[str, ...]) -> Iterator[Finding]:
     granularity = GRANULARITIES[scheme.granularity]
     if role not in granularity.roles:
         fitting = [name for name, other in GRANULARITIES.items() if role in other.roles]
         nearest = max(fitting, key=lambda name: GRANULARITIES[name].rows == granularity.rows)
         message = f"{scheme.granularity} makes no sense for {role} (did you mean '{nearest}'?)"
-        yield _finding(message, f"{section}.granularity")
+        yield _finding(message, *_keys(sections, role, "granularity"))
     elif granularity.rows and scheme.scaling.type != "dynamic":
         message = f"{scheme.scaling.type} scaling keeps one scale per tensor; {scheme.granularity} takes only 'dynamic'"
-        yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
+        yield _finding(
+            message, *(f"{section}.{role}.{key}" for section in sections for key in ("scaling.type", "granularity"))
+        )
 
 
-def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
-    section = f"qat.{role}"
+def _format_findings(role: Role, scheme: Scheme, sections: tuple[str, ...]) -> Iterator[Finding]:
     largest = get_format(scheme.format).max_finite
     if role == "grad_output" and scheme.format == "int8":
         message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
-        yield _finding(message, f"{section}.format", "qat.format")
+        yield _finding(message, *_keys(sections, role, "format"))
     elif problem := scheme.asymmetry_problem(role):
-        keys = (f"{section}.{key}" for key in ("symmetric", "format", "target_amax", "scaling.type"))
-        yield _finding(problem, *keys, "qat.format", "qat.scaling.type")
+        yield _finding(problem, *_keys(sections, role, "symmetric", "format", "target_amax", "scaling.type"))
+    elif problem := scheme.block_problem():
+        yield _finding(problem, *_keys(sections, role, "granularity", "format", "target_amax"))
     elif scheme.symmetric and scheme.target_amax > largest:
         message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
-        yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
+        yield _finding(message, *_keys(sections, role, "target_amax", "format"))
 
 
 def study_findings(recipe: Recipe) -> Iterator[Finding]:

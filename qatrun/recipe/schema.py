@@ -26,7 +26,9 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from qatrun.hardware import HARDWARE_NAMES
 from qatrun.paths import expand_path
+from qatrun.recipe.distill import START_MODEL, DistillConfig
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 from qatrun.serving import EXPORT_NAMES
@@ -95,8 +97,9 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
 if TYPE_CHECKING:
     ExportName = str
+    HardwareName = str
 else:
-    ExportName = Literal[EXPORT_NAMES]
+    ExportName, HardwareName = Literal[EXPORT_NAMES], Literal[HARDWARE_NAMES]
 Exports = Annotated[tuple[ExportName, ...], Field(strict=False), AfterValidator(_distinct_names)]
 TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pair)]
 
@@ -190,6 +193,11 @@ class TrainConfig(Section):
         description="run every arm once for each of these instead of `seed`, each time in a folder `seed-<n>` that is a "
         "study of its own; null: once",
     )
+    distill: DistillConfig | None = Field(
+        None,
+        exclude_if=is_null,
+        description="a teacher to learn from as well, in every arm alike; null: from text alone",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     save_every: Count = Field(500, description="steps between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept")
@@ -217,6 +225,14 @@ class EvalConfig(Section):
     )
     limit: Count | None = Field(None, description="items per leaf task (MMLU has 57); null: all")
     batch_size: Count = Field(16, description="sequences per forward")
+
+
+class TargetConfig(Section):
+    """What the arms are meant for. It changes no number: what would not run there natively is said before training."""
+
+    hardware: HardwareName | None = Field(
+        None, description="chip to serve on; null: none is asked about (as `qatrun check --hardware`)"
+    )
 
 
 Method = Literal["qat", "ptq"]
@@ -256,6 +272,14 @@ class Arm(Section):
             return None
         return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
 
+    @property
+    def teacher(self) -> ModelConfig | None:
+        """What its training distils from; None where nothing."""
+        if (distill := self.train.distill) is None:
+            return None
+        other = {"path": distill.teacher, "revision": None}
+        return self.model if distill.teacher == START_MODEL else self.model.model_copy(update=other)
+
 
 START = "start"
 ARM_SECTIONS = ("model", "data", "train", "warmup", "qat", "export")
@@ -288,6 +312,11 @@ class Recipe(Section):
         (),
         description="folders for serving engines that each quantized arm is written as at the end of `qatrun train`, proven "
         "equal and scored again in the engine",
+    )
+    target: TargetConfig = Field(
+        TargetConfig(),
+        exclude_if=lambda target: target.hardware is None,  # as `is_null` says
+        description="what the arms are meant for",
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")

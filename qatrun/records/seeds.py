@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from qatrun.files import Record
-from qatrun.records.comparison import OverPtq
+from qatrun.records.comparison import OverPtq, TrainingComparison
 from qatrun.records.values import Interval, Verdict
 
 Answer = Literal["helps", "hurts", "no effect shown"]
@@ -55,8 +55,9 @@ class ArmOfSeeds(Record):
     """One arm.
 
     Attributes:
-        verdict: the worst of the tasks' and of perplexity's; None without a twin.
+        verdict: the worst of the tasks', of perplexity's and, where it counts, of training's; None without a twin.
         text: None without a twin, and where seeds or arms read other texts.
+        training: mean over the seeds; None without a twin.
         loss_ape_percent: "after_switch" -> of each seed; None where it is not known.
         findings: of the diagnosis of each seed; None unless all are diagnosed.
     """
@@ -67,6 +68,7 @@ class ArmOfSeeds(Record):
     tasks: dict[str, TaskOfSeeds]
     all_tasks: TaskOfSeeds
     text: TextOfSeeds | None = None
+    training: TrainingComparison | None = None
     perplexity: list[float] = Field(default_factory=list)
     loss_ape_percent: dict[str, list[float]] | None = None
     findings: list[list[str]] | None = None

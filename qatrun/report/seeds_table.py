@@ -11,7 +11,7 @@ from qatrun.records.seeds import Answer, Seeds, TaskOfSeeds
 from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
 from qatrun.report.over_ptq import over_ptq_lines
-from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, verdict_line
+from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, training_line, verdict_line
 from qatrun.text import interval
 
 EFFECT_STYLES: dict[Answer, str] = {"helps": "green", "no effect shown": "yellow", "hurts": "red"}
@@ -108,6 +108,7 @@ def _footer(summary: Seeds) -> list[RenderableType]:
     lines: list[RenderableType] = [Text(line) for line in over_ptq_lines(summary.over_ptq)]
     if summary.verdict is not None:
         lines.append(verdict_line(summary.verdict, "the worst of the arms and tasks"))
+    lines += [training_line(name, arm.training) for name, arm in summary.arms.items() if arm.training is not None]
     if len(summary.seeds) > 1:
         lines.append(
             Text(

@@ -120,7 +120,7 @@ def _metadata(title: str, arm: Arm, exported: Exported | None, scores: Scores | 
         )
         for name, task in (scores.tasks if scores else {}).items()
     ]
-    tags = ["qatrun", *([exported.format] if exported else []), *([arm.qat.format] if arm.qat else [])]
+    tags = ["qatrun", *([exported.format] if exported else []), *(arm.qat.formats if arm.qat else [])]
     relation: dict[str, Any] = {} if base is None else {"base_model_relation": "quantized" if exported else "finetune"}
     return ModelCardData(
         base_model=base,

@@ -12,6 +12,7 @@ from functools import partial
 
 from qatrun.evaluate import paired
 from qatrun.evaluate.attribution import HELD_OUT
+from qatrun.evaluate.comparison import compare_training
 from qatrun.evaluate.paired import Bounds, Interval
 from qatrun.evaluate.replication import (
     Correct,
@@ -28,7 +29,8 @@ from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.files import read_json
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe
-from qatrun.recipe.schema import PERPLEXITY, START
+from qatrun.recipe.schema import PERPLEXITY, START, TRAINING
+from qatrun.records.comparison import TrainingComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds, TextOfSeeds
 from qatrun.records.training import ArmResult, MetricsRow, Result
@@ -110,6 +112,7 @@ class _Evidence:
             verdict=paired.worst_verdict(verdicts.values()),
             tasks=tasks,
             text=None if text is None else self._of_text(text, verdicts.get(PERPLEXITY)),
+            training=None if twin is None else self._of_training(name, verdicts.get(TRAINING)),
             all_tasks=self._of_tasks(name, twin, self._tasks),
             perplexity=[read_json(study.arm(name).result, ArmResult).perplexity["on"] for study in self.studies],
             loss_ape_percent={"after_switch": [gap.ape_percent for gap in gaps]} if gaps else None,
@@ -145,22 +148,30 @@ class _Evidence:
         return correct_of_seeds(self.scores[name], tasks)
 
     def _verdicts(self, name: str, twin: str, text: TextRise | None) -> dict[str, Verdict]:
-        """Of each task, and of held-out perplexity where it is judged."""
-
-        def bounds(task: str, confidence: float) -> Interval:
-            return difference(self._correct(twin, [task]), self._correct(name, [task]), confidence).interval
-
+        """Of each task, and of held-out perplexity and of training where they are judged."""
         budget = self.recipe.budget
         drops: dict[str, tuple[Bounds, float]] = {
-            task: (partial(bounds, task), (budget[task] or 0.0) / 100) for task in self._tasks
+            task: (partial(self._drop_interval, twin, name, [task]), (budget[task] or 0.0) / 100)
+            for task in self._tasks
         }
         if text is not None and (limit := budget[PERPLEXITY]) is not None:
             drops[PERPLEXITY] = (text.interval, math.log1p(limit / 100))
+        if (asked := budget.get(TRAINING)) is not None:
+            drops[TRAINING] = (partial(self._drop_interval, START, name, self._tasks), asked / 100)
         return paired.judge(drops)
+
+    def _drop_interval(self, before: str, after: str, tasks: Sequence[str], confidence: float) -> Interval:
+        return difference(self._correct(before, tasks), self._correct(after, tasks), confidence).interval
 
     def _text_rise(self, name: str, twin: str) -> TextRise | None:
         read = [[load_texts(study.arm(arm).eval).texts[HELD_OUT] for study in self.studies] for arm in (twin, name)]
         return text_rise(*read)
+
+    def _of_training(self, name: str, verdict: Verdict | None) -> TrainingComparison:
+        start, arm = self._correct(START, self._tasks), self._correct(name, self._tasks)
+        bounds = partial(self._drop_interval, START, name, self._tasks)
+        drop = difference(start, arm).mean
+        return compare_training(start.shape[1], drop, bounds, self.recipe.budget.get(TRAINING), verdict)
 
     def _of_text(self, text: TextRise, verdict: Verdict | None) -> TextOfSeeds:
         mean, *edges = (_percent_of_nats(nats) for nats in (text.of_text.mean, *text.interval()))

@@ -38,6 +38,8 @@ from qatrun.tokenizer import load_tokenizer
 
 Source = Literal["given", "held-out", "own writing"]
 
+# As much is read as is held out, and twice that up to here: 8,000 tokens left 0.02 nats open, where 0.01 may decide.
+ENOUGH_TOKENS = 16_384
 SEED = 0  # of the writing, whatever the training's: seeds of a study are compared on one text
 # Nats of divergence beyond the noise. Measured, 4,000 to 16,000 tokens each: text of the model's own kind 0 to 0.02, of
 # another from 0.08.
@@ -124,7 +126,8 @@ def known_text(folder: StudyFolder, recipe: Recipe, warn: Callable[[str], None])
 
 def _choose(arm: Arm, batch_size: int, warn: Callable[[str], None]) -> KnownText | None:
     data, tokenizer = arm.data, load_tokenizer(arm.model)
-    given = open_probe(data, tokenizer, data.valid_sequences)
+    num = max(data.valid_sequences, min(2 * data.valid_sequences, ENOUGH_TOKENS // data.seq_len))
+    given = open_probe(data, tokenizer, num)
     if given is not None:
         return KnownText(given, "given")
     held_out = open_data(data, tokenizer, arm.train.seed).valid.input_ids
@@ -133,7 +136,7 @@ def _choose(arm: Arm, batch_size: int, warn: Callable[[str], None]) -> KnownText
         token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, int(held_out[0, 0])) if token is not None
     )
     try:
-        own = write_text(model, first, data.valid_sequences, data.seq_len, seed=SEED, batch_size=batch_size)
+        own = write_text(model, first, num, data.seq_len, seed=SEED, batch_size=batch_size)
     except InputError as error:
         warn(
             f"the start model writes no text of its own ({error}), so that what it forgets is not watched: give data.probe, "

@@ -36,8 +36,8 @@ def _pairs(recipe: Recipe) -> Iterator[tuple[Arm, Arm]]:
 
 def _formats(arm: Arm) -> str:
     assert arm.qat is not None
-    schemes = arm.qat.schemes
-    return " x ".join(dict.fromkeys(schemes[role].format for role in ("weight", "input")))
+    found = dict.fromkeys(of[role].format for of in arm.qat.all_schemes for role in ("weight", "input"))
+    return ", ".join(found)
 
 
 def _compared(recipe: Recipe, studies: Sequence[StudyFolder], qat: Arm, ptq: Arm) -> OverPtq:

@@ -37,8 +37,13 @@ def _healthy() -> list[str]:
     return ["bf16", *(f"{format}-none" for format in FORMATS)]
 
 
+def at_most(count: int, total: int) -> str:
+    """The upper end of the exact 95 % interval (Clopper-Pearson) of a share, in per cent."""
+    return f"{100 * float(beta.ppf(0.975, count + 1, total - count)):.0f} %" if count < total else "100 %"
+
+
 def report(output: Path, console: Console) -> None:
-    """Print how many healthy arms raised an alarm, with the upper end of an exact 95 % interval (Clopper-Pearson)."""
+    """Print how many healthy arms raised an alarm, and the most that the share may be."""
     table = Table("model", "text", "healthy arms", "alarmed", "at most", "alarms")
     for folder in sorted(output.glob(f"*/{FOLDER}")):
         for kind in ("own", "new"):
@@ -50,11 +55,15 @@ def report(output: Path, console: Console) -> None:
             ]
             if arms:
                 raised = [alarms for alarms in arms if alarms]
-                most = (
-                    float(beta.ppf(0.975, len(raised) + 1, len(arms) - len(raised))) if len(raised) < len(arms) else 1.0
-                )
                 kinds = ", ".join(f"{name}@{step}" for alarms in raised for name, step in alarms.items())
-                row = (folder.parent.name, kind, str(len(arms)), str(len(raised)), f"{100 * most:.0f} %", kinds)
+                row = (
+                    folder.parent.name,
+                    kind,
+                    str(len(arms)),
+                    str(len(raised)),
+                    at_most(len(raised), len(arms)),
+                    kinds,
+                )
                 table.add_row(*row)
     if table.row_count:
         console.print(table)

@@ -15,7 +15,9 @@ not see (other documents, other items), and at point estimates alone:
 Answers count where questions are asked: of models that can answer any. The thresholds of the diagnosis were set on seeds 0
 to 2 of the demo and on what the formats cost gut3m and stories260K after training; seed 0 of every model was looked at
 while its rule was mended, and once changed this one: text that neither the start model nor training saw no longer counts,
-nor must harm without clipping be called saturation. Later seeds judge. An answer is wrong where the diagnosis
+nor must harm without clipping be called saturation. Of seed 1, `own` and `new` were looked at once more: one cell of 18
+harmful ones was hid (gut3m, 0.070 nats a token of forgetting). Since then whole texts have half of the level, twice the
+known text is read, and the line of forgetting is at 0.04. Later seeds judge. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
     accused    finds a cause that is not harmful, or another than the one that is

@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from faults.cells import Cell
+from faults.healthy import at_most
 from faults.labels import ANY, INPUT, Label, Wrong, healthy_costs, label, mistakes
 from faults.studies import FAULTS, STEPS
 from qatrun.records.diagnosis import Cause
 
 NOTHING = "nothing"
+LOOKED_AT = (0, 1)  # seeds, while the rule was mended
 
 
 class Judged(NamedTuple):
@@ -97,19 +99,29 @@ def _answer(cause: Cause) -> str:
 
 
 def tally(cells: Sequence[Judged]) -> Table:
-    """For each model: harmful and healthy cells, how many were answered wrongly, and healthy ones that were not ruled out.
-    Right is also what is not shown, where it is as small as the answer says."""
-    table = Table("model", "seeds", "harmful", "right", "missed", "hid", "healthy", "accused", "not shown")
-    for model in dict.fromkeys(each.cell.model for each in cells):
-        of_model = [each for each in cells if each.cell.model == model]
-        harmful = [each for each in of_model if each.label.truth]
-        counts = Counter(how for each in of_model for how in dict(each.wrong))
-        right = sum(not each.wrong for each in harmful)
-        healthy = [each for each in of_model if not each.label.truth]
+    """For each model, the seeds that the rule was mended on and those that judge it: harmful and healthy cells, how many of
+    them were answered wrongly (and the upper end of the share's interval), and healthy ones that were not ruled out. Right
+    is also what is not shown, where it is as small as the answer says."""
+    of_harmful = ("harmful", "missed", "hid", "misnamed", "at most")
+    table = Table("model", "seeds", *of_harmful, "healthy", "accused", "at most", "not shown")
+    parts: dict[tuple[str, bool], list[Judged]] = {}
+    for each in cells:
+        for model in (each.cell.model, "all"):
+            parts.setdefault((model, each.cell.seed in LOOKED_AT), []).append(each)
+    for (model, looked_at), part in sorted(parts.items(), key=lambda item: (not item[0][1], item[0][0] == "all")):
+        harmful = [each for each in part if each.label.truth]
+        healthy = [each for each in part if not each.label.truth]
+        wrong = [sum(how in dict(each.wrong) for each in harmful) for how in ("missed", "hid", "accused")]
+        accused = sum("accused" in dict(each.wrong) for each in healthy)
         broad = sum(said(each.cell) == "not shown" for each in healthy)
-        seeds = ", ".join(map(str, sorted({each.cell.seed for each in of_model})))
-        numbers = (len(harmful), right, counts["missed"], counts["hid"], len(healthy), counts["accused"], broad)
-        table.add_row(model, seeds, *map(str, numbers))
+        seeds = ", ".join(map(str, sorted({each.cell.seed for each in part})))
+        table.add_row(
+            model,
+            f"{seeds} (looked at)" if looked_at else f"{seeds} (judging)",
+            *map(str, (len(harmful), *wrong)),
+            at_most(sum(bool(each.wrong) for each in harmful), len(harmful)),
+            *(str(len(healthy)), str(accused), at_most(accused, len(healthy)), str(broad)),
+        )
     return table
 
 
