@@ -27,7 +27,7 @@ LOG2_BINS = torch.arange(-24.0, 16.25, 0.25)  # of |x| in units of the grid; HiF
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Tensor], *, least_error: bool = False) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor], *, least_error: bool = False) -> None:
     """Give an attached model scales from these batches of token ids ([batch, seq_len] each) alone: the largest amax of
     each tensor, whatever the plan's algorithm. It is left quantizing, in eval mode.
 
@@ -36,7 +36,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], *, least_error: bool 
     Raises:
         InputError: nothing is attached.
     """
-    state = attached_state(model)
+    state, batches = attached_state(model), list(batches)
     state.forget()
     model.eval()
     observing = [
@@ -54,6 +54,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], *, least_error: bool 
         with state.computing(Mode.OFF):
             factors = _least_errors(model, batches, state)
         state.scales.multiply(factors)
+    state.tally.take()  # none of it is of a step
 
 
 def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState) -> Tensor:

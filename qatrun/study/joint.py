@@ -21,7 +21,7 @@ from qatrun.evaluate.text import score_texts
 from qatrun.followers import together
 from qatrun.layout import ArmFolder
 from qatrun.model import DTYPES, load_model, on_device, without_weights
-from qatrun.quant import QuantPlan, ResumableState, attach, statistics
+from qatrun.quant import QuantPlan, ResumableState, attach, find_folds, folded, smooth, statistics
 from qatrun.ranks import world
 from qatrun.recipe import Arm, CalibrationConfig, EvalConfig, ModelConfig
 from qatrun.records.scores import TextScores
@@ -76,6 +76,8 @@ def _train(
     stream, display = own
     source, dtype = segment.arm.model, segment.arm.model.param_dtype
     model = load_model(source, DTYPES[dtype]) if world().leads else without_weights(source, DTYPES[dtype])
+    if world().leads and segment.calibration is not None:
+        _smooth_at_start(model, segment)
     tokenizer, teacher = load_tokenizer(source), None
     if (taught := segment.arm.teacher) is not None:
         compute = DTYPES[taught.compute_dtype]
@@ -91,6 +93,18 @@ def _train(
     if not keep:
         return None, outcome
     return (model if world().size == 1 else _whole(model, segment)), outcome
+
+
+def _smooth_at_start(model: Any, segment: Segment) -> None:
+    """Smooth the weights that an arm starts from, as its calibration says."""
+    how = segment.arm.qat.calibrating if segment.arm.qat is not None else CalibrationConfig()
+    if how.smooth is None or segment.plan is None or segment.calibration is None:
+        return
+    smoothed_on = on_device(model)
+    device = next(smoothed_on.parameters()).device
+    with computing_as(segment.arm, smoothed_on):
+        batches = [batch.to(device) for batch in segment.calibration]
+        smooth(smoothed_on, folded(find_folds(smoothed_on), segment.plan.schemes), batches, how.smooth)
 
 
 def _whole(sharded: Any, segment: Segment) -> Any:

@@ -42,6 +42,7 @@ from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.study.stages import planned_stages
 from qatrun.study.texts import study_texts
+from qatrun.study.variants import calibration_batches
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
@@ -183,6 +184,9 @@ class _Study:
         check_inputs(self.folder, self.recipe)
         tokenizer = load_tokenizer(arm.model)
         data = open_data(arm.data, tokenizer, arm.train.seed)
+        if segment.quantizes and arm.qat is not None and arm.qat.init == "ptq":
+            batches = calibration_batches(arm, arm.qat.calibrating.sequences)
+            segment = replace(segment, calibration=batches)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         twin = {} if arm.twin is None else read_losses(self.folder.arm(arm.twin))
         self.display.begin_training(segment.name, first_step, segment.last_step, twin)
