@@ -12,10 +12,12 @@ Names are resolved when first used, so that importing qatrun imports no torch.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from qatrun.lazy import lazy_names
+from qatrun.on_import import when_imported
 
 if TYPE_CHECKING:
     from qatrun import errors, formats, numerics
@@ -36,6 +38,9 @@ else:
             "qatrun.study": ("StudyResult", "run"),
         },
     )
+
+# `from_pretrained` opens quantized folders.
+when_imported("transformers.quantizers.auto", lambda auto: import_module("qatrun.pretrained").register(auto))
 
 __version__ = version("qatrun")
 __all__ = [

@@ -42,6 +42,8 @@ CHECKPOINTS, INCOMPLETE, PROGRESS_FILE, MANIFEST_FILE = "checkpoints", ".incompl
 SHARDS = "shard-*.safetensors"  # of a checkpoint that several processes wrote
 TENSORS, TENSORS_ENDING, UNFINISHED_TENSORS = "tensors", ".parquet", "unfinished.parquet"
 QUANTIZED, PLAN_FILE, WEIGHTS_FILE, WEIGHTS_FILES = "quantized", "plan.json", "model.safetensors", "model*.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # beside weights in several files
+QUANT_METHOD = "qatrun"  # in a quantized folder's config.json
 
 EVAL, EVAL_OFF, EVAL_CALIBRATED = "eval", "eval-quantizers-off", "eval-calibrated-"
 SCORES_FILE, ITEMS_FILE, TEXT_FILE = "scores.json", "items.parquet", "text.json"

@@ -39,6 +39,7 @@ _SECTIONS: tuple[tuple[str, str], ...] = (
     ("DataConfig", "data"),
     ("Source", "data.train, data.valid, data.probe"),
     ("TrainConfig", "train"),
+    ("DistillConfig", "train.distill"),
     ("WarmupConfig", "warmup"),
     ("QatConfig", "qat"),
     ("ScalingConfig", "qat.scaling, and scaling of a role"),

@@ -12,7 +12,7 @@ grid values, so nothing is rounded twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,30 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
+from qatrun.export.artifact_check import problems
+from qatrun.export.folder import write_description
 from qatrun.export.weights import StoredTensors, weights_files, write_weights
 from qatrun.files import filled_folder, flush_to_disk, read_json, reading, write_json
-from qatrun.layout import PLAN_FILE, QUANTIZED, WEIGHTS_FILES
-from qatrun.model import DTYPES, architecture, from_tensors, save_description
+from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILES
+from qatrun.model import DTYPES, architecture, from_tensors
 from qatrun.numerics import GRIDS, Grid, inverse_scale
 from qatrun.quant import (
-    Experts,
     Latest,
     QTensor,
     QuantizedLinear,
     QuantPlan,
     experts_of_linears,
+    mark_quantized,
     quantized_linears,
     replace_linears,
 )
 from qatrun.recipe import ModelConfig
 from qatrun.records.quantized import Quantized, Versioned
-from qatrun.scheme import GRANULARITIES
 from qatrun.tokenizer import load_tokenizer
 
 FOLDER = QUANTIZED
 FORMAT_VERSION = 2
 SHOWN = 5  # wrong tensors that are named one by one
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
 
 
 def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
@@ -61,18 +61,21 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             stored.add(tensor.data_ptr())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     (folder / PLAN_FILE).unlink(missing_ok=True)  # it comes last: until then the folder is none
-    with filled_folder(folder):
-        write_weights(tensors, folder)
-        for file in weights_files(folder):
-            flush_to_disk(file)
-        save_description(model, folder)
-        tokenizer.save_pretrained(folder)
     description = {
         "format_version": FORMAT_VERSION,
         "compute_dtype": dtype,
         "attn_implementation": model.config._attn_implementation,
         "plan": plan.to_dict(),
     }
+    entries = {
+        "quantization_config": {"quant_method": QUANT_METHOD, **description},
+        "transformers_weights": "import qatrun (pip install qatrun) before from_pretrained, or call qatrun.load",
+    }
+    with filled_folder(folder):
+        write_weights(tensors, folder)
+        for file in weights_files(folder):
+            flush_to_disk(file)
+        write_description(model, tokenizer, folder, entries)
     write_json(folder / PLAN_FILE, description)
 
 
@@ -101,17 +104,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
     )
     skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
     tensors = StoredTensors(folder)
-    if problems := list(_problems(tensors, plan, skeleton, dtype)):
-        more = f" (and {len(problems) - 1} more such)" if len(problems) > SHOWN else ""
-        shown = problems[:1] if more else problems
-        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
+    check_tensors(tensors, plan, skeleton, dtype)
     try:
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
         raise DamagedFileError(f"{tensors.place}: {error}") from error
-    shared = {slot: Latest() for slot in plan.slots()}
-    frozen = {name: _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]) for name in plan.linears}
-    replace_linears(model, frozen)
+    put_in(model, tensors, plan, dtype)
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), tokenizer
@@ -123,10 +121,55 @@ def read_plan(folder: Path) -> QuantPlan:
     Raises:
         InputError: plan.json is missing, torn, of a newer version or something else.
     """
-    description = _description(folder)
-    with reading(folder / PLAN_FILE):
+    return described_plan(_description(folder), folder / PLAN_FILE)
+
+
+def described_plan(description: Mapping[str, Any], file: Path) -> QuantPlan:
+    """The plan that a file describes.
+
+    Raises:
+        InputError: it is of a newer version, or no plan.
+    """
+    _check_version(description["format_version"], file)
+    with reading(file):
         described = description["plan"]
         return QuantPlan.from_dict(_of_version_1(described) if description["format_version"] == 1 else described)
+
+
+def check_tensors(tensors: StoredTensors, plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Args:
+        skeleton: the architecture with its linears as they were, on the meta device.
+    Raises:
+        DamagedFileError: names those that are not what plan and architecture ask for.
+    """
+    if found := list(problems(tensors, plan, skeleton, dtype)):
+        more = f" (and {len(found) - 1} more such)" if len(found) > SHOWN else ""
+        shown = found[:1] if more else found
+        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
+
+
+def take_out(model: Any, linear: str) -> None:
+    """Leave a place without weights, until `put_in`."""
+    parent, _, child = linear.rpartition(".")
+    place = nn.Module()
+    for name in (
+        "weight",
+        "bias",
+    ):  # models' own initialization reads them; registered, they would be looked for in the file
+        empty = torch.empty(0)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(place, name, empty)
+    setattr(model.get_submodule(parent), child, place)
+    model.all_tied_weights_keys.pop(f"{linear}.weight", None)
+
+
+def put_in(model: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> None:
+    """Put the quantized linears of a folder into their places, on the device of the rest."""
+    device, shared = next(model.parameters()).device, {slot: Latest() for slot in plan.slots()}
+    frozen = {name: _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]) for name in plan.linears}
+    replace_linears(model, {name: linear.to(device) for name, linear in frozen.items()})
+    mark_quantized(model)
 
 
 def size_bytes(folder: Path) -> int:
@@ -135,90 +178,13 @@ def size_bytes(folder: Path) -> int:
 
 
 def _description(folder: Path) -> Quantized:
-    version = read_json(folder / PLAN_FILE, Versioned)["format_version"]
-    if version > FORMAT_VERSION:
-        message = f"'{folder}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}"
-        raise InputError(Problem(message))
+    _check_version(read_json(folder / PLAN_FILE, Versioned)["format_version"], folder)
     return read_json(folder / PLAN_FILE, Quantized)
 
 
-def _problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> Iterator[str]:
-    """A sentence on every tensor that is not what plan and architecture ask for: kernels would read past it, or take its
-    bytes for another number."""
-    expected, experts = skeleton.state_dict(), experts_of_linears(skeleton)
-    planned = set(plan.linears)
-    for name in plan.linears:
-        shape = _effective_shape(name, expected, skeleton, experts)
-        if shape is None:
-            yield f"the plan names {name}, which is no linear of this model"
-            continue
-        if name in experts and not planned.issuperset(experts[name].linears):
-            yield f"the plan names {name}, but not all experts of that parameter"
-        scheme = plan.schemes[name]["weight"]
-        yield from _codes_problems(f"{name}.codes", tensors, shape, GRIDS[scheme.format])
-        yield from _scale_problems(
-            f"{name}.weight_scale", tensors, GRANULARITIES[scheme.granularity].scale_shape(shape)
-        )
-        yield from _scale_problems(f"{name}.input_scale", tensors, ())
-        if not plan.schemes[name]["input"].symmetric:
-            yield from _zero_point_problems(f"{name}.input_zero_point", tensors)
-    leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
-    leaves |= {f"{name}.input_zero_point" for name in plan.linears if not plan.schemes[name]["input"].symmetric}
-    replaced = {f"{experts[n].owner}.{experts[n].leaf}" if n in experts else f"{n}.weight" for n in plan.linears}
-    for name in tensors.keys() - leaves:
-        stored, asked = tensors[name], expected.get(name)
-        if asked is None or name in replaced:
-            yield f"{name} is no tensor of this model"
-        elif stored.shape != asked.shape or (asked.is_floating_point() and stored.dtype != dtype):
-            yield f"{name} must be {_shown(dtype, asked.shape)} ({_got(stored)})"
-        elif stored.is_floating_point() and not stored.isfinite().all():
-            yield f"{name} is not finite"
-
-
-def _effective_shape(
-    name: str, expected: Mapping[str, Tensor], skeleton: nn.Module, experts: Mapping[str, Experts]
-) -> tuple[int, ...] | None:
-    """[out, in] of the weight of a linear; None where there is no such linear."""
-    if name in experts:
-        return experts[name].shape
-    weight = expected.get(f"{name}.weight")
-    if weight is None or weight.dim() != 2:
-        return None
-    transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
-    return (*reversed(weight.shape),) if transposed else (*weight.shape,)
-
-
-def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], grid: Grid) -> Iterator[str]:
-    codes, dtype = tensors.get(name), grid.code_dtype
-    if codes is None or codes.dtype != dtype or codes.shape != shape:
-        yield f"{name} must be {_shown(dtype, shape)}, codes of {grid.format.name} ({_got(codes)})"
-    elif not grid.decode(codes).isfinite().all():
-        yield f"{name} holds codes of {grid.format.name} that are NaN or Inf"
-
-
-def _scale_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Iterator[str]:
-    scale = tensors.get(name)
-    right = scale is not None and scale.dtype == torch.float32 and scale.shape == shape
-    if scale is None or not right or not ((scale >= SMALLEST_SCALE) & scale.isfinite()).all():
-        yield f"{name} must be {_shown(torch.float32, shape)}, positive and finite ({_got(scale)})"
-
-
-def _zero_point_problems(name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    zero = tensors.get(name)
-    if zero is None or zero.dtype != torch.int8 or zero.dim():
-        yield f"{name} must be {_shown(torch.int8, ())} ({_got(zero)})"
-
-
-def _shown(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} of shape {list(shape)}"
-
-
-def _got(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "it is missing"
-    known = tensor.numel() and not tensor.is_complex()
-    values = f", {tensor.double().min().item():g} .. {tensor.double().max().item():g}" if known else ""
-    return f"got {_shown(tensor.dtype, tensor.shape)}{values}"
+def _check_version(version: int, path: Path) -> None:
+    if version > FORMAT_VERSION:
+        raise InputError(f"'{path}' has format version {version}; this qatrun reads up to {FORMAT_VERSION}")
 
 
 def _unquantized(skeleton: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:

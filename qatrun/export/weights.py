@@ -56,6 +56,9 @@ class StoredTensors(Mapping[str, Tensor]):
             tensor: Tensor = opened.get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 

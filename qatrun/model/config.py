@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from qatrun import demo
 from qatrun.errors import InputError, Problem
 from qatrun.hub import ask_once
+from qatrun.layout import QUANT_METHOD
 from qatrun.model.files import what_it_is
 from qatrun.recipe import ModelConfig
 
@@ -29,6 +30,7 @@ TRUST_KEY, TRUSTED = "model.trust_remote_code", "trust_remote_code: true"
 COUNTS = re.compile(r"(.*_)?(layers?|blocks|experts|heads?)")
 LARGEST_COUNT = 2**16  # nothing has more layers, experts or heads; to build them would take for ever
 BLAME_SECONDS = 10
+ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(model: ModelConfig) -> Any:
@@ -39,15 +41,18 @@ def load_config(model: ModelConfig) -> Any:
             can have, or weights that another tool quantized.
     """
     raw = config_json(model)
-    refuse(model, _absurdities(raw))
+    refuse(model, _absurdities(raw, ours=_is_ours(model, raw)))
     try:
         if raw["model_type"] == PANGU_MODEL_TYPE:
             replaced = ("model_type", "auto_map", "architectures", "bias")
             fields = {key: value for key, value in raw.items() if key not in replaced}
             return LlamaConfig(**fields, attention_bias=raw.get("bias", True), architectures=["LlamaForCausalLM"])
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             location(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+        if _is_ours(model, raw):  # who opens it puts the linears in
+            del config.quantization_config, config.transformers_weights
+        return config
     except Exception as error:  # transformers raises whatever the values of a config lead to
         if "auto_map" in raw and not model.trust_remote_code:
             raise InputError(code_not_trusted(model)) from error
@@ -129,7 +134,7 @@ def sentence(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _absurdities(raw: Mapping[str, Any]) -> Iterator[str]:
+def _absurdities(raw: Mapping[str, Any], *, ours: bool) -> Iterator[str]:
     """What can be told from config.json alone."""
     if not isinstance(raw.get("model_type"), str):
         yield 'config.json names no architecture ("model_type", such as "llama")'
@@ -143,7 +148,7 @@ def _absurdities(raw: Mapping[str, Any]) -> Iterator[str]:
         elif COUNTS.fullmatch(leaf) and isinstance(value, int | float) and value > LARGEST_COUNT:
             yield f"{_said(key, value)}, which no model has"
     for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
+        if raw.get(key) and not ours:
             yield quantized_already(_tool(raw[key]), f"config.json's {key}")
 
 
@@ -153,6 +158,12 @@ def quantized_already(tool: str, where: str) -> str:
         f"its weights are quantized already ({tool}, by {where}); training starts from weights in full precision: "
         "name the checkpoint that they were made from"
     )
+
+
+def _is_ours(model: ModelConfig, raw: Mapping[str, Any]) -> bool:
+    """Whether it is a quantized folder that qatrun wrote: its codes tell who would train from it."""
+    entry = raw.get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD and Path(location(model)).is_dir()
 
 
 def _entries(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -191,7 +202,15 @@ def _problem(message: str) -> Problem:
 
 
 def _not_found(path: str) -> str:
-    if Path(path).is_dir():
+    folder = Path(path)
+    if (folder / ADAPTER_FILE).is_file():
+        return (
+            f"'{path}' is an adapter (LoRA), no model: merge it first, "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
+        )
+    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        return f"'{path}' is a GGUF file, of llama.cpp: name the Hugging Face checkpoint that it was made from"
+    if folder.is_dir():
         return f"folder '{path}' holds no config.json"
     offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
     return f"no model folder '{path}' here, and the hub did not give one{offline}"

@@ -1,7 +1,8 @@
 """Quantizers on a model: the plan, the scales, the fake-quantized linear, attach and detach, calibration."""
 
-from qatrun.quant.attach import attach, detach, freeze, quantized_linears, replace_linears
+from qatrun.quant.attach import attach, detach, freeze, mark_quantized, quantized_linears, replace_linears
 from qatrun.quant.calibration import calibrate, calibrated_plan, finest_plan, input_histograms
+from qatrun.quant.coded import CodedWeight
 from qatrun.quant.coverage import Coverage, coverage
 from qatrun.quant.expert_weights import Experts, experts_of_linears
 from qatrun.quant.linear import FakeQuantLinear
@@ -16,6 +17,7 @@ from qatrun.quant.tally import STATISTICS
 
 __all__ = [
     "STATISTICS",
+    "CodedWeight",
     "Coverage",
     "Experts",
     "FakeQuantLinear",
@@ -41,6 +43,7 @@ __all__ = [
     "input_histograms",
     "kinds",
     "make_plan",
+    "mark_quantized",
     "named_linears",
     "quantized_linears",
     "replace_linears",

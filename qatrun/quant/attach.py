@@ -14,8 +14,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from qatrun.errors import InputError
+from qatrun.layout import QUANT_METHOD
 from qatrun.quant.expert_weights import named_experts
 from qatrun.quant.experts import FakeQuantExperts, QuantizedExperts
 from qatrun.quant.linear import FakeQuantLinear, Quantization
@@ -99,12 +102,19 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     for name, linear in _modules_of(model, FakeQuantLinear).items():
         replace_linears(model, {name: QuantizedLinear.from_trained(linear, dtype)})
     for module in _modules_of(model, FakeQuantExperts).values():
-        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.all_linears()}
+        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.linears()}
         module.take_off()
         replace_linears(model, trained)
     delattr(model, STATE_NAME)
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their float32
         parameter.data = parameter.data.to(dtype)
+    mark_quantized(model)
+
+
+def mark_quantized(model: nn.Module) -> None:
+    """Let transformers know: its `save_pretrained` would write tensors that its `from_pretrained` has no place for."""
+    if isinstance(model, PreTrainedModel):
+        setattr(model, "hf_quantizer", AutoHfQuantizer.from_config({"quant_method": QUANT_METHOD}))  # noqa: B010
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

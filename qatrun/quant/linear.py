@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qatrun.formats import Role
 from qatrun.numerics import Grid
 from qatrun.quant import operators
+from qatrun.quant.coded import CodedWeight
 from qatrun.quant.matmul import Dtypes, Gradients, gradients, scaled_matmul
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantizer import Quantizer
@@ -98,6 +99,8 @@ class FakeQuantized:
     def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
         """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
         step, so where codes are saved it is codes alone."""
+        if isinstance(weight, CodedWeight):
+            return weight.quantized
         state, quantizer = self.quant.state, self.quant.of["weight"]
         if not state.keeps_grids:
             return quantizer.on_grid(weight, dtype, takes_gradient=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qatrun.formats import Role, get_format
+from qatrun.formats import FORMATS, Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
 from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
@@ -87,6 +87,10 @@ def arm_warnings(arm: Arm) -> Iterator[Finding]:
     elif 2 * rise > steps:
         message = f"the learning rate still rises when most of the training is over ({rise} of {steps} steps)"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
+    named = next((name for name in FORMATS if name in arm.name.replace("-", "_")), None)
+    if named and arm.qat is not None and all(scheme.format != named for scheme in arm.qat.schemes.values()):
+        message = f"the arm is named {arm.name}, and holds {arm.qat.format}: tables show its format beside the name"
+        yield _finding(message, "qat.format")
 
 
 def _source_findings(key: str, source: Source) -> Iterator[Finding]:

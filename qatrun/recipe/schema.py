@@ -28,6 +28,7 @@ from ruamel.yaml import YAML
 
 from qatrun.hardware import HARDWARE_NAMES
 from qatrun.paths import expand_path
+from qatrun.recipe.distill import START_MODEL, DistillConfig
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 from qatrun.serving import EXPORT_NAMES
@@ -190,6 +191,11 @@ class TrainConfig(Section):
         description="run every arm once for each of these instead of `seed`, each time in a folder `seed-<n>` that is a "
         "study of its own; null: once",
     )
+    distill: DistillConfig | None = Field(
+        None,
+        exclude_if=is_null,
+        description="a teacher to learn from as well, in every arm alike; null: from text alone",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     save_every: Count = Field(500, description="steps between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept")
@@ -252,6 +258,14 @@ class Arm(Section):
         if self.qat is None:
             return None
         return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
+
+    @property
+    def teacher(self) -> ModelConfig | None:
+        """What its training distils from; None where nothing."""
+        if (distill := self.train.distill) is None:
+            return None
+        other = {"path": distill.teacher, "revision": None}
+        return self.model if distill.teacher == START_MODEL else self.model.model_copy(update=other)
 
 
 START = "start"

@@ -5,6 +5,8 @@ Accuracies are shares of the items, in [0, 1]; fields ending in `_pp` are percen
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from qatrun.files import Record
 from qatrun.records.values import Interval, Verdict
 
@@ -13,6 +15,7 @@ class TaskComparison(Record):
     """One task.
 
     Attributes:
+        others: every other metric that lm-eval gives -> "start", "twin" and "arm", as far as they are known.
         start: accuracy of the model before training; None where it was not scored.
         twin: accuracy of the BF16 twin.
         arm: accuracy of the arm, quantizers on.
@@ -47,6 +50,7 @@ class TaskComparison(Record):
     budget_pp: float
     verdict: Verdict
     items_to_settle: int | None
+    others: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
 class PerplexityComparison(Record):
@@ -118,6 +122,7 @@ class Pair(Record):
             "after_switch"; empty where training records are missing.
         perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
         cost: "twin" and "arm".
+        format: that it quantizes to, several joined by "+"; empty where nothing says so.
         sizes: bytes of the arm's weights on disk: "plain_bytes" and "quantized_bytes".
         mismatches: in what the two differ besides quantization; only where they were compared anyway.
     """
@@ -131,6 +136,7 @@ class Pair(Record):
     sizes: dict[str, int]
     coverage: str | None
     mismatches: list[str]
+    format: str = ""
 
 
 class StudyComparison(Record):

@@ -16,6 +16,8 @@ class MetricsRow(TypedDict):
     """A line of metrics.jsonl: one optimizer step.
 
     Attributes:
+        loss: cross-entropy, whatever else is made small.
+        distill_kl: from the teacher, nats a token at the temperature of the distillation.
         kl_off, kl_on: of a probed step, KL from the start model, nats a token, quantizers off and, once in use, on.
         nll_start, nll_off, nll_on: on the same text, nats a token; of the start model, and now.
     """
@@ -23,6 +25,7 @@ class MetricsRow(TypedDict):
     step: Annotated[int, Field(ge=1, lt=2**31)]
     phase: Literal["bf16", "qat"]
     loss: Number
+    distill_kl: NotRequired[float]
     learning_rate: NotRequired[float]
     grad_norm: NotRequired[float]
     num_saturated: NotRequired[int]

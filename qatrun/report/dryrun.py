@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qatrun.records.dryrun import DryRun, DryRunArm
 from qatrun.report.grid import Grid
+from qatrun.report.stages import clock_time
 from qatrun.text import readable_size
 
 
@@ -28,13 +32,30 @@ def dry_run(plan: DryRun) -> RenderableType:
         Text(),
         _tasks(plan),
         Text(f"detects: smallest drop seen at 80% power if {plan.assumed_discordance:.0%} of the items flip"),
+        *_too_few(plan),
     ]
+    if plan.training_seconds is not None:
+        parts.append(
+            Text(f"training takes about {clock_time(plan.training_seconds)} here, scoring not counted (timed)")
+        )
     return Group(*parts)
+
+
+def _too_few(plan: DryRun) -> Iterator[Text]:
+    """Tasks whose items cannot tell a drop as large as the budget, and how many could."""
+    for task in plan.tasks:
+        detects = task.detectable_drop_pp
+        if task.num_items and detects and detects > task.budget_pp:
+            enough = math.ceil(task.num_items * (detects / task.budget_pp) ** 2)
+            few = f"{task.name}: {task.num_items:,} items cannot judge a budget of {task.budget_pp:g} pp"
+            yield Text(f"{few}; about {enough:,} could", style="yellow")
 
 
 def _arm(arm: DryRunArm) -> RenderableType:
     text = Text.assemble("\n", (arm.name, "bold cyan"), f" (twin: {arm.twin})" if arm.twin else "")
     lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
+    if arm.teacher is not None:
+        lines.append(arm.teacher)
     if arm.switch_step is None:
         lines.insert(0, f"steps 1-{arm.steps} BF16, the first {arm.warmup_steps} in the shared trunk")
     else:

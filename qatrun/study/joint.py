@@ -72,7 +72,10 @@ def _train(
     stream, display = own
     source, dtype = segment.arm.model, segment.arm.model.param_dtype
     model = load_model(source, DTYPES[dtype]) if world().leads else without_weights(source, DTYPES[dtype])
-    tokenizer = load_tokenizer(source)
+    tokenizer, teacher = load_tokenizer(source), None
+    if (taught := segment.arm.teacher) is not None:
+        compute = DTYPES[taught.compute_dtype]
+        teacher = load_model(taught, compute) if world().leads else without_weights(taught, compute)
 
     def benchmark(model: Any) -> dict[str, float]:
         assert items is not None
@@ -80,7 +83,7 @@ def _train(
 
     if items is not None:
         watched = replace(watched, benchmark=benchmark)
-    outcome = train(segment, model, stream, display, trackers, watched)
+    outcome = train(segment, model, stream, display, trackers, watched, teacher)
     if not keep:
         return None, outcome
     return (model if world().size == 1 else _whole(model, segment)), outcome

@@ -32,6 +32,7 @@ from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
 from qatrun.study.schemes import export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
+from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
 from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Preflight:
         arms: by name, resolved.
         plans: arm -> what it quantizes; None for a BF16 arm.
         coverages: arm -> how much that is; BF16 arms are left out.
+        teachers: arm -> parameters of the teacher that it learns from; arms without one are left out.
         num_parameters: of the recipe's model, tied ones counted once.
         tasks: what would be scored.
         problems: what stands in the way; empty where the recipe can run here and now.
@@ -57,6 +59,7 @@ class Preflight:
     arms: Mapping[str, Arm]
     plans: Mapping[str, QuantPlan | None]
     coverages: Mapping[str, Coverage]
+    teachers: Mapping[str, int]
     num_parameters: int
     config: Any
     tasks: list[TaskPlan]
@@ -90,7 +93,8 @@ class Preflight:
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             num_quantized = covered.quantized_weights if covered else 0
-            memory = memory_bytes(arm, self.num_parameters, num_quantized, self.config, self.processes)
+            sizes = self.num_parameters, num_quantized, self.config, self.processes, self.teachers.get(name)
+            memory = memory_bytes(arm, *sizes)
             memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
@@ -106,6 +110,7 @@ class Preflight:
             roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
+            teacher=teacher_text(arm),
             runs=self.runs.get(name, []),
         )
 
@@ -132,6 +137,7 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
     tokenizers: dict[str, Any] = {}
     checked_data: set[tuple[str, str]] = set()
     surveys: dict[str, Survey] = {}
+    teachers: dict[TeacherKey | None, int | None] = {None: None}
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
@@ -156,6 +162,9 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
                 warnings += odd
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
+        if model is not None and tokenizers[key] is not None and (taught := teacher_key(arm)) not in teachers:
+            check = partial(check_teacher, arm, model, tokenizers[key])
+            teachers[taught] = _collect(check, problems, name, recipe)
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
             checked_data.add(data)
             odd = []
@@ -176,6 +185,7 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         arms=arms,
         plans=plans,
         coverages=coverages,
+        teachers={name: size for name, arm in arms.items() if (size := teachers.get(teacher_key(arm))) is not None},
         num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
         config=text_config(first) if first is not None else None,
         tasks=tasks,
@@ -186,11 +196,21 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
     )
 
 
+TRACKER_PACKAGES = {
+    "tensorboard": "'qatrun[track]'",
+    **{name: name for name in ("wandb", "mlflow", "aim", "comet_ml", "clearml", "dvclive", "swanlab", "trackio")},
+}
+
+
 def tracker_problems(names: Sequence[str]) -> list[Problem]:
     """A problem for each tracker that Accelerate does not know or that is not installed; it would leave those out."""
     installed = sorted({"all", *map(str, get_available_trackers())})
     return [
-        Problem(f"--track {name}: no such tracker here (one of {', '.join(installed)})")
+        Problem(
+            f"--track {name}: not installed: pip install {TRACKER_PACKAGES[name]}"
+            if name in TRACKER_PACKAGES
+            else f"--track {name}: no such tracker here (one of {', '.join(installed)})"
+        )
         for name in names
         if name not in installed
     ]

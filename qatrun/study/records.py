@@ -73,6 +73,11 @@ def last_probe(folder: ArmFolder) -> MetricsRow | None:
     return next((row for row in reversed(rows) if "kl_off" in row), None)
 
 
+def read_losses(folder: ArmFolder) -> dict[int, float]:
+    """Step -> training loss, as far as it was trained."""
+    return {row["step"]: row["loss"] for row in (read_metrics(folder.metrics) if folder.metrics.is_file() else ())}
+
+
 def losses(folder: ArmFolder, num_steps: int) -> dict[int, MetricsRow]:
     """Step -> its row of metrics, of a run of so many steps; empty unless all of them are there: a mean over what is left
     of a record would be another number."""

@@ -18,7 +18,12 @@ from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
 from qatrun.records.values import Verdict
 from qatrun.report import comparison_text
+from qatrun.report.notebook import result_html
+from qatrun.report.overview import overview
 from qatrun.report.seeds_table import seeds_text
+from qatrun.report.tables import plain_text
+from qatrun.report.total import Total, totals
+from qatrun.train.metrics import read_alarms
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,26 @@ class StudyResult:
     page: Path | None = None
 
     @property
+    def ranked(self) -> tuple[Total, ...]:
+        """Every quantized arm from start to what ships, the best first."""
+        diagnosed = self.diagnosis.arms if self.diagnosis else {}
+        return totals(self.pairs, diagnosed, alarms_raised(StudyFolder(self.folder)))
+
+    @property
     def verdict(self) -> Verdict | None:
         """The worst of the arms: within, inconclusive or exceeds; None where no arm has a twin."""
         if self.summary is not None:
             return self.summary.verdict
         return worst_verdict(pair.comparison.verdict for pair in self.pairs)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        return result_html(self.ranked, self.diagnosis.sentence if self.diagnosis else "", self.page)
+
+
+def alarms_raised(folder: StudyFolder) -> dict[str, int]:
+    """Arm -> how many alarms it raised."""
+    return {name: len(read_alarms(folder.arm(name).alarms)) for name in folder.begun}
 
 
 def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
@@ -51,8 +71,9 @@ def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
     record = StudyComparison(study=folder.name, verdict=result.verdict, pairs=list(result.pairs))
     write_json(folder.comparison, record)
     replace_file(folder.comparison.with_suffix(".csv"), comparison_csv(result.pairs).encode())
+    ranking = plain_text(overview(result.ranked), "") if result.pairs else ""
     contrasts = seeds_text(result.summary) if result.summary is not None else ""
-    replace_file(folder.comparison.with_suffix(".txt"), (comparison_text(result.pairs) + contrasts).encode())
+    replace_file(folder.comparison.with_suffix(".txt"), (ranking + comparison_text(result.pairs) + contrasts).encode())
 
 
 def comparison_csv(pairs: Sequence[Pair]) -> str:
@@ -70,6 +91,7 @@ def _task_row(task: TaskComparison) -> dict[str, Any]:
     values = [
         list(zip(("ci95_low_pp", "ci95_high_pp"), value, strict=True)) if name == "ci95_pp" else [(name, value)]
         for name, value in task.to_dict().items()
+        if name != "others"
     ]
     return dict(chain.from_iterable(values))
 

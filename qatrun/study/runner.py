@@ -16,6 +16,7 @@ from qatrun.layout import StudyFolder
 from qatrun.ranks import start, started
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
+from qatrun.report.notebook import in_a_cell
 from qatrun.report.seeds_table import seeds_text
 from qatrun.study.claim import claimed
 from qatrun.study.display import Display
@@ -30,8 +31,9 @@ from qatrun.study.single import run_single
 def run(
     recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
 ) -> StudyResult:
-    """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`; what comes out is
-    returned and written, not printed. Where torchrun started several processes, all of them are to call this.
+    """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`, in a notebook with
+    one line that changes; what comes out is returned and written, not printed.
+    Where torchrun started several processes, all of them are to call this.
 
     Raises:
         as `load_recipe` and `run_study`.
@@ -42,7 +44,8 @@ def run(
     done = None
     try:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-        with TerminalDisplay(Console()) as display:
+        console = Console()
+        with in_a_cell() if console.is_jupyter else TerminalDisplay(console) as display:
             done = run_study(loaded, display, resume=resume, overwrite=overwrite)
     finally:
         end(done)

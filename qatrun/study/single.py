@@ -35,8 +35,10 @@ from qatrun.study.joint import Opener, open_plain, score_together, train_togethe
 from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
+from qatrun.study.records import read_losses
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
+from qatrun.study.stages import planned_stages
 from qatrun.study.texts import study_texts
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
@@ -47,9 +49,11 @@ from qatrun.train.segment import Segment, Watched
 def run_single(checked: Preflight, folder: StudyFolder, display: Display, trackers: Sequence[str]) -> StudyResult:
     """Run a recipe without seeds, whose preflight has no problems, in a folder that is claimed and locked."""
     recipe, study = checked.recipe, _Study(checked, folder, display, trackers)
+    segments_of_arms = plan_segments(checked.arms, checked.plans, folder.path)
+    display.begin_study(planned_stages(recipe, checked.arms, segments_of_arms))
     study.keep_known_text()
     study.score_start_model()
-    for segments in plan_segments(checked.arms, checked.plans, folder.path):
+    for segments in segments_of_arms:
         study.train_arm(segments)
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
@@ -157,7 +161,8 @@ class _Study:
         tokenizer = load_tokenizer(arm.model)
         data = open_data(arm.data, tokenizer, arm.train.seed)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
-        self.display.begin_training(segment.name, first_step, segment.last_step)
+        twin = {} if arm.twin is None else read_losses(self.folder.arm(arm.twin))
+        self.display.begin_training(segment.name, first_step, segment.last_step, twin)
         return train_together(segment, data.train, self.display, self.trackers, *self._watched(arm), keep=keep)
 
     def _watched(self, arm: Arm) -> tuple[Watched, EvalConfig | None]:
@@ -198,8 +203,11 @@ class _Study:
     def _score(self, opened: Opener, texts: Mapping[str, Batch], output: Path, what: str) -> float:
         """Returns the perplexity of held-out text."""
         self.display.begin_scoring(what)
-        _, read = score_together(opened, self.recipe.eval, output, self.display, texts=texts)
-        return perplexity(read.texts[HELD_OUT].mean)
+        scores, read = score_together(opened, self.recipe.eval, output, self.display, texts=texts)
+        found = perplexity(read.texts[HELD_OUT].mean)
+        accuracies = [f"{name} {100 * score.accuracy:.2f}" for name, score in scores.tasks.items()]
+        self.display.note(f"{what}: {', '.join([*accuracies, f'perplexity {found:.4g}'])}")
+        return found
 
     def _record(
         self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]

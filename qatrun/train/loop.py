@@ -45,12 +45,14 @@ def train(
     listener: Listener,
     trackers: Sequence[str],
     watched: Watched,
+    teacher: PreTrainedModel | None = None,
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached, and
     in parts where several processes train it, all of which come here.
 
     Args:
         stream: read by the process that leads; None on others.
+        teacher: where `train.distill` wants one, in the dtype that it computes in.
     Raises:
         RunError: processes do not agree any more on what all of them have.
         AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
@@ -61,7 +63,7 @@ def train(
         WriteError: a full disk, a missing permission; the last checkpoint is good.
     """
     with bfloat16_products(), stop_on_signals() as request:
-        return Session(segment, model, stream, listener, trackers, watched).run(request)
+        return Session(segment, model, stream, listener, trackers, watched, teacher).run(request)
 
 
 class Session:
@@ -84,11 +86,12 @@ class Session:
         listener: Listener,
         trackers: Sequence[str],
         watched: Watched,
+        teacher: PreTrainedModel | None,
     ) -> None:
         arm, self.clock, self.world = segment.arm, Clock(), world()
         self.segment, self.stream, self.listener = segment, stream, listener
         self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=segment.folder)
-        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model)
+        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model, teacher)
         self.quant = self.stepper.quant
         if trackers:
             settings = {key: str(value) for key, value in arm.model_dump().items()}  # as a tracker takes them
@@ -206,7 +209,7 @@ class Session:
             {
                 "step": self.step,
                 "phase": "qat" if mode is Mode.QUANTIZE else "bf16",
-                "loss": taken.loss,
+                **taken.terms,
                 "learning_rate": learning_rate,
                 "grad_norm": taken.grad_norm,
                 "num_saturated": taken.num_saturated,
