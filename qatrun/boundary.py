@@ -51,11 +51,17 @@ _PACKAGE = Path(__file__).parent
 _SHOWN = 400  # characters of another library's message
 
 _study: ContextVar[Path | None] = ContextVar("study", default=None)
+_again: ContextVar[str] = ContextVar("again", default="--resume")
 
 
-def working_in(study: Path) -> None:
-    """Say which study's folder the command works in: what is saved there is safe, and a log may lie there."""
+def working_in(study: Path, again: str = "--resume") -> None:
+    """Say which study's folder the command works in: what is saved there is safe, and a log may lie there.
+
+    Args:
+        again: by which one goes on.
+    """
     _study.set(study)
+    _again.set(again)
 
 
 def exit_code_of(command: Callable[[], Any], say: Callable[[str], None]) -> int:
@@ -122,13 +128,13 @@ def _verdict(error: BaseException) -> tuple[str, int]:
 
 def _interrupted() -> tuple[str, int]:
     if study := _study_to_resume():
-        return f"interrupted: what is saved in {study} is kept; go on with --resume", _RUN
+        return f"interrupted: what is saved in {study} is kept; go on with {_again.get()}", _RUN
     return "interrupted", INTERRUPTED
 
 
 def _kept() -> str:
     study = _study_to_resume()
-    return f"; what is saved in {study} is safe: --resume goes on" if study else ""
+    return f"; what is saved in {study} is safe: {_again.get()} goes on" if study else ""
 
 
 def _study_to_resume() -> Path | None:

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qatrun import boundary, followers, ranks, terminal
+from qatrun import boundary, completion, followers, ranks, terminal
 from qatrun.errors import InputError
 from qatrun.formats import FORMATS
 from qatrun.hardware import HARDWARE_NAMES
@@ -28,14 +28,18 @@ from qatrun.options import (
     path_option,
     place,
 )
-from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, known
+from qatrun.records.values import VERDICTS
+from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
+
+if TYPE_CHECKING:
+    from qatrun.study import StudyResult
 
 app = typer.Typer(
     name="qatrun",
     help="Run quantization-aware-training recipes for language models and learn honestly what quantization cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
 )
 out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
@@ -80,25 +84,13 @@ def train(
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _in_processes(processes)
     terminal.quiet_libraries()
-    from qatrun.report import TerminalDisplay, comparison_table
+    from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
-    from qatrun.report.seeds_table import seeds_table
     from qatrun.study import fix_study, run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
-    for pair in result.pairs:
-        out.print()
-        out.print(comparison_table(pair))
-    if result.summary is not None:
-        out.print()
-        out.print(seeds_table(result.summary))
-    if result.diagnosis is not None:
-        for arm in result.diagnosis.arms.values():
-            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
-    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
-    if not result.pairs and result.summary is None:
-        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+    _print_result(result)
     if fix:
         with TerminalDisplay(out) as display:
             out.print("\n", fix_table(fix_study(str(result.folder), result.folder.parent, display)))
@@ -107,8 +99,40 @@ def train(
 
 
 @app.command()
+def ptq(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
+    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
+    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    processes: ProcessesOption = None,
+    trust_task_code: TrustOption = False,
+) -> None:
+    """Quantize the start model as each arm of a recipe says, by calibration alone; score, compare and diagnose what comes
+    out, in a study of its own."""
+    from qatrun.recipe import calibrated_alone, load_recipe
+
+    loaded = calibrated_alone(load_recipe(recipe, set_ or ()))
+    boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    _in_processes(processes)
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.study import run_study
+
+    with _located(recipe, set_), TerminalDisplay(out) as display:
+        result = run_study(loaded, display, resume=resume, overwrite=overwrite)
+    _print_result(result)
+    if fail_on_verdict:
+        _exit_by_verdict(result.verdict, strict)
+
+
+@app.command()
 def check(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file or a shipped name.", autocompletion=completion.recipes),
+    ] = None,
     set_: SetOption = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
@@ -117,6 +141,9 @@ def check(
         str | None,
         typer.Option(metavar="CHIP", help="What it is to be served on: what runs there natively, and what not."),
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Time two steps of each arm, on weights that are made up.")
+    ] = False,
     trust_task_code: TrustOption = False,
 ) -> None:
     """Show what a recipe would do, without loading weights or writing anything."""
@@ -135,10 +162,15 @@ def check(
     from qatrun.study import preflight
 
     checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
+    plan = checked.dry_run()
+    if time and not checked.problems:
+        from qatrun.study.timing import training_seconds
+
+        plan = plan.model_copy(update={"training_seconds": training_seconds(checked)})
     if json_:
-        out.print_data(checked.dry_run().to_dict())
+        out.print_data(plan.to_dict())
     else:
-        out.print(dry_run(checked.dry_run()))
+        out.print(dry_run(plan))
     if checked.problems:
         with _located(recipe, set_):
             raise InputError(checked.problems)
@@ -147,7 +179,10 @@ def check(
 @app.command(name="eval")
 def evaluate(
     path: Annotated[
-        str, argument("PATH", "A model: an arm of a study, a quantized folder, or any Hugging Face model.")
+        str,
+        argument(
+            "PATH", "A model: an arm of a study, a quantized folder, or any Hugging Face model.", completion.arm_folders
+        ),
     ],
     tasks: Annotated[
         str | None,
@@ -198,7 +233,7 @@ def evaluate(
 
 @app.command()
 def export(
-    arm: Annotated[str, argument("ARM", "A quantized arm's folder.")],
+    arm: Annotated[str, argument("ARM", "A quantized arm's folder.", completion.arm_folders)],
     to: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"{', '.join(EXPORT_NAMES)}; default: what fits the arm's format."),
@@ -231,9 +266,16 @@ def export(
 
 @app.command()
 def compare(
-    twin: Annotated[str, argument("TWIN", "The BF16 arm, or a folder with scores.")],
-    arm: Annotated[str, argument("ARM", "The arm to judge, or a folder with scores.")],
-    study: Annotated[str | None, place("STUDY", "Study to take arms from; default: the newest.")] = None,
+    twin: Annotated[
+        str | None,
+        argument(
+            "TWIN", "The BF16 arm, or a folder with scores; none: every arm of the study, ranked.", completion.arms
+        ),
+    ] = None,
+    arm: Annotated[str | None, argument("ARM", "The arm to judge, or a folder with scores.", completion.arms)] = None,
+    study: Annotated[
+        str | None, place("STUDY", "Study to take arms from; default: the newest.", completion.studies)
+    ] = None,
     output_dir: OutputDirOption = Path("runs"),
     budget: Annotated[
         list[str] | None,
@@ -243,22 +285,37 @@ def compare(
     strict: Annotated[bool, typer.Option(help="Exit with 4 if the verdict is inconclusive.")] = False,
     json_: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help=f"Print {', '.join(TABLE_FORMATS)}.")
+    ] = None,
 ) -> None:
-    """Compare an arm with its BF16 twin, item by item."""
+    """Compare an arm with its BF16 twin, item by item; or every arm of a study with its own, ranked."""
     from qatrun.report import comparison_table
-    from qatrun.study import compare_named, comparison_csv
+    from qatrun.report.overview import overview
+    from qatrun.report.total import marked_up
+    from qatrun.study import comparison_csv, ranked_arms
 
-    if json_ and csv:
-        raise InputError("--json and --csv exclude each other")
-    took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
-    if json_:
-        out.print_data(pair.to_dict())
-    elif csv:
-        sys.stdout.write(comparison_csv([pair]))
+    asked = [name for name, given in (("json", json_), ("csv", csv), (format_, format_)) if given and name]
+    if len(asked) > 1:
+        raise InputError("--json, --csv and --format exclude each other")
+    format_ = known(asked[0], TABLE_FORMATS, "--format") if asked else "text"
+    if twin is not None and arm is None:
+        raise InputError(f"compare {twin} with what? Name a second arm, or none for all arms of the study")
+    took, ranked = ranked_arms(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
+    pairs = [total.pair for total in ranked]
+    if format_ == "json":
+        out.print_data(pairs[0].to_dict() if twin is not None else {"pairs": [pair.to_dict() for pair in pairs]})
+    elif format_ == "csv":
+        sys.stdout.write(comparison_csv(pairs))
+    elif format_ != "text":
+        sys.stdout.write(marked_up(ranked, format_))
     else:
         out.out(f"comparing {took}")
-        out.print(comparison_table(pair))
-    _exit_by_verdict(pair.comparison.verdict, strict)
+        out.print(overview(ranked))
+        for total in ranked if twin is not None else ():
+            out.print()
+            out.print(comparison_table(total.pair, total.alarms))
+    _exit_by_verdict(max((total.verdict for total in ranked), key=VERDICTS.index), strict)
 
 
 @app.command()
@@ -272,9 +329,10 @@ def diagnose(
     """Say what a drop is made of, each cause found, ruled out or not shown; scores three more models for each arm."""
     _in_processes(processes)
     terminal.quiet_libraries()
+    from qatrun.layout import StudyFolder
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
-    from qatrun.study import diagnose_study
+    from qatrun.study import alarms_raised, diagnose_study
 
     with TerminalDisplay(err) as display:
         found = diagnose_study(study, output_dir, display)
@@ -284,7 +342,7 @@ def diagnose(
     for folder, diagnosis in found.items():
         for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
-            out.print(diagnosis_table(arm))
+            out.print(diagnosis_table(arm, sum(alarms_raised(StudyFolder(Path(folder))).values())))
 
 
 @app.command()
@@ -301,8 +359,9 @@ def fix(
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
-    from qatrun.study import fix_study
+    from qatrun.study import fix_study, named_study
 
+    boundary.working_in(named_study(study, output_dir).path, "qatrun fix")
     with TerminalDisplay(err) as display:
         fixes = fix_study(study, output_dir, display, tries=tries)
     if json_:
@@ -420,6 +479,47 @@ def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs
 
 
 @app.command()
+def studies(output_dir: OutputDirOption = Path("runs"), json_: JsonOption = False) -> None:
+    """List the studies in a folder: verdict, arms, size, and what `clean` would free."""
+    from qatrun.report.studies import studies_table
+    from qatrun.study import list_studies
+
+    found = list_studies(output_dir)
+    if json_:
+        out.print_data([vars(study) for study in found])
+    elif found:
+        out.print(studies_table(found))
+    else:
+        out.out(f"no study in {output_dir} yet")
+
+
+@app.command()
+def clean(
+    study: StudyArgument = None,
+    output_dir: OutputDirOption = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete the checkpoints of a finished study, after asking; weights, scores and records stay."""
+    from qatrun.study import clean as clean_study
+    from qatrun.study import named_study, spare_files
+    from qatrun.text import readable_size
+
+    folder = named_study(study, output_dir)
+    spare = spare_files(folder)
+    size = readable_size(sum(file.stat().st_size for file in spare))
+    if not spare:
+        out.out(f"{folder.path}: nothing to free")
+        return
+    out.out(
+        f"{folder.path}: {len(spare)} files of checkpoints, {size}; `fix` and new arms would train their trunk again"
+    )
+    if not yes and not sys.stdin.isatty():
+        raise InputError("nobody to ask here: give --yes")
+    if yes or typer.confirm("delete them?"):
+        out.out(f"freed {readable_size(clean_study(folder))}")
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that ship with qatrun."""
     from qatrun.recipe import shipped_recipes
@@ -441,7 +541,7 @@ def init(
         raise InputError(f"{file} exists already; give another --output")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(template(model), encoding="utf-8")
-    out.out(f"wrote {file}; next: qatrun check {file}")
+    out.out(f"wrote {file}; next: qatrun check {file} --time")
 
 
 def main() -> None:
@@ -479,6 +579,33 @@ def _in_processes(asked: str | None) -> None:
     code = run_in_processes(asked)
     if code is not None:
         raise typer.Exit(code)
+
+
+def _print_result(result: StudyResult) -> None:
+    """What a study ended in."""
+    from qatrun.report import comparison_table
+    from qatrun.report.over_ptq import over_ptq_lines
+    from qatrun.report.overview import overview
+    from qatrun.report.seeds_table import seeds_table
+
+    ranked = result.ranked
+    if ranked:
+        out.print()
+        out.print(overview(ranked))
+    for line in over_ptq_lines(result.over_ptq):
+        out.print(f"\n{line}", markup=False)
+    if result.diagnosis is not None:
+        for arm in result.diagnosis.arms.values():
+            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
+    for total in ranked:
+        out.print()
+        out.print(comparison_table(total.pair, total.alarms))
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
+    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
+    if not result.pairs and result.summary is None:
+        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
 
 
 @contextmanager

@@ -61,6 +61,17 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 
+NOT_HERE = {
+    **dict.fromkeys(
+        ("int4", "uint4", "nf4", "fp4", "nvfp4", "mxfp4", "w4a16", "gptq", "awq"), "all formats have 8 bits"
+    ),
+    **dict.fromkeys(("fp8", "float8"), "there are two of that width"),
+    **dict.fromkeys(("mxfp8", "mx"), "blocks of 32 values with one scale are not there yet"),
+    **dict.fromkeys(("bf16", "fp16", "none"), "an arm without quantizers is written `qat: null`"),
+    **dict.fromkeys(("gguf", "q8_0", "q4_0", "q4_k_m"), "llama.cpp's formats are not trained for"),
+}
+
+
 def get_format(name: str) -> Format:
     """The format of that name.
 
@@ -68,5 +79,8 @@ def get_format(name: str) -> Format:
         InputError: no such format; the message names the nearest one.
     """
     if name not in FORMATS:
-        raise InputError(Problem(f"unknown format '{name}'{suggestion(name, FORMATS)}"))
+        near = suggestion(name, FORMATS)
+        if name.lower() in NOT_HERE:
+            near = f": {NOT_HERE[name.lower()]} (one of {', '.join(FORMATS)})"
+        raise InputError(Problem(f"unknown format '{name}'{near}"))
     return FORMATS[name]

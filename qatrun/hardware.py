@@ -114,6 +114,7 @@ _VLLM_INT8 = "https://docs.vllm.ai/en/latest/features/quantization/int8/"
 _VLLM_TABLE = "https://docs.vllm.ai/en/v0.14.0/features/quantization/"
 _ONEDNN = "https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html"
 _ROCM_FP8 = "https://rocm.docs.amd.com/projects/HIP/en/docs-6.2.0/reference/fp8_numbers.html"
+_CANN = "CANN's quantized matmul"
 _ASCEND = (
     "https://www.hiascend.com/document/detail/zh/CANNCommunityEdition/latest/API/aolapi/context/ops-nn/"
     "aclnnQuantMatmulV5.md"
@@ -180,14 +181,15 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         ),
         "ascend-950": Chip(
             "Huawei Ascend 950PR and 950DT",
-            tuple(
-                Kernel(name, "CANN's quantized matmul", _ASCEND) for name in ("hif8", "fp8_e4m3", "fp8_e5m2", "int8")
+            (
+                *(Kernel(name, _CANN, _ASCEND) for name in ("hif8", "fp8_e4m3", "fp8_e5m2", "int8")),
+                Kernel("fp8_e4m3", f"{_CANN}, MX blocks of 32", _ASCEND, ("per_block",), ("per_block",)),
             ),
             MappingProxyType({}),
         ),
         "ascend-910b": Chip(
             "Huawei Ascend 910B and 910C, Atlas A2 and A3",
-            (Kernel("int8", "CANN's quantized matmul", _ASCEND),),
+            (Kernel("int8", _CANN, _ASCEND),),
             MappingProxyType(
                 {
                     name: Instead(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qatrun import completion
 from qatrun.paths import expand_path
 
 
@@ -18,14 +19,18 @@ def expanded(written: str | Path) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def argument(metavar: str, help: str) -> Any:
-    """An argument that is a path, or a name in place of one."""
-    return typer.Argument(parser=expanded, metavar=metavar, help=help)
+def argument(metavar: str, help: str, complete: Any = None) -> Any:
+    """An argument that is a path, or a name in place of one.
+
+    Args:
+        complete: what the shell offers; see `completion`.
+    """
+    return typer.Argument(parser=expanded, metavar=metavar, help=help, autocompletion=complete)
 
 
-def place(metavar: str, help: str) -> Any:
+def place(metavar: str, help: str, complete: Any = None) -> Any:
     """An option that is a path, or a name in place of one."""
-    return typer.Option(parser=expanded, metavar=metavar, help=help)
+    return typer.Option(parser=expanded, metavar=metavar, help=help, autocompletion=complete)
 
 
 def path_option(help: str) -> Any:
@@ -38,11 +43,18 @@ def number(help: str, least: int = 1) -> Any:
     return typer.Option(min=least, metavar="N", help=help)
 
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", autocompletion=completion.recipes
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one key of the recipe; repeatable.")
 ]
-StudyArgument = Annotated[str | None, argument("STUDY", "A study's name or folder; default: the newest.")]
+StudyArgument = Annotated[
+    str | None, argument("STUDY", "A study's name or folder; default: the newest.", completion.studies)
+]
 OutputDirOption = Annotated[Path, path_option("Where studies lie.")]
 ProcessesOption = Annotated[
     str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -62,13 +63,15 @@ def drawn(renderable: RenderableType, width: int = 80) -> list[str]:
 def test_comparison_of_the_demo_fits_80_columns() -> None:
     names = ("demo_facts", "demo_routines", "demo_inference")
     lines = drawn(comparison_table(a_pair(*({**TASK, "task": name} for name in names))))
-    assert [line.rstrip() for line in lines[:4]] == [
+    assert [line.rstrip() for line in lines[:6]] == [
+        "verdict: inconclusive -- conditional on these checkpoints",
+        "",
         "hif8 against bf16",
         "task           start  bf16  hif8   off drop pp     95% interval verdict",
         "demo_facts     75.12 76.25 74.88 75.25   +1.37 -10.21 .. +10.55 inconclusive",
         "demo_routines  75.12 76.25 74.88 75.25   +1.37 -10.21 .. +10.55 inconclusive",
     ]
-    assert [line.rstrip() for line in lines[6:8]] == [
+    assert [line.rstrip() for line in lines[8:10]] == [
         "task            items    rel.       p     flips |Δll| detects budget to settle",
         "demo_facts     12,345 -11.80% 1.2e-10 123↓ 104↑ 0.123    1.23    1.5  ~123,456",
     ]
@@ -78,10 +81,10 @@ def test_comparison_of_the_demo_fits_80_columns() -> None:
 def test_what_is_not_known_is_a_dash_and_a_column_less() -> None:
     task = {**TASK, "start": None, "arm_off": None, "drop_relative_percent": None, "items_to_settle": None}
     lines = drawn(comparison_table(a_pair(task)))
-    assert "off" not in lines[1].split()
-    assert lines[2].split()[:4] == ["demo_facts", "-", "76.25", "74.88"]
-    assert lines[5].split()[2] == "-"
-    assert lines[5].split()[-1] == "-"
+    assert "off" not in lines[3].split()
+    assert lines[4].split()[:4] == ["demo_facts", "-", "76.25", "74.88"]
+    assert lines[7].split()[2] == "-"
+    assert lines[7].split()[-1] == "-"
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -109,8 +112,9 @@ def test_everything_known_is_below_the_tables() -> None:
         coverage="14 of 15 linears",
         mismatches=["seed -- the twin has 0, the arm 1"],
     )
-    assert drawn(comparison_table(pair), 120)[7:] == [
-        "verdict: inconclusive -- conditional on these checkpoints",
+    lines = drawn(comparison_table(pair), 120)
+    assert lines[0] == "verdict: inconclusive -- conditional on these checkpoints"
+    assert lines[9:] == [
         "scored: demo_facts 0-shot acc",
         "held-out perplexity: start 12.000, bf16 10.000, hif8 10.500, hif8 quantizers off 10.250",
         "training loss APE: 0.100% all steps, 0.200% after the switch",
@@ -203,12 +207,12 @@ def played(console: Console) -> str:
 def test_in_a_log_ten_lines_a_segment() -> None:
     console = Console(file=io.StringIO(), width=80, soft_wrap=True)
     steps = [
-        f"training hif8 step {step}: qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"
+        f"00:00:00 training hif8 step {step} of 60: qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"
         for step in range(24, 61, 4)
     ]
-    assert played(console).splitlines() == [
-        f"scoring {HOSTILE}",
-        "training hif8",
+    assert re.sub(r"\d\d:\d\d:\d\d", "00:00:00", played(console)).splitlines() == [
+        f"00:00:00 scoring {HOSTILE}",
+        "00:00:00 training hif8",
         *steps,
         f"warning: {HOSTILE}",
         HOSTILE,
@@ -220,8 +224,8 @@ def test_on_a_terminal_bar_and_detail_fit_80_columns() -> None:
     display = TerminalDisplay(console)
     display.begin_training("hif8-window-64-most-recent-and-more", 0, 10_000)
     display.on_step({**ROW, "step": 1234})
-    bar, detail = drawn(display._progress)
-    assert bar.startswith("training hif8-window-64-most-")
+    what, bar, detail = drawn(display._progress)
+    assert what.strip() == "training hif8-window-64-most-recent-and-more"
     assert "1234/10000" in bar
     assert bar.split("ETA ")[1].count(":") == 2
     assert detail.strip() == "qat  loss 2.5000  lr 1.0e-04  123,457 tok/s  saturated 3"

@@ -147,6 +147,20 @@ def test_the_pointer_reads_what_the_csv_says(browser: Any, pages: dict[str, Path
     assert float(value.partition("×")[0]) == pytest.approx(expected, rel=0.06)  # two digits
 
 
+def test_on_a_phone_one_can_find_ones_way_and_sees_the_verdict(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["broken"], 390) as opened:
+        link = opened.tab.locator("nav a", has_text="Scores")
+        link.click()
+        top = opened.tab.evaluate("document.querySelector('#scores').getBoundingClientRect().top")
+        assert 0 <= top < 120
+        assert opened.tab.locator("nav").bounding_box()["y"] == 0  # it stays
+        for table in ("#total .standing table", "#scores .standing table"):
+            head = opened.tab.locator(f"{table} th", has_text="verdict").first.bounding_box()
+            assert head["x"] + head["width"] <= 390
+        term = opened.tab.locator("abbr").first
+        assert term.get_attribute("title")
+
+
 def test_it_prints(browser: Any, pages: dict[str, Path]) -> None:
     with Opened(browser, pages["broken"], scheme="dark") as opened:
         opened.tab.emulate_media(media="print", color_scheme="dark")

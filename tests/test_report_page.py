@@ -34,7 +34,7 @@ LIMIT = 3_000_000
 SMALL = Shape(steps=60, warmup=10, blocks=1)
 HOSTILE = "\"'><script>alert(1)</script></svg>&amp;]]>"
 HOSTILE_ARM = "=cmd|' <script>alert(2)<script>"  # a folder's name holds no slash
-FIGURES = {"attribution", "text-effects", "scores", "loss", "forgetting"}
+FIGURES = {"waterfall", "text-effects", "scores", "loss", "forgetting"}
 OF_AN_ARM = {"saturation", "scale", "histograms"}
 
 
@@ -98,8 +98,8 @@ def svgs(page: str) -> Iterator[str]:
 def test_sections_come_in_order_and_every_figure_is_there(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="([^"]+)"', page) == [
-        *("diagnosis", "scores", "loss", "saturation", "scale", "forgetting", "histograms"),
-        *("coverage", "alarms", "recipe", "environment"),
+        *("total", "diagnosis", "scores", "loss", "saturation", "scale", "forgetting", "histograms"),
+        *("coverage", "alarms", "differences", "recipe", "environment", "glossary"),
     ]
     figures = set(re.findall(r'<figure id="figure-([^"]+)"', page))
     assert figures == FIGURES | {f"{kind}-{arm}" for kind in OF_AN_ARM for arm in ("hif8", "int8")}
@@ -130,10 +130,10 @@ def test_a_healthy_study_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gone", "said", "without"),
     [
-        ("diagnosis.json", "The study was not diagnosed", {"attribution", "text-effects"}),
+        ("diagnosis.json", "The study was not diagnosed", {"text-effects"}),
         ("*/tensors/*", "No statistics of quantized tensors were recorded", {"saturation-hif8", "scale-hif8"}),
         ("*/histograms.json", "No histograms of values were recorded", {"histograms-hif8"}),
-        ("comparison.json", "No arm was compared with a BF16 twin", {"scores"}),
+        ("comparison.json", "No arm was compared with a BF16 twin", {"scores", "waterfall"}),
         ("*/metrics.jsonl", "No training record", {"loss", "forgetting"}),
         ("environment.json", "What it ran on was not recorded", set()),
         ("*/quantized/plan.json", "Which linears they are was not recorded", set()),
@@ -355,7 +355,10 @@ def test_the_file_needs_nothing_else(finished: Path) -> None:
         for key, value in attributes.items()
         if key in ("src", "href", "xlink:href")
     ]
-    assert all(address.startswith(("#", "report/", "data:image/png;base64,")) for address in addresses)
+    assert all(
+        address.startswith(("#", "report/", "data:image/png;base64,", "data:application/gzip;base64,"))
+        for address in addresses
+    )
     assert not re.search(r"url\((?!#)", page)
     policy = next(attributes["content"] for _, attributes in elements.tags if "http-equiv" in attributes)
     assert "default-src 'none'" in str(policy)

@@ -83,6 +83,9 @@ def compare(
                 update={
                     "start": None if start is None else start.scores.tasks[task].accuracy,
                     "arm_off": None if arm_off is None else arm_off.tasks[task].accuracy,
+                    "others": _others(
+                        {"start": start.scores if start else None, "twin": twin.scores, "arm": arm.scores}, task
+                    ),
                 }
             )
             for task, score in twin.scores.tasks.items()
@@ -94,6 +97,13 @@ def compare(
         verdict=worst,
         conditional_on=CONDITIONAL_ON,
     )
+
+
+def _others(models: Mapping[str, Scores | None], task: str) -> dict[str, dict[str, float]]:
+    """Metric that decides nothing -> model -> its mean."""
+    given = {model: scores.tasks[task].others for model, scores in models.items() if scores is not None}
+    names = dict.fromkeys(name for others in given.values() for name in others)
+    return {name: {model: others[name] for model, others in given.items() if name in others} for name in names}
 
 
 def match_items(engine: str, scored: Scores, exported: Scores, budgets: Mapping[str, float | None]) -> EngineMatch:

@@ -244,7 +244,21 @@ def _task_score(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]], lm
     if not set(correct) <= {0, 1}:
         raise InputError(Problem(f"{task.metric} is not right or wrong per item", f"eval.tasks.{task.name}"))
     items = ItemScores(np.array(ids), np.array(correct, dtype=bool), np.array(gold), pad_choices(choices))
-    return TaskScore(task.name, task.metric, task.num_fewshot, lm.num_truncated, num_tokens, items)
+    others = _other_metrics(task, samples)
+    return TaskScore(task.name, task.metric, task.num_fewshot, lm.num_truncated, num_tokens, items, others)
+
+
+def _other_metrics(task: BuiltTask, samples: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Means over items of what lm-eval counts by item beside the task's metric, where all leaves of the task have it."""
+    answered = [sample for leaf_samples in samples.values() for sample in leaf_samples]
+    names = [set(sample["metrics"]) for sample in answered]
+    shared = sorted(set.intersection(*names) - {task.metric}) if names else []
+    columns = {name: [sample[name] for sample in answered] for name in shared}
+    return {
+        name: float(np.mean(values))
+        for name, values in columns.items()
+        if all(isinstance(value, int | float) for value in values)
+    }
 
 
 def _gold(leaf: Task, sample: Mapping[str, Any]) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class TaskScore:
         metric: lm-eval's name of what `correct` means, such as `acc_norm`.
         num_truncated: requests (one per choice) whose prompt did not fit the model's context and lost its beginning.
         num_answer_tokens: of the right answers, all items together.
+        others: every other metric that lm-eval gives by item -> its mean over items.
     """
 
     task: str
@@ -61,6 +62,7 @@ class TaskScore:
     num_truncated: int
     num_answer_tokens: int
     items: ItemScores
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -146,6 +148,7 @@ def _summary(score: TaskScore) -> TaskSummary:
         accuracy=score.accuracy,
         stderr=score.stderr,
         mean_loglikelihood=float(score.items.loglikelihood.mean()),
+        others=dict(score.others),
     )
 
 
@@ -160,7 +163,9 @@ def _task_score(name: str, about: TaskSummary, table: pa.Table, folder: Path) ->
         loglikelihood=rows["loglikelihood"].to_numpy(),
         choice_loglikelihoods=pad_choices(rows["choice_loglikelihoods"].to_pylist()),
     )
-    return TaskScore(name, about.metric, about.num_fewshot, about.num_truncated, about.num_answer_tokens, items)
+    return TaskScore(
+        name, about.metric, about.num_fewshot, about.num_truncated, about.num_answer_tokens, items, about.others
+    )
 
 
 def _items_table(tasks: Mapping[str, TaskScore]) -> pa.Table:

@@ -18,6 +18,7 @@ from qatrun.model.load import (
     from_tensors,
     load_model,
     on_device,
+    without_values,
     without_weights,
 )
 from qatrun.model.writing import write_text
@@ -40,6 +41,7 @@ __all__ = [
     "save_description",
     "save_model",
     "text_config",
+    "without_values",
     "without_weights",
     "write_text",
 ]

@@ -30,6 +30,7 @@ TRUST_KEY, TRUSTED = "model.trust_remote_code", "trust_remote_code: true"
 COUNTS = re.compile(r"(.*_)?(layers?|blocks|experts|heads?)")
 LARGEST_COUNT = 2**16  # nothing has more layers, experts or heads; to build them would take for ever
 BLAME_SECONDS = 10
+ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(model: ModelConfig) -> Any:
@@ -201,7 +202,15 @@ def _problem(message: str) -> Problem:
 
 
 def _not_found(path: str) -> str:
-    if Path(path).is_dir():
+    folder = Path(path)
+    if (folder / ADAPTER_FILE).is_file():
+        return (
+            f"'{path}' is an adapter (LoRA), no model: merge it first, "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
+        )
+    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        return f"'{path}' is a GGUF file, of llama.cpp: name the Hugging Face checkpoint that it was made from"
+    if folder.is_dir():
         return f"folder '{path}' holds no config.json"
     offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
     return f"no model folder '{path}' here, and the hub did not give one{offline}"

@@ -92,6 +92,19 @@ def architecture(model: ModelConfig) -> nn.Module:
         raise InputError(_cannot_build(model, error)) from error
 
 
+def without_values(model: ModelConfig) -> Any:
+    """The architecture in float32 on the CPU, with weights that are made up: to see what computing it costs.
+
+    Raises:
+        InputError: as `architecture`.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _build(model, load_config(model), "cpu").float()
+    except Exception as error:  # a config's values reach any line of a model's code
+        raise InputError(_cannot_build(model, error)) from error
+
+
 def without_weights(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `load_model` gives, on the meta device.
 

@@ -6,9 +6,8 @@ A plan is data. It is made from a recipe and a model (a model on the meta device
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,8 +19,8 @@ from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
 from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, ROLES, Role
 from qatrun.patterns import matching_names
-from qatrun.quant.expert_weights import named_experts
-from qatrun.quant.linears import TIED, Survey, described, named_linears, survey
+from qatrun.quant.expert_weights import experts_of_linears, named_experts
+from qatrun.quant.linears import Survey, described, effective_shape, named_linears, survey
 from qatrun.scheme import GRANULARITIES, RULES, Assignment, Scheme, Slot, Wanted
 from qatrun.text import suggestion
 
@@ -146,67 +145,11 @@ def _scheme_problem(role: Role, scheme: Scheme) -> str | None:
         return f"granularity: no {role} has a scale {scheme.granularity}"
     if problem := scheme.asymmetry_problem(role):
         return f"symmetric: {problem}"
+    if problem := scheme.block_problem():
+        return f"granularity: {problem}"
     if scheme.symmetric and not 0 < scheme.target_amax <= FORMATS[scheme.format].max_finite:
         return f"target_amax: {scheme.target_amax:g} is no value of {scheme.format}"
     return None
-
-
-@dataclass(frozen=True)
-class Share:
-    """The linears of a plan that have the same schemes.
-
-    Attributes:
-        weights: how many they hold.
-    """
-
-    schemes: Schemes
-    linears: tuple[str, ...]
-    weights: int
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a model a plan quantizes. FLOPs are those of the linears: proportional to their weights' sizes, but where
-    there are experts, of which a token sees few.
-
-    Attributes:
-        num_experts: of the linears, those that are an expert's.
-        uncovered_experts: names of 3-D expert parameters that no plan can quantize.
-        unfit: linear -> why no plan can quantize it; the output head aside.
-        shares: of the quantized linears, by their schemes.
-    """
-
-    num_quantized: int
-    num_linears: int
-    quantized_weights: int
-    linear_weights: int
-    num_experts: int
-    uncovered_experts: tuple[str, ...]
-    unfit: Mapping[str, str]
-    shares: tuple[Share, ...]
-
-    @property
-    def flops_share(self) -> float:
-        return self.quantized_weights / self.linear_weights if self.linear_weights else 0.0
-
-    @property
-    def measure(self) -> str:
-        """What shares are of."""
-        return "linear weights" if self.num_experts else "linear FLOPs"
-
-    def __str__(self) -> str:
-        text = f"{self.num_quantized} of {self.num_linears} linears, {self.flops_share:.0%} of {self.measure} quantized"
-        weights: dict[str, int] = {}
-        for share in self.shares:
-            name = share.schemes["weight"].format
-            weights[name] = weights.get(name, 0) + share.weights
-        if len(weights) > 1:
-            text += f" ({', '.join(f'{name} {number / self.linear_weights:.0%}' for name, number in weights.items())})"
-        if self.uncovered_experts:
-            text += f"; not covered: {len(self.uncovered_experts)} expert tensors such as {self.uncovered_experts[0]}"
-        if self.unfit:
-            text += f"; left in BF16: {described(self.unfit)}"
-        return text
 
 
 def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> QuantPlan:
@@ -232,47 +175,34 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
         for linear in those
     }
     schemes = {name: given for name, given in chosen.items() if name not in seen.unfit}
+    problems += _block_problems(schemes, model)
     if not problems and not schemes:
         unfit = {name: seen.unfit[name] for name in chosen}
         cannot = f"; cannot be quantized: {described(unfit)}" if unfit else ""
         problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
-    first_reader = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
-    groups = {name: ({**seen.first_reader, **first_reader})[name] for name in schemes}
+    of_experts = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
+    groups = {name: of_experts.get(name) or seen.first_reader[name] for name in schemes}
     return QuantPlan(schemes, groups, wanted.saves_codes)
+
+
+def _block_problems(schemes: Mapping[str, Schemes], model: nn.Module) -> Iterator[Problem]:
+    """Linears whose inputs are no whole number of blocks."""
+    linears, experts = named_linears(model), experts_of_linears(model)
+    for name, of_roles in schemes.items():
+        shape = experts[name].shape if name in experts else effective_shape(linears[name])
+        blocks = {scheme.block for scheme in of_roles.values() if scheme.block is not None}
+        if odd := [block for block in blocks if shape[1] % block]:
+            message = f"{name} takes {shape[1]} values, which are no whole number of blocks of {odd[0]}"
+            yield Problem(f"{message}: leave it out, or give it another granularity in qat.modules", key="qat.ignore")
+            return
 
 
 def idle_assignments(model: nn.Module, wanted: Wanted, seen: Survey) -> list[Assignment]:
     """Those with patterns that decide nothing, since what they name is named before them."""
     decided = {assignment.key for assignment in _decisions(wanted, model, seen, []).values()}
     return [each for each in wanted.assignments if each.patterns and each.key not in decided]
-
-
-def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:
-    """What share of the model's linears and linear FLOPs the plan quantizes."""
-    seen = survey(model) if seen is None else seen
-    sizes = {name: module.get_parameter("weight").numel() for name, module in named_linears(model).items()}
-    experts = named_experts(model)
-    sizes |= {name: math.prod(each.shape) for each in experts.values() for name in each.linears}
-    tied = {name: TIED for name in seen.tied if name not in plan.linears}
-    alike: dict[tuple[tuple[Role, Scheme], ...], list[str]] = {}
-    for name, schemes in plan.schemes.items():
-        alike.setdefault(tuple(schemes.items()), []).append(name)
-    return Coverage(
-        num_quantized=len(plan.linears),
-        num_linears=len(sizes),
-        quantized_weights=sum(sizes[name] for name in plan.linears),
-        linear_weights=sum(sizes.values()),
-        num_experts=sum(each.num for each in experts.values()),
-        uncovered_experts=tuple(
-            name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name and name not in experts
-        ),
-        unfit={name: reason for name, reason in (tied | dict(seen.unfit)).items() if name != seen.head},
-        shares=tuple(
-            Share(dict(schemes), tuple(names), sum(sizes[name] for name in names)) for schemes, names in alike.items()
-        ),
-    )
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -5,6 +5,10 @@ Accuracies are shares of the items, in [0, 1]; fields ending in `_pp` are percen
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from qatrun.files import Record
 from qatrun.records.values import Interval, Verdict
 
@@ -13,6 +17,7 @@ class TaskComparison(Record):
     """One task.
 
     Attributes:
+        others: every other metric that lm-eval gives -> "start", "twin" and "arm", as far as they are known.
         start: accuracy of the model before training; None where it was not scored.
         twin: accuracy of the BF16 twin.
         arm: accuracy of the arm, quantizers on.
@@ -47,6 +52,7 @@ class TaskComparison(Record):
     budget_pp: float
     verdict: Verdict
     items_to_settle: int | None
+    others: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
 class PerplexityComparison(Record):
@@ -110,20 +116,46 @@ class Cost(Record):
     peak_memory_bytes: int
 
 
+class OverPtq(Record):
+    """A trained arm against one of the same format that was calibrated alone, from the same twin. Intervals of both measures
+    hold together at 95 %, over seeds too where there are several.
+
+    Attributes:
+        formats: of both, in words.
+        accuracy_pp: of the trained arm minus that of the other, over the items of all tasks.
+        perplexity_percent: of the trained arm over that of the other, below 0 where training helps; None where they read
+            no common text, as then its interval.
+        answer: in words.
+    """
+
+    formats: str
+    qat: str
+    ptq: str
+    num_items: int
+    accuracy_pp: float
+    ci_accuracy_pp: Interval
+    perplexity_percent: float | None
+    ci_perplexity_percent: Interval | None
+    answer: str
+
+
 class Pair(Record):
     """An arm and its BF16 twin, compared.
 
     Attributes:
+        method: how the arm came about, "qat" or "ptq"; its twin is what it was made from then.
         loss_ape_percent: mean |loss of the arm - loss of the twin| / loss of the twin, in percent, over "all_steps" and
             "after_switch"; empty where training records are missing.
         perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
         cost: "twin" and "arm".
+        format: that it quantizes to, several joined by "+"; empty where nothing says so.
         sizes: bytes of the arm's weights on disk: "plain_bytes" and "quantized_bytes".
         mismatches: in what the two differ besides quantization; only where they were compared anyway.
     """
 
     arm: str
     twin: str
+    method: Literal["qat", "ptq"] = "qat"
     comparison: ArmComparison
     loss_ape_percent: dict[str, float]
     perplexity: dict[str, float]
@@ -131,6 +163,7 @@ class Pair(Record):
     sizes: dict[str, int]
     coverage: str | None
     mismatches: list[str]
+    format: str = ""
 
 
 class StudyComparison(Record):
@@ -139,3 +172,4 @@ class StudyComparison(Record):
     study: str = ""
     verdict: Verdict | None
     pairs: list[Pair]
+    over_ptq: list[OverPtq] = Field(default_factory=list)

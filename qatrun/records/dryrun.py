@@ -16,6 +16,8 @@ class DryRunArm(Record):
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
         export: what it is written as in the end.
+        method: "qat", or "ptq" for an arm that no step is trained for.
+        calibration: how scales are found without training, in words.
         teacher: what it learns from beside the text, in words; None where nothing.
         runs: what of it the hardware that it is meant for runs natively, a line a scheme.
     """
@@ -32,6 +34,8 @@ class DryRunArm(Record):
     roles: list[str]
     memory_bytes: dict[str, int] | None
     export: list[str] = Field(default_factory=list)
+    method: str = "qat"
+    calibration: list[str] = Field(default_factory=list)
     teacher: str | None = None
     runs: list[str] = Field(default_factory=list)
 
@@ -61,6 +65,7 @@ class DryRun(Record):
     Attributes:
         num_parameters: None where the model cannot be looked at, as is `disk_bytes`, phase -> estimate.
         processes: that are to train together; memory is that of each.
+        training_seconds: of all arms and trunks, estimated from steps that were timed; None where none was.
         assumed_discordance: share of the items on which two models are taken to differ.
     """
 
@@ -77,3 +82,4 @@ class DryRun(Record):
     problems: list[str]
     warnings: list[str] = Field(default_factory=list)
     processes: int = 1
+    training_seconds: float | None = None

@@ -20,6 +20,7 @@ class TaskSummary(Record):
         num_answer_tokens: of the right answers, all items together; None: an earlier version did not count them.
         accuracy: share of items answered right; `stderr` its standard error over items, None for a single item.
         mean_loglikelihood: nats, of the right answer.
+        others: every other metric that lm-eval gives by item -> its mean.
     """
 
     metric: str
@@ -30,6 +31,7 @@ class TaskSummary(Record):
     accuracy: float | None = None
     stderr: float | None = None
     mean_loglikelihood: float | None = None
+    others: dict[str, float] = Field(default_factory=dict)
 
 
 class ScoresSummary(Record):
@@ -86,6 +88,7 @@ class ScoredTask(Record):
     accuracy: float
     stderr: float | None
     num_truncated: int
+    others: dict[str, float] = Field(default_factory=dict)
 
 
 class ReadText(Record):

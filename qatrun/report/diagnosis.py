@@ -16,9 +16,13 @@ ANSWER_STYLES: dict[Answer, str] = {"found": "bold red", "not shown": "yellow", 
 UNITS = {"nats a token": 3, "nats an answer": 3, "pp": 2}  # decimals
 
 
-def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
-    """One arm of diagnosis.json."""
-    parts: list[RenderableType] = [Text(arm.sentence, style=_style(arm)), Text()]
+def diagnosis_table(arm: ArmDiagnosis, alarms: int = 0) -> RenderableType:
+    """One arm of diagnosis.json.
+
+    Args:
+        alarms: raised in its study; nothing is green beside one.
+    """
+    parts: list[RenderableType] = [Text(arm.sentence, style=_style(arm, alarms)), Text()]
     causes = Grid("", "cause", "answer", "seen on", "value", "interval", "limit")
     for name, cause in arm.causes.items():
         answer = Text(cause.answer, style=ANSWER_STYLES[cause.answer])
@@ -44,12 +48,12 @@ def diagnosis_table(arm: ArmDiagnosis) -> RenderableType:
     return Group(*parts)
 
 
-def _style(arm: ArmDiagnosis) -> str:
-    """Green only where every cause is ruled out."""
+def _style(arm: ArmDiagnosis, alarms: int) -> str:
+    """Green only where every cause is ruled out, and no alarm stands."""
     answers = {cause.answer for cause in arm.causes.values()}
     if arm.findings:
         return "bold red"
-    return "bold green" if answers == {"ruled out"} else "bold yellow"
+    return "bold green" if answers == {"ruled out"} and not alarms else "bold yellow"
 
 
 def _told(cause: Cause) -> Look | None:

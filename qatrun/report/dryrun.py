@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from qatrun.records.dryrun import DryRun, DryRunArm
 from qatrun.report.grid import Grid
+from qatrun.report.stages import clock_time
 from qatrun.text import readable_size
 
 
@@ -28,8 +32,23 @@ def dry_run(plan: DryRun) -> RenderableType:
         Text(),
         _tasks(plan),
         Text(f"detects: smallest drop seen at 80% power if {plan.assumed_discordance:.0%} of the items flip"),
+        *_too_few(plan),
     ]
+    if plan.training_seconds is not None:
+        parts.append(
+            Text(f"training takes about {clock_time(plan.training_seconds)} here, scoring not counted (timed)")
+        )
     return Group(*parts)
+
+
+def _too_few(plan: DryRun) -> Iterator[Text]:
+    """Tasks whose items cannot tell a drop as large as the budget, and how many could."""
+    for task in plan.tasks:
+        detects = task.detectable_drop_pp
+        if task.num_items and detects and detects > task.budget_pp:
+            enough = math.ceil(task.num_items * (detects / task.budget_pp) ** 2)
+            few = f"{task.name}: {task.num_items:,} items cannot judge a budget of {task.budget_pp:g} pp"
+            yield Text(f"{few}; about {enough:,} could", style="yellow")
 
 
 def _arm(arm: DryRunArm) -> RenderableType:
@@ -37,13 +56,15 @@ def _arm(arm: DryRunArm) -> RenderableType:
     lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
     if arm.teacher is not None:
         lines.append(arm.teacher)
-    if arm.switch_step is None:
+    if arm.method == "ptq":
+        lines = ["no step is trained"]
+    elif arm.switch_step is None:
         lines.insert(0, f"steps 1-{arm.steps} BF16, the first {arm.warmup_steps} in the shared trunk")
     else:
         lines.insert(0, f"steps 1-{arm.switch_step} BF16, switch, steps {arm.switch_step + 1}-{arm.steps} QAT")
-        lines += arm.roles
-        lines.append(arm.coverage or "coverage unknown")
-        lines += arm.runs
+    lines += arm.calibration
+    if arm.roles:
+        lines += [*arm.roles, arm.coverage or "coverage unknown", *arm.runs]
         if arm.export:
             lines.append(f"in the end exported as {', '.join(arm.export)}, proven equal and scored again")
     if arm.memory_bytes:

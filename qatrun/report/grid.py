@@ -10,13 +10,27 @@ from rich.table import Table
 from rich.text import Text
 
 LEFT_ALIGNED = frozenset(
-    {"task", "metric", "verdict", "arm", "contrast", "answer", "lost", "from", "to", "source", "per seed"}
+    {
+        "task",
+        "metric",
+        "verdict",
+        "arm",
+        "contrast",
+        "answer",
+        "lost",
+        "from",
+        "to",
+        "source",
+        "per seed",
+        "study",
+        "arms",
+    }
     | {"linears", "keep", "tensor", "advice"}
 )
 # Names: anywhere, down to so many columns.
-FOLDED = frozenset({"task", "arm", "contrast", "metric", "source", "linears", "tensor"})
+FOLDED = frozenset({"task", "arm", "contrast", "metric", "source", "study", "linears", "tensor"})
 FOLDED_TO = 10
-WRAPPED = frozenset({"answer", "per seed", "advice"})  # between words
+WRAPPED = frozenset({"answer", "per seed", "arms", "advice"})  # between words
 
 
 class Grid:

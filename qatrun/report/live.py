@@ -1,38 +1,46 @@
-"""The live view of a study: one progress bar with an ETA, and under it what the step just did.
+"""The live view of a study: which stage it is in, a progress bar with an ETA, and under it what the step just did.
 
 Where the output is no terminal (a log file, CI) the same is printed as plain lines, about ten a segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
 from qatrun.report.grid import Flow
+from qatrun.report.stages import Pace, Stage, clock_time
 
 LINES_PER_SEGMENT = 10
-BAR_FROM = 72  # columns of a terminal; a narrower one shows the numbers without the bar
+BAR_FROM = 50  # columns of a terminal; a narrower one shows the numbers without the bar
 
 
-class _TwoLines(Progress):
-    """The detail below the bar: side by side they do not fit 80 columns."""
+class _Count(ProgressColumn):
+    """`12/300`; before anything is done, what it waits for."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("loading", style="dim")
+        return Text(f"{task.completed:.0f}/{task.total:.0f}", style="progress.download")
+
+
+class _Lines(Progress):
+    """The stage above the bar and the detail below it: side by side they do not fit 80 columns, and nothing is cut."""
+
+    pace = Pace()
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            left = self.pace.seconds_left
+            more = f"   {clock_time(left)} left of the study" if left is not None else ""
+            yield Text.assemble((task.description, "bold"), (more, "dim"), overflow="fold")
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             yield Flow([Text(part, style="dim") for part in task.fields["detail"].split("  ")])
@@ -44,10 +52,12 @@ class TerminalDisplay:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = console.is_terminal
-        self._progress = _TwoLines(*_columns(console.width), console=console, transient=True)
+        self._progress = _Lines(*_columns(console.width), console=console, transient=True, expand=True)
         self._task: TaskID | None = None
-        self._what = ""
+        self._what, self._first, self._last = "", 0, 0
+        self._twin: Mapping[int, float] = {}
         self._steps_per_line = 1
+        self._pace = Pace()
 
     def __enter__(self) -> TerminalDisplay:
         if self.live:
@@ -60,22 +70,33 @@ class TerminalDisplay:
         if self.live:
             self._progress.stop()
 
-    def begin_training(self, segment: str, first_step: int, last_step: int) -> None:
+    def begin_study(self, stages: Sequence[Stage]) -> None:
+        self._pace = self._progress.pace = Pace(stages)
+
+    def begin_training(
+        self, segment: str, first_step: int, last_step: int, twin_losses: Mapping[int, float] | None = None
+    ) -> None:
+        self._first, self._last, self._twin = first_step, last_step, twin_losses or {}
+        self._pace.begin("training", segment)
         self._begin(f"training {segment}", last_step, first_step)
         self._steps_per_line = max(1, (last_step - first_step) // LINES_PER_SEGMENT)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        from_teacher = f"  kl {row['distill_kl']:.4f}" if "distill_kl" in row else ""
+        step = row["step"]
+        self._pace.advance(step - self._first)
+        twin = f" (twin {self._twin[step]:.4f})" if step in self._twin else ""
+        teacher = f"  kl {row['distill_kl']:.4f}" if "distill_kl" in row else ""
         detail = (
-            f"{row['phase']:<4} loss {row['loss']:.4f}{from_teacher}  lr {row['learning_rate']:.1e}  "
+            f"{row['phase']:<4} loss {row['loss']:.4f}{twin}{teacher}  lr {row['learning_rate']:.1e}  "
             f"{row['tokens_per_second']:,.0f} tok/s  saturated {row['num_saturated']}"
         )
         if self._task is not None:
-            self._progress.update(self._task, completed=row["step"], detail=detail)
-        if not self.live and row["step"] % self._steps_per_line == 0:
-            self.note(f"{self._what} step {row['step']}: {detail}")
+            self._progress.update(self._task, completed=step, detail=detail)
+        if not self.live and step % self._steps_per_line == 0:
+            self._log(f"{self._what} step {step} of {self._last}: {detail}")
 
     def begin_scoring(self, what: str) -> None:
+        self._pace.begin("scoring", what)
         self._begin(f"scoring {what}", None, 0)
 
     def on_scored(self, task: str, done: int, total: int) -> None:
@@ -91,21 +112,22 @@ class TerminalDisplay:
     def note(self, text: str) -> None:
         self.console.print(Text(text))
 
+    def _log(self, text: str) -> None:
+        self.note(f"{datetime.now():%H:%M:%S} {text}")
+
     def _begin(self, what: str, total: int | None, completed: int) -> None:
         self._what = what
+        shown = f"{self._pace.place}: {what}" if self._pace.place else what
         if not self.live:
-            self.note(what)
+            left = self._pace.seconds_left
+            self._log(shown + (f" (about {clock_time(left)} left of the study)" if left is not None else ""))
             return
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(what, total=total, completed=completed, detail="")
+        self._task = self._progress.add_task(shown, total=total, completed=completed, detail="")
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    wide = width >= BAR_FROM
-    one_line = Column(no_wrap=True, overflow="ellipsis", max_width=30 if wide else max(8, width - 24))
-    what = TextColumn("{task.description}", style="bold", markup=False, table_column=one_line)
-    if not wide:
-        return [what, MofNCompleteColumn(), TimeRemainingColumn()]
-    elapsed = [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    return [what, BarColumn(bar_width=16), MofNCompleteColumn(), *elapsed]
+    if width < BAR_FROM:
+        return [_Count(), Remaining()]
+    return [BarColumn(bar_width=None), _Count(), TimeElapsedColumn(), TextColumn("ETA"), Remaining()]

@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.comparison import Pair, PerplexityComparison, TaskComparison, TrainingComparison
+from qatrun.layout import START
+from qatrun.records.comparison import OverPtq, Pair, PerplexityComparison, TaskComparison, TrainingComparison
 from qatrun.records.scores import ScoredModel
 from qatrun.records.values import Verdict
 from qatrun.report.exported import match_lines
 from qatrun.report.grid import Grid
+from qatrun.report.over_ptq import over_ptq_lines
 from qatrun.text import interval, readable_size
 
 VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
 
 
-def comparison_table(pair: Pair) -> RenderableType:
-    """One arm against its twin: scores and verdict, the evidence, and what else is known."""
+def comparison_table(pair: Pair, alarms: int = 0) -> RenderableType:
+    """One arm against its twin: verdict and scores, the evidence, and what else is known.
+
+    Args:
+        alarms: raised while the two were trained; no verdict is green beside one.
+    """
     tasks, arm, twin = pair.comparison.tasks, pair.arm, pair.twin
     quantized = any(task.arm_off is not None for task in tasks)
     off = ("off",) if quantized else ()
-    scores = Grid(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
+    start = ("start",) if twin != START else ()
+    title = f"{arm} against {twin}" + (", which it was calibrated from" if pair.method == "ptq" else "")
+    scores = Grid(title, "task", *start, twin, arm, *off, "drop pp", "95% interval", "verdict")
     evidence = Grid("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
     for task in tasks:
-        scores.add_row(*_score_cells(task, quantized))
+        cells = _score_cells(task, quantized)
+        scores.add_row(cells[0], *cells[1 if start else 2 :])
+        for metric, values in task.others.items():
+            cells = _other_cells(metric, values, quantized)
+            scores.add_row(cells[0], *cells[1 if start else 2 :])
         evidence.add_row(*_evidence_cells(task))
     if (text := pair.comparison.perplexity) is not None:
-        scores.add_row(*_perplexity_cells(text, pair.perplexity.get("arm_off"), quantized))
+        cells = _perplexity_cells(text, pair.perplexity.get("arm_off"), quantized)
+        scores.add_row(cells[0], *cells[1 if start else 2 :])
         evidence.add_row(*_text_evidence_cells(text))
-    return Group(scores, Text(), evidence, Text(), *_footer(pair))
+    return Group(*_verdicts(pair, alarms), Text(), scores, Text(), evidence, Text(), *_footer(pair))
 
 
-def comparison_text(pairs: Sequence[Pair]) -> str:
+def comparison_text(pairs: Sequence[Pair], over_ptq: Sequence[OverPtq]) -> str:
     """The same as plain text, for a file."""
-    return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")))
+    lines = [Text(line) for line in over_ptq_lines(over_ptq)]
+    return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")), *lines)
 
 
 def plain_text(*parts: RenderableType) -> str:
@@ -51,15 +65,18 @@ def plain_text(*parts: RenderableType) -> str:
 def score_table(scored: ScoredModel) -> RenderableType:
     """One model's scores: accuracy and its standard error."""
     table = Grid(scored.model, "task", "shots", "metric", "items", "accuracy")
+    several = any(task.others for task in scored.tasks)
     for task in scored.tasks:
         stderr = "" if task.stderr is None else f" ± {100 * task.stderr:.2f}"
         table.add_row(
             Text(task.name),
             str(task.num_fewshot),
-            Text(task.metric),
+            Text(f"{task.metric}{' *' if several else ''}"),
             f"{task.num_items:,}",
             f"{100 * task.accuracy:.2f}{stderr}",
         )
+        for metric, value in task.others.items():
+            table.add_row("", "", Text(metric), "", f"{100 * value:.2f}")
     notes: list[RenderableType] = [
         Text(
             f"{task.name}: {task.num_truncated:,} prompts did not fit the context and lost their beginning",
@@ -68,6 +85,8 @@ def score_table(scored: ScoredModel) -> RenderableType:
         for task in scored.tasks
         if task.num_truncated
     ]
+    if several:
+        notes.append(Text("* decides; the others are shown", style="dim"))
     if (text := scored.text) is not None:
         size = f"{text.num_sequences:,} sequences, {text.num_tokens:,} tokens"
         low, high = text.ci95
@@ -88,6 +107,14 @@ def _score_cells(task: TaskComparison, quantized: bool) -> list[str | Text]:
         interval(task.ci95_pp),
         Text(task.verdict, style=VERDICT_STYLES[task.verdict]),
     ]
+
+
+def _other_cells(metric: str, values: Mapping[str, float], quantized: bool) -> list[str | Text]:
+    """A metric that decides nothing."""
+    shown = [percent(values.get(model)) for model in ("start", "twin", "arm")]
+    drop = f"{100 * (values['twin'] - values['arm']):+.2f}" if {"twin", "arm"} <= values.keys() else "-"
+    cells = [f"  {metric}", *shown, *([""] if quantized else []), drop, "", ""]
+    return [Text(cell, style="dim") for cell in cells]
 
 
 def _perplexity_cells(text: PerplexityComparison, off: float | None, quantized: bool) -> list[str | Text]:
@@ -132,11 +159,18 @@ def _evidence_cells(task: TaskComparison) -> list[str | Text]:
     ]
 
 
-def _footer(pair: Pair) -> list[RenderableType]:
+def _verdicts(pair: Pair, alarms: int) -> list[RenderableType]:
     comparison = pair.comparison
-    lines: list[RenderableType] = [verdict_line(comparison.verdict, f"conditional on {comparison.conditional_on}")]
+    more = f"conditional on {comparison.conditional_on}"
+    lines: list[RenderableType] = [verdict_line(comparison.verdict, more, alarms)]
     if comparison.training is not None:
         lines.append(training_line(pair.arm, comparison.training))
+    return lines
+
+
+def _footer(pair: Pair) -> list[RenderableType]:
+    comparison = pair.comparison
+    lines: list[RenderableType] = []
     scored = ", ".join(f"{task.task} {task.num_fewshot}-shot {task.metric}" for task in comparison.tasks)
     lines.append(Text(f"scored: {scored}"))
     if comparison.perplexity is not None:
@@ -151,13 +185,14 @@ def _footer(pair: Pair) -> list[RenderableType]:
         names = {"all_steps": "all steps", "after_switch": "after the switch"}
         values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair.loss_ape_percent.items())
         lines.append(Text(f"training loss APE: {values}"))
+    spent = {"twin": "training", "arm": "calibration" if pair.method == "ptq" else "training"}
     costs = [
-        f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
+        (spent[who], f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most")
         for who, name in (("twin", pair.twin), ("arm", pair.arm))
         if (cost := pair.cost.get(who)) is not None
     ]
-    if costs:
-        lines.append(Text(f"training: {', '.join(costs)}"))
+    for what in dict.fromkeys(of for of, _ in costs):
+        lines.append(Text(f"{what}: {', '.join(cost for of, cost in costs if of == what)}"))
     if pair.sizes:
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair.sizes.items())
         coverage = f"{pair.coverage}; " if pair.coverage else ""
@@ -177,8 +212,12 @@ def training_line(arm: str, training: TrainingComparison) -> Text:
     return Text.assemble("training: ", (training.verdict, style), f" -- {lost} ({limit}{counts})")
 
 
-def verdict_line(verdict: Verdict, more: str) -> Text:
-    return Text.assemble("verdict: ", (verdict, f"bold {VERDICT_STYLES[verdict]}"), f" -- {more}")
+def verdict_line(verdict: Verdict, more: str, alarms: int = 0) -> Text:
+    style = VERDICT_STYLES["inconclusive" if alarms and verdict == "within" else verdict]
+    line = Text.assemble("verdict: ", (verdict, f"bold {style}"))
+    if alarms:
+        line.append(" ").append(f" {alarms} alarm{'s' if alarms > 1 else ''} ", style="bold reverse yellow")
+    return line.append(f" -- {more}")
 
 
 def percent(accuracy: float | None) -> str:

@@ -11,10 +11,11 @@ from qatrun.study.preflight import preflight
 if TYPE_CHECKING:
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
+    from qatrun.study.housekeeping import clean, list_studies, spare_files
     from qatrun.study.inspecting import inspect_model
-    from qatrun.study.named import diagnose_study, report_study
-    from qatrun.study.pairs import compare_named
-    from qatrun.study.results import StudyResult, comparison_csv
+    from qatrun.study.named import diagnose_study, named_study, report_study
+    from qatrun.study.pairs import compare_named, ranked_arms
+    from qatrun.study.results import StudyResult, alarms_raised, comparison_csv
     from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
     from qatrun.study.sensitivity import find_sensitivity
@@ -24,10 +25,11 @@ else:
         {
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
+            "qatrun.study.housekeeping": ("clean", "list_studies", "spare_files"),
             "qatrun.study.inspecting": ("inspect_model",),
-            "qatrun.study.named": ("diagnose_study", "report_study"),
-            "qatrun.study.pairs": ("compare_named",),
-            "qatrun.study.results": ("StudyResult", "comparison_csv"),
+            "qatrun.study.named": ("diagnose_study", "named_study", "report_study"),
+            "qatrun.study.pairs": ("compare_named", "ranked_arms"),
+            "qatrun.study.results": ("StudyResult", "alarms_raised", "comparison_csv"),
             "qatrun.study.runner": ("run", "run_study"),
             "qatrun.study.scoring": ("eval_config", "score_path"),
             "qatrun.study.sensitivity": ("find_sensitivity",),
@@ -36,6 +38,8 @@ else:
 
 __all__ = [
     "StudyResult",
+    "alarms_raised",
+    "clean",
     "compare_named",
     "comparison_csv",
     "diagnose_study",
@@ -44,9 +48,13 @@ __all__ = [
     "find_sensitivity",
     "fix_study",
     "inspect_model",
+    "list_studies",
+    "named_study",
     "preflight",
+    "ranked_arms",
     "report_study",
     "run",
     "run_study",
     "score_path",
+    "spare_files",
 ]

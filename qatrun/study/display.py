@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from qatrun.report.stages import Stage
 from qatrun.train.segment import Listener
 
 
@@ -24,8 +25,17 @@ class ScoringDisplay(Protocol):
 class Display(ScoringDisplay, Listener, Protocol):
     """Who is told how a study goes."""
 
-    def begin_training(self, segment: str, first_step: int, last_step: int) -> None:
-        """A segment starts, or goes on."""
+    def begin_study(self, stages: Sequence[Stage]) -> None:
+        """What will be done, in order; stages that are done already are never begun."""
+
+    def begin_training(
+        self, segment: str, first_step: int, last_step: int, twin_losses: Mapping[int, float] | None = None
+    ) -> None:
+        """A segment starts, or goes on.
+
+        Args:
+            twin_losses: step -> training loss of the BF16 twin, where that was trained before.
+        """
 
     def note(self, text: str) -> None:
         """One line on what was done."""
@@ -36,7 +46,11 @@ class _Silent:
 
     def begin_scoring(self, what: str) -> None: ...
 
-    def begin_training(self, segment: str, first_step: int, last_step: int) -> None: ...
+    def begin_study(self, stages: Sequence[Stage]) -> None: ...
+
+    def begin_training(
+        self, segment: str, first_step: int, last_step: int, twin_losses: Mapping[int, float] | None = None
+    ) -> None: ...
 
     def on_scored(self, task: str, done: int, total: int) -> None: ...
 

@@ -25,6 +25,8 @@ from qatrun.records.seeds import Seeds
 from qatrun.records.training import Result
 from qatrun.report.page import ArmContent, Document, SeedsContent, StudyContent, render, seeds_document, study_document
 from qatrun.study.doneness import changed_since_scored
+from qatrun.study.flips import flipped_items
+from qatrun.text import flat
 from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
@@ -59,6 +61,9 @@ def read_study(folder: StudyFolder) -> StudyContent:
         arms=tuple(_read_arm(folder.arm(name), index) for index, name in enumerate(_arm_names(folder, recipe))),
         model=_model(recipe),
         summary=_optional(folder.seeds, Seeds),
+        forgetting_limit=_forgetting_limit(recipe),
+        differences=_differences(recipe),
+        flips=flipped_items(folder),
         changed=tuple(text for name in _arm_names(folder, recipe) for text in changed_since_scored(folder.arm(name))),
     )
 
@@ -110,6 +115,34 @@ def _arm_names(folder: StudyFolder, recipe: Mapping[str, Any]) -> list[str]:
     named = recipe.get("arms")
     known = [str(name) for name in (named if isinstance(named, Mapping) else ()) if str(name) in arms]
     return [*known, *sorted(arms - set(known))]
+
+
+def _forgetting_limit(recipe: Mapping[str, Any]) -> float | None:
+    alarms = flat(recipe).get("monitor.alarms.forgetting_nats")
+    return float(alarms) if isinstance(alarms, int | float) else None
+
+
+def _differences(recipe: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Key -> arm -> its value, of what arms say for themselves; nothing where there is one arm or the recipe is none."""
+    arms = recipe.get("arms")
+    if not isinstance(arms, Mapping) or len(arms) < 2:
+        return {}
+    base = flat({key: value for key, value in recipe.items() if key != "arms"})
+    own = {str(name): flat(arm or {}) for name, arm in arms.items()}
+    keys = dict.fromkeys(key for values in own.values() for key in values)
+    return {key: {name: _value(key, own[name], base) for name in own} for key in keys}
+
+
+def _value(key: str, own: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """What holds for an arm: its own, that of a section of its own that it replaced by null, or the recipe's."""
+    parents = [key.rsplit(".", place)[0] for place in range(1, key.count(".") + 1)]
+    if key not in own and any(own.get(parent, base) is None for parent in parents):
+        return "none"
+    value = own.get(key, base.get(key))
+    if value is None:
+        nested = key in own or not any(name.startswith(f"{key}.") for name in base)
+        return "none" if nested else "as in the recipe"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _read_recipe(folder: StudyFolder) -> tuple[str, Mapping[str, Any]]:

@@ -10,15 +10,19 @@ from qatrun.errors import InputError, MismatchError, Problem
 from qatrun.evaluate.comparison import Scored, compare, setting_mismatches
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
+from qatrun.export import artifact
 from qatrun.files import read_json
-from qatrun.layout import EVAL, RESULT_FILE, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
+from qatrun.layout import EVAL, RESULT_FILE, START, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
 from qatrun.records.comparison import Pair
+from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
+from qatrun.report.total import Total, totals
 from qatrun.study.doneness import changed_since_scored
 from qatrun.study.records import losses
+from qatrun.train.metrics import read_alarms
 
 
 def compare_arms(
@@ -32,6 +36,7 @@ def compare_arms(
     """Compare two scored folders.
 
     Args:
+        twin: what the arm is compared with: its BF16 twin, or the start model.
         start: the model before training, where its scores are known.
         budgets: as `evaluate.comparison.compare` has them.
         anyway: compare although they differ in more than quantization; the differences are kept in the result.
@@ -43,10 +48,12 @@ def compare_arms(
     twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
     of_twin, of_arm = _record(twin), _record(arm)
     of_start = read_json(start.result, Result) if start is not None and start.result.is_file() else None
+    from_start = of_arm is not None and of_arm.twin == START and start is not None and twin.path == start.path
     # Scores that a record speaks of are not left out because they are gone.
     off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
-    problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
+    problems = setting_mismatches(twin_scores, arm_scores)
+    problems += [] if from_start else _training_mismatches(of_twin, of_arm)
     problems += [Problem(f"{text}: its scores are of other weights") for text in _changed(twin, arm)]
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
@@ -55,15 +62,16 @@ def compare_arms(
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
         "start": _perplexity(of_start, "on"),
-        "twin": _perplexity(of_twin, "on"),
+        "twin": _perplexity(of_start if from_start else of_twin, "on"),
         "arm": _perplexity(of_arm, "on"),
         "arm_off": _perplexity(of_arm, "off"),
     }
     return Pair(
         arm=arm.path.name,
         twin=twin.path.name,
+        method="qat" if of_arm is None else of_arm.method,
         comparison=compare(
-            None if start_scores is None else Scored(start_scores, _texts(start)),
+            None if start_scores is None or from_start else Scored(start_scores, _texts(start)),
             Scored(twin_scores, _texts(twin)),
             Scored(arm_scores, _texts(arm)),
             off_scores,
@@ -75,7 +83,15 @@ def compare_arms(
         sizes=of_arm.sizes if of_arm else {},
         coverage=of_arm.coverage if of_arm else None,
         mismatches=[str(problem) for problem in problems],
+        format=_format(arm),
     )
+
+
+def _format(arm: ArmFolder) -> str:
+    if not arm.plan.is_file():
+        return ""
+    schemes = artifact.read_plan(arm.quantized).slots()
+    return "+".join(dict.fromkeys(scheme.format for slot, scheme in schemes.items() if slot.role != "grad_output"))
 
 
 def _changed(*folders: ArmFolder) -> list[str]:
@@ -138,12 +154,7 @@ def compare_named(
         of_twin, of_arm = ArmFolder(Path(twin)), ArmFolder(Path(arm))
         start = _start_beside(of_twin, of_arm)
         return f"{twin} and {arm}", compare_arms(of_twin, of_arm, start, _budgets(of_twin, budgets), anyway=anyway)
-    found = StudyFolder(output_dir / study) if study else newest_study(output_dir)
-    if found is None or not found.recipe.is_file():
-        raise no_such_study(study, output_dir)
-    if found.replicas:
-        choices = " or ".join(f"--study {replica.path.relative_to(output_dir)}" for replica in found.replicas)
-        raise InputError(f"{found.path} holds a study for each of its seeds: compare in one of them, {choices}")
+    found = _study_named(study, output_dir)
     of_twin, of_arm = found.arm(twin), found.arm(arm)
     scored = sorted(file.parent.name for file in found.path.glob(f"*/{RESULT_FILE}") if (file.parent / EVAL).is_dir())
     missing = [folder.path.name for folder in (of_twin, of_arm) if not folder.eval.is_dir()]
@@ -151,6 +162,62 @@ def compare_named(
         raise InputError(f"{found.path} has no scores of {', '.join(missing)} (it has {', '.join(scored) or 'none'})")
     pair = compare_arms(of_twin, of_arm, found.start, _budgets(of_twin, budgets), anyway=anyway)
     return f"{twin} and {arm} of {found.path}", pair
+
+
+def _study_named(study: str | None, output_dir: Path) -> StudyFolder:
+    """
+    Raises:
+        InputError: no such study, or one with a study for each of its seeds.
+    """
+    found = StudyFolder(output_dir / study) if study else newest_study(output_dir)
+    if found is None or not found.recipe.is_file():
+        raise no_such_study(study, output_dir)
+    if found.replicas:
+        choices = " or ".join(f"--study {replica.path.relative_to(output_dir)}" for replica in found.replicas)
+        raise InputError(f"{found.path} holds a study for each of its seeds: compare in one of them, {choices}")
+    return found
+
+
+def ranked_arms(
+    twin: str | None,
+    arm: str | None,
+    *,
+    study: str | None,
+    output_dir: Path,
+    budgets: Sequence[str] = (),
+    anyway: bool = False,
+) -> tuple[str, tuple[Total, ...]]:
+    """The comparison of two arms or folders, or of every quantized arm of a study with its twin, the best first.
+
+    Returns:
+        (what was taken, from start to what ships).
+    Raises:
+        InputError: as `compare_named`, or the study has no arm beside a twin.
+    """
+    if twin is not None and arm is not None:
+        took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budgets, anyway=anyway)
+        folders = {pair.twin: ArmFolder(Path(twin)), pair.arm: ArmFolder(Path(arm))}
+        if study is not None or not all(folder.path.is_dir() for folder in folders.values()):
+            found = _study_named(study, output_dir)
+            folders = {name: found.arm(name) for name in folders}
+        alarms = {name: len(read_alarms(folder.alarms)) for name, folder in folders.items()}
+        return took, totals([pair], {}, alarms)
+    found = _study_named(study, output_dir)
+    twins = {name: read_json(found.arm(name).result, Result).twin for name in found.begun if _scored(found.arm(name))}
+    pairs = [
+        compare_arms(found.arm(of), found.arm(name), found.start, _budgets(found.arm(of), budgets), anyway=anyway)
+        for name, of in twins.items()
+        if of is not None
+    ]
+    if not pairs:
+        raise InputError(f"{found.path} has no quantized arm with scores beside a BF16 twin's")
+    diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
+    alarms = {name: len(read_alarms(found.arm(name).alarms)) for name in found.begun}
+    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms)
+
+
+def _scored(folder: ArmFolder) -> bool:
+    return folder.result.is_file() and folder.eval.is_dir()
 
 
 def _start_beside(*folders: ArmFolder) -> ArmFolder | None:

@@ -52,7 +52,7 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
                 overshoot=float(overshoots.max()) if len(overshoots) else 0.0,
                 typical_overshoot=float(np.median(overshoots)) if len(overshoots) else None,
                 sqnr_db=float(measured[-1]) if len(measured) else None,
-                since_step=int(clips[0]) if len(clips) else None,
+                since_step=int(clips[0]) or None if len(clips) else None,  # 0: nothing was trained
                 scale=float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,
             )
         )
@@ -71,6 +71,11 @@ def last_probe(folder: ArmFolder) -> MetricsRow | None:
     """The last row of metrics with a forgetting probe, or None."""
     rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     return next((row for row in reversed(rows) if "kl_off" in row), None)
+
+
+def read_losses(folder: ArmFolder) -> dict[int, float]:
+    """Step -> training loss, as far as it was trained."""
+    return {row["step"]: row["loss"] for row in (read_metrics(folder.metrics) if folder.metrics.is_file() else ())}
 
 
 def losses(folder: ArmFolder, num_steps: int) -> dict[int, MetricsRow]:

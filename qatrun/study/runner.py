@@ -16,6 +16,7 @@ from qatrun.layout import StudyFolder
 from qatrun.ranks import start, started
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
+from qatrun.report.notebook import in_a_cell
 from qatrun.report.seeds_table import seeds_text
 from qatrun.study.claim import claimed
 from qatrun.study.display import Display
@@ -23,15 +24,16 @@ from qatrun.study.evidence import summarize
 from qatrun.study.page import write_page
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
-from qatrun.study.results import StudyResult, write_summary
+from qatrun.study.results import StudyResult, write_over_ptq, write_summary
 from qatrun.study.single import run_single
 
 
 def run(
     recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, resume: bool = False, overwrite: bool = False
 ) -> StudyResult:
-    """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`; what comes out is
-    returned and written, not printed. Where torchrun started several processes, all of them are to call this.
+    """Run a recipe (a file, a shipped name, or one made in Python) with the live view of `qatrun train`, in a notebook with
+    one line that changes; what comes out is returned and written, not printed.
+    Where torchrun started several processes, all of them are to call this.
 
     Raises:
         as `load_recipe` and `run_study`.
@@ -42,7 +44,8 @@ def run(
     done = None
     try:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-        with TerminalDisplay(Console()) as display:
+        console = Console()
+        with in_a_cell() if console.is_jupyter else TerminalDisplay(console) as display:
             done = run_study(loaded, display, resume=resume, overwrite=overwrite)
     finally:
         end(done)
@@ -93,6 +96,7 @@ def _run_all(checked: Preflight, folder: StudyFolder, display: Display, trackers
     summary = summarize(folder.name, replica_recipe(recipe, seeds[0]), studies)
     replace_file(folder.comparison.with_suffix(".txt"), seeds_text(summary).encode())
     write_summary(folder, summary)
+    write_over_ptq(folder, summary.over_ptq)
     return StudyResult(folder.path, (), summary)
 
 

@@ -105,6 +105,7 @@ def score_path(
             accuracy=task.accuracy,
             stderr=task.stderr,
             num_truncated=task.num_truncated,
+            others=dict(task.others),
         )
         for name, task in scores.tasks.items()
     ]

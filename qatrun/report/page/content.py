@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qatrun.quant import QuantPlan
@@ -45,6 +45,24 @@ class ArmContent:
 
 
 @dataclass(frozen=True)
+class Flip:
+    """An item that the twin and the arm answer differently.
+
+    Attributes:
+        item: its question where that may be shown, else its name.
+        answer: the right one; empty where it may not be shown.
+        shift: of the right answer's log-likelihood, arm minus twin, nats.
+    """
+
+    arm: str
+    task: str
+    item: str
+    answer: str
+    to_wrong: bool
+    shift: float
+
+
+@dataclass(frozen=True)
 class StudyContent:
     """A study with one seed.
 
@@ -55,6 +73,9 @@ class StudyContent:
         model: path or hub id of the model that the study starts from; empty where the recipe cannot be read.
         summary: for its contrasts; None where the recipe asks none.
         changed: a phrase on each file that is not what was scored any more.
+        forgetting_limit: nats a token from which a rise of the loss on known text is an alarm; None: never.
+        differences: key of the recipe -> arm -> its value, where arms differ.
+        flips: items that quantization turned, a few of each arm and task.
     """
 
     name: str
@@ -66,6 +87,9 @@ class StudyContent:
     model: str = ""
     summary: Seeds | None = None
     changed: Sequence[str] = ()
+    forgetting_limit: float | None = None
+    differences: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    flips: Sequence[Flip] = ()
 
     @property
     def pairs(self) -> Sequence[Pair]:

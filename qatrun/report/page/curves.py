@@ -12,7 +12,7 @@ from qatrun.report.page.content import ArmContent
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, arm_keys, canvas, draw
 from qatrun.report.page.series import Steps, Values, step_bins
 from qatrun.report.page.table import printable, table
-from qatrun.report.page.theme import MUTED, arm_color, arm_marker
+from qatrun.report.page.theme import BAD, MUTED, arm_color, arm_marker
 
 Curve = tuple[Steps, Values]
 LOG_FROM = 30.0  # largest over smallest value from which an axis that may be either is logarithmic
@@ -60,8 +60,13 @@ def loss_figure(arms: Sequence[ArmContent]) -> Figure | None:
     )
 
 
-def forgetting_figure(arms: Sequence[ArmContent]) -> Figure | None:
-    """KL from the start model, quantizers off and on, at every probed step; None where no step was probed."""
+def forgetting_figure(arms: Sequence[ArmContent], limit: float | None = None) -> Figure | None:
+    """KL from the start model, and the rise of the loss on what it knew, quantizers off and on, at every probed step; None
+    where no step was probed.
+
+    Args:
+        limit: nats a token from which the rise is an alarm; None: never.
+    """
     curves = {
         (arm.name, state): curve
         for arm in arms
@@ -72,33 +77,50 @@ def forgetting_figure(arms: Sequence[ArmContent]) -> Figure | None:
         return None
     bins = step_bins(np.concatenate([steps for steps, _ in curves.values()]))
     means = {key: bins.mean(*curve) for key, curve in curves.items()}
+    rises = {
+        (arm.name, state): bins.mean(*curve)
+        for arm in arms
+        for state in ("off", "on")
+        if (curve := _rise(arm, state)) is not None
+    }
     title = _forgetting_title(curves)
 
     def plot(layout: Layout) -> Plot:
-        figure = canvas(layout, 270)
-        axes = figure.subplots()
+        figure = canvas(layout, 430 if rises else 270)
+        panels = figure.subplots(2 if rises else 1, 1, sharex=True, squeeze=False)[:, 0]
         for arm in arms:
             for state, dashes in (("off", None), ("on", (3.5, 1.8))):
+                if (arm.name, state) in rises:
+                    _line(panels[0], bins.last, rises[arm.name, state], arm, dashes, marked=True)
                 if (arm.name, state) in means:
-                    _line(axes, bins.last, means[arm.name, state], arm, dashes, marked=True)
-        scaled(axes, np.concatenate(list(means.values())))
-        axes.set_ylabel("KL, nats per token")
-        label_steps(axes)
-        mark_switch([axes], arms)
-        return Plot(figure, [(axes, 0)])
+                    _line(panels[-1], bins.last, means[arm.name, state], arm, dashes, marked=True)
+        if rises:
+            panels[0].set_ylabel("rise of the loss, nats")
+            if limit is not None:
+                _draw_limit(panels[0], limit)
+        panels[-1].set_ylabel("KL, nats per token")
+        scaled(panels[-1], np.concatenate(list(means.values())))
+        label_steps(panels[-1])
+        mark_switch(panels, arms)
+        return Plot(figure, [(axes, 0) for axes in panels])
 
     probed = {arm.name: arm.index for arm in arms if (arm.name, "off") in curves or (arm.name, "on") in curves}
     states = (Key("quantizers off", "──", "plain"), Key("quantizers on", "╌╌", "plain"))
     return Figure(
         key="forgetting",
         title=title,
-        caption="KL(start model ‖ model now) on fixed held-out text. With quantizers off it is what training moved; the "
+        caption=("Above: the rise of the loss on text that the start model knew. " if rises else "")
+        + "KL(start model ‖ model now) on fixed held-out text. With quantizers off it is what training moved; the "
         f"gap between on and off is what quantizers add. {bins.describe('the mean')}",
         drawings=draw("forgetting", title, plot),
         tables=(
             table(
-                ("step", *(f"{name} KL, quantizers {state}" for name, state in means)),
-                zip(bins.last, *means.values(), strict=True),
+                (
+                    "step",
+                    *(f"{name} KL, quantizers {state}" for name, state in means),
+                    *(f"{name} rise, quantizers {state}" for name, state in rises),
+                ),
+                zip(bins.last, *means.values(), *rises.values(), strict=True),
             ),
         ),
         legend=(*arm_keys(probed), *(states if any(state == "on" for _, state in curves) else ())),
@@ -166,6 +188,7 @@ def logarithmic(axis: Any, positive: Values) -> None:
         getattr(axis.axes, f"set_{axis.axis_name}scale")("log", nonpositive="mask")
         axis.set_major_locator(LogLocator(subs=subdivisions, numticks=100))
         axis.set_minor_locator(NullLocator())
+        axis.set_label_text(f"{axis.get_label_text()} (log scale)".strip())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
@@ -188,6 +211,21 @@ def _curve(arm: ArmContent, key: str) -> Curve | None:
         return None
     steps, values = zip(*rows, strict=True)
     return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+
+def _rise(arm: ArmContent, state: str) -> Curve | None:
+    """Of the loss on text that the start model knew, since then."""
+    start, now = _curve(arm, "nll_start"), _curve(arm, f"nll_{state}")
+    if start is None or now is None:
+        return None
+    common, here, there = np.intersect1d(now[0], start[0], assume_unique=True, return_indices=True)
+    return common, now[1][here] - start[1][there]
+
+
+def _draw_limit(axes: Any, limit: float) -> None:
+    axes.axhline(limit, color=BAD, linewidth=1.0, dashes=(5, 2))
+    corner = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"alarm above {limit:g}", (1.0, limit), (-2, 3), **corner, ha="right", va="bottom", color=BAD)
 
 
 def _ape(curve: Curve, twin: Curve) -> Curve:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.table import Table, csv_text
+from qatrun.report.page.total import Tile
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Section:
     text: preformatted.
     links: label -> address.
     files: tables that are there as CSV files alone.
+    tiles: numbers that matter, above all else.
+    folded: whether `text` is shown only when asked for.
     """
 
     key: str
@@ -56,11 +60,13 @@ class Section:
     text: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
     files: tuple[Table, ...] = ()
+    tiles: tuple[Tile, ...] = ()
+    folded: bool = False
 
     @property
     def has_content(self) -> bool:
         """Whether there is more than a line on what is missing."""
-        return bool(self.figures or self.tables or self.facts or self.points or self.text or self.links)
+        return bool(self.figures or self.tables or self.facts or self.points or self.text or self.links or self.tiles)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Document:
     sections: tuple[Section, ...]
     arms: Mapping[str, int]
 
-    @property
+    @cached_property
     def csv(self) -> dict[str, str]:
         """CSV file name -> text, of every figure and every table with a name."""
         figures = {figure.key: figure.csv for section in self.sections for figure in section.figures}

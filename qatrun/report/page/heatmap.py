@@ -27,8 +27,13 @@ NAME_PX, LABEL_PX = 13, 16  # height of a row that holds a tensor's name, and be
 ROLE_TITLES = {"input": "inputs", "weight": "weights", "grad_output": "output gradients"}
 
 # Class 0 is "nothing"; the last index, no value, is transparent. The same colours are --heat-* of the style sheet.
-LIGHT = ("#edf0f2", "#fbd97a", "#f9b24a", "#ee7f33", "#d1482f", "#9c2152", "#54104a")
-DARK = ("#20242b", "#5a3591", "#8f3a96", "#c2456f", "#e8693f", "#f7a541", "#fdea95")
+# What is below the threshold of harm stays grey. Overshoot, which harms only where it clips, has blues of its own.
+_CLIP_LIGHT = ("#edf0f2", "#dfe3e6", "#f9b24a", "#ee7f33", "#d1482f", "#9c2152", "#54104a")
+_CLIP_DARK = ("#20242b", "#2b3038", "#8f3a96", "#c2456f", "#e8693f", "#f7a541", "#fdea95")
+_OVER_LIGHT = ("#edf0f2", "#dfe3e6", "#cbd6df", "#b4c9da", "#8fb3d1", "#5d93c0", "#2b6ca3")
+_OVER_DARK = ("#20242b", "#2b3038", "#2c3b4a", "#2d4a63", "#2f6088", "#3b7fb4", "#6db1e6")
+LIGHT, DARK = (*_CLIP_LIGHT, *_OVER_LIGHT), (*_CLIP_DARK, *_OVER_DARK)
+NUM_CLASSES = len(_CLIP_LIGHT)
 NO_VALUE = len(LIGHT)
 
 
@@ -38,30 +43,33 @@ class Measure:
 
     Attributes:
         edges: upper bounds of the classes before the last.
+        first: place of its colours among all.
     """
 
     column: str
     name: str
     edges: tuple[float, ...]
     labels: tuple[str, ...]
+    first: int = 0
 
     def classes(self, values: Values) -> npt.NDArray[np.uint8]:
         """Class of each value, NO_VALUE for NaN."""
-        found = np.searchsorted(np.array(self.edges), values, side="left")
+        found = self.first + np.searchsorted(np.array(self.edges), values, side="left")
         return np.where(np.isnan(values), NO_VALUE, found).astype(np.uint8)
 
 
 CLIPPING = Measure(
     "clip_fraction",
     "share of values clipped",
-    (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
-    ("none", "≤ 0.001%", "≤ 0.01%", "≤ 0.1%", "≤ 1%", "≤ 10%", "more"),
+    (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    ("none", "≤ 0.1%, harmless", "≤ 0.3%", "≤ 1%", "≤ 3%", "≤ 10%", "more"),
 )
 OVERSHOOT = Measure(
     "overshoot",
     "overshoot: amax now / amax that the scale stands for",
-    (1.0, 1.25, 1.5, 2.0, 4.0, 8.0),
-    ("≤ 1, fits", "≤ 1.25", "≤ 1.5", "≤ 2", "≤ 4", "≤ 8", "more"),
+    (1.0, 2.0, 3.0, 4.0, 8.0, 16.0),
+    ("≤ 1, fits", "≤ 2", "≤ 3", "≤ 4", "≤ 8", "≤ 16", "more"),
+    NUM_CLASSES,
 )
 
 
@@ -91,7 +99,7 @@ def heatmap_figure(arm: ArmContent, stats: TensorStats, key: str, num_arms: int)
         + ". Measured from the switch on.",
         drawings=draw(key, title, lambda layout: _plot(layout, names, grid, bins, measure)),
         tables=(_worst_table(names, grid, bins, measure),),
-        legend=tuple(Key(label, "■", f"heat-{place}") for place, label in enumerate(measure.labels)),
+        legend=tuple(Key(label, "■", f"heat-{place}") for place, label in enumerate(measure.labels, measure.first)),
         cells=_cells(names, grid, bins, measure),
         full=table(("tensor", *(f"step {step}" for step in bins.last)), zip(names, *grid.T, strict=True)),
     )
@@ -187,7 +195,11 @@ def _worst_table(names: Sequence[str], grid: Values, bins: StepBins, measure: Me
     unit = 100.0 if measure is CLIPPING else 1.0
     word = "clipped %" if measure is CLIPPING else "overshoot ×"
     rows = [(names[row], unit * peaks[row], int(steps[row]), unit * last[row]) for row in order]
-    return table(("tensor", f"largest {word}", "at step", f"last {word}"), rows, f"the {len(rows)} worst tensors")
+    return table(
+        ("tensor", f"largest {word}", "at step", f"last {word}"),
+        rows,
+        f"the {len(rows)} tensors with the largest values",
+    )
 
 
 def _cells(names: Sequence[str], grid: Values, bins: StepBins, measure: Measure) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import re
 from functools import cache
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from qatrun.report.page.document import Document
+from qatrun.report.page.glossary import GLOSSARY, explained
 from qatrun.report.page.heatmap import DARK, LIGHT
 from qatrun.report.page.scores import VARIANTS
 from qatrun.report.page.table import printable, shown
@@ -20,13 +22,26 @@ from qatrun.report.page.theme import NUM_ARM_COLORS, arm_glyph
 LEFT_ALIGNED = {
     *("arm", "arms", "twin", "task", "score", "metric", "verdict", "effect", "from", "to", "kind", "alarm", "tensor"),
     *("worst tensor", "findings", "quantized linears", "blocks", "role", "format", "granularity", "scaling"),
-    *("clipped at", "contrast", "a", "b", "answer", "the last one kept", "advice", "keep"),
+    *(
+        "clipped at",
+        "contrast",
+        "a",
+        "b",
+        "answer",
+        "key",
+        "item",
+        "right answer",
+        "the last one kept",
+        "advice",
+        "keep",
+    ),
 }
-LONG_TEXT = {"answer", "findings", "advice"}
+MOST_PACKED = 120_000  # characters of a CSV file inside the page
+LONG_TEXT = {"answer", "findings", "item", "seen on", "advice"}
 NUMERIC_TEXT = {
     *("start", "BF16 twin", "on", "off", "drop pp", "95% interval", "flips", "relative drop %", "McNemar p"),
     *("detects pp", "mean |Δll|", "accuracy % mean", "sd", "sd pp", "loss APE %", "perplexity", *VARIANTS.values()),
-    *("|x| / scale from", "to"),
+    *("|x| / scale from", "to", "lost pp", "quant. pp", "size", "start %", "BF16 twin %", "shipped %"),
 }
 
 _WITHIN_NAMES = re.compile(r"(?<=\w[._:/])(?=[^\W\d])")
@@ -54,6 +69,7 @@ def render(document: Document) -> str:
         left=LEFT_ALIGNED,
         numeric=NUMERIC_TEXT,
         long=LONG_TEXT,
+        glossary=GLOSSARY,
     )
 
 
@@ -70,6 +86,9 @@ def _environment() -> Environment:
         "shown": shown,
         "printable": printable,
         "breakable": breakable,
+        "plainly": lambda text: explained(text, breakable(text)),
+        "explained": explained,
+        "packed": packed,
         "glyph": arm_glyph,
         "drawing": Markup,  # SVG that `svg.themed` serialised, text escaped
         "json_in_script": lambda text: Markup(text.replace("<", "\\u003c")),
@@ -85,6 +104,12 @@ def style_sheet() -> str:
 def breakable(text: str) -> Markup:
     """Escaped text that may break within the dotted names of tensors and keys."""
     return Markup(_WITHIN_NAMES.sub("<wbr>", str(escape(text))))
+
+
+def packed(text: str) -> str:
+    """A CSV text as an address that needs no file, so that it is mailed with the page; empty where it is large."""
+    data = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return f"data:application/gzip;base64,{data}" if len(data) <= MOST_PACKED else ""
 
 
 def _source(name: str) -> str:

@@ -55,7 +55,7 @@ def scale_figure(
 def _worst(stats: TensorStats, diagnosis: ArmDiagnosis | None, num_tensors: int) -> tuple[Sequence[str], str]:
     named = [row.tensor for row in (diagnosis.worst_tensors if diagnosis else ()) if row.tensor in stats.names]
     if named:
-        return named[:num_tensors], "the worst tensors of the diagnosis"
+        return named[:num_tensors], "those of the diagnosis"
     clips = np.nanmax(stats.clip_fraction, initial=0.0) > 0
     peaks = np.full(len(stats.names), -np.inf)
     np.fmax.at(peaks, stats.tensor, stats.clip_fraction if clips else stats.overshoot)

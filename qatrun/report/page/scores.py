@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qatrun.records.comparison import Pair, TaskComparison
@@ -62,42 +62,26 @@ def scores_figure(content: StudyContent) -> Figure | None:
     )
 
 
-def attribution_figure(content: StudyContent) -> Figure | None:
-    """The parts of every arm's drop; None where the study was not diagnosed."""
-    indices = {arm.name: arm.index for arm in content.arms}
-    arms = {name: arm for name, arm in content.diagnosed.items() if name in indices}
-    found = [(name, effect) for name, arm in arms.items() for effect in arm.effects]
-    if not found:
-        return None
-    groups = [
-        Group(
-            printable(effect),
-            [_effect_mark(arm, each, indices[arm]) for arm, each in found if each.name == effect],
-            detail=next(printable(f"{each.source} → {each.target}") for _, each in found if each.name == effect),
-        )
-        for effect in dict.fromkeys(each.name for _, each in found)
-    ]
-    title = _attribution_title({name: arm.effects for name, arm in arms.items() if arm.effects})
+def effects_table(content: StudyContent) -> Table:
+    """The parts of every arm's drop, a row an effect over all tasks and one for each task."""
     columns = (
         *("arm", "effect", "task", "from", "to", "drop pp", "low pp", "high pp"),
         *("log-likelihood shift", "log-likelihood low", "log-likelihood high"),
         *("answer text shift a token", "answer text low", "answer text high", "log-perplexity shift"),
     )
-    per_task = [
-        (name, task, effect) for name, arm in arms.items() for task, effects in arm.tasks.items() for effect in effects
+    rows = [_effect_row(name, "all", effect) for name, arm in content.diagnosed.items() for effect in arm.effects]
+    rows += [
+        _effect_row(name, task, effect)
+        for name, arm in content.diagnosed.items()
+        for task, effects in arm.tasks.items()
+        for effect in effects
     ]
-    rows = [_effect_row(arm, "all", effect) for arm, effect in found]
-    rows += [_effect_row(arm, task, effect) for arm, task, effect in per_task]
-    return forest_figure(
+    return table(
+        columns,
+        rows,
+        "What is lost from one model to another, with paired 95% intervals. Off and on: the arm's quantizers; fresh: on, "
+        "with scales taken anew from the text at hand; ptq: the twin, quantized without training",
         "attribution",
-        title,
-        "Every model answered the same items; bars are paired 95% intervals over all tasks. Off and on: the arm's "
-        "quantizers; fresh: on, with scales taken anew from the text at hand; ptq: the twin, quantized without training.",
-        groups,
-        "drop, percentage points",
-        table(columns, rows),
-        legend=arm_keys({name: indices[name] for name in arms}),
-        zero="right of 0: it costs accuracy",
     )
 
 
@@ -105,30 +89,10 @@ def _compared(content: StudyContent) -> list[tuple[Pair, TaskComparison]]:
     return [(pair, task) for pair in content.pairs for task in pair.comparison.tasks]
 
 
-def _attribution_title(arms: Mapping[str, Sequence[Effect]]) -> str:
-    name, effects = max(arms.items(), key=lambda each: max(effect.drop_pp for effect in each[1]))
-    drops = {effect.name: effect.drop_pp for effect in effects}
-    parts = [
-        f"{word} {signed(drops[key])} pp"
-        for key, word in (("forgetting", "forgetting"), ("quantization", "quantizers"))
-        if key in drops
-    ]
-    stale = drops.get("stale scale")
-    return f"What {printable(name)} lost: {', '.join(parts)}" + (
-        f", of that lagging scales {signed(stale)} pp" if stale is not None else ""
-    )
-
-
 def _drop_mark(pair: Pair, task: TaskComparison, index: int) -> Mark:
     numbers = f"{signed(task.drop_pp)} [{signed_range(task.ci95_pp)}]"
     title = f"{pair.arm} on {task.task}: drop {numbers} pp, budget {task.budget_pp:g}, {task.verdict}"
     return Mark(task.drop_pp, index, task.ci95_pp, text=f"{numbers} {task.verdict}", title=printable(title))
-
-
-def _effect_mark(arm: str, effect: Effect, index: int) -> Mark:
-    numbers = f"{signed(effect.drop_pp)} [{signed_range(effect.ci95_pp)}]"
-    title = printable(f"{arm}, {effect.name} ({effect.source} → {effect.target}): {numbers} pp")
-    return Mark(effect.drop_pp, index, effect.ci95_pp, text=numbers, title=title)
 
 
 def _effect_row(arm: str, task: str, effect: Effect) -> tuple[Any, ...]:
@@ -141,22 +105,35 @@ def _effect_row(arm: str, task: str, effect: Effect) -> tuple[Any, ...]:
 
 def score_table(content: StudyContent) -> Table:
     """Accuracies in percent and what the comparison says of them, a row an arm and task."""
-    columns = ("arm", "task", "start", "BF16 twin", "on", "off", "drop pp", "95% interval", "budget pp", "verdict")
+    columns = ("arm", "task", "verdict", "start", "BF16 twin", "on", "off", "drop pp", "95% interval", "budget pp")
     rows = [
         (
-            *(pair.arm, task.task),
+            *(pair.arm, task.task, task.verdict),
             *(percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
-            *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp, task.verdict),
+            *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp),
         )
         for pair, task in _compared(content)
     ]
     rows += [
         (
-            *(pair.arm, "held-out perplexity"),
-            *(None if value is None else round(value, 4) for value in (text.start, text.twin, text.arm)),
-            pair.perplexity.get("arm_off"),
+            pair.arm,
+            f"{task.task} {metric}",
+            None,
+            *(percent(values.get(m)) for m in ("start", "twin", "arm")),
+            *[None] * 4,
+        )
+        for pair, task in _compared(content)
+        for metric, values in task.others.items()
+    ]
+    rows += [
+        (
+            *(pair.arm, "held-out perplexity", text.verdict),
+            *(
+                None if value is None else f"{value:.3f}"
+                for value in (text.start, text.twin, text.arm, pair.perplexity.get("arm_off"))
+            ),
             *(f"{signed(text.rise_percent)} %", f"{signed_range(text.ci95_percent)} %"),
-            *(None if text.budget_percent is None else f"{text.budget_percent:g} %", text.verdict),
+            None if text.budget_percent is None else f"{text.budget_percent:g} %",
         )
         for pair in content.pairs
         if (text := pair.comparison.perplexity) is not None

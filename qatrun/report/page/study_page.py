@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from qatrun.records.diagnosis import ArmDiagnosis
+from qatrun.records.comparison import OverPtq
 from qatrun.records.environment import Environment
 from qatrun.report.exported import contents, holds, proofs
+from qatrun.report.over_ptq import over_ptq_lines
 from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
 from qatrun.report.page.curves import forgetting_figure, loss_figure, teacher_figure
-from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
+from qatrun.report.page.document import Chip, Document, Point, Section
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.heatmap import heatmap_figure
 from qatrun.report.page.histograms import histogram_figure
 from qatrun.report.page.scales import scale_figure
 from qatrun.report.page.seeds import contrasts_figure
-from qatrun.report.page.table import printable, sentence_case, table
+from qatrun.report.page.table import printable, sentence_case, signed, table
 from qatrun.report.page.tensors import TensorStats
+from qatrun.report.page.total import ranked, ranking_table, total_tiles, waterfall_figure
+from qatrun.report.page.verdict import study_verdict
 from qatrun.text import flat
 
 Measured = Sequence[tuple[ArmContent, TensorStats]]
 
 MAX_ALARMS = 50
+CLIPS = 0.001  # the share of a tensor's values from which it counts as clipping
 MAX_TENSORS = 18  # drawn one by one, over all arms
 
 
@@ -34,8 +38,10 @@ def study_document(content: StudyContent) -> Document:
     recorded = [(arm, TensorStats.from_table(arm.tensors)) for arm in content.arms if arm.tensors is not None]
     measured = [(arm, stats) for arm, stats in recorded if len(stats)]
     sections = (
+        *_total_section(content),
         _diagnosis_section(content),
         _scores_section(content),
+        *over_ptq_section(content.comparison.over_ptq if content.comparison else ()),
         *_contrasts_section(content),
         figures_section(
             "loss",
@@ -48,20 +54,59 @@ def study_document(content: StudyContent) -> Document:
         figures_section(
             "forgetting",
             "Forgetting",
-            [forgetting_figure(content.arms)],
+            [forgetting_figure(content.arms, content.forgetting_limit)],
             "No step was probed in this study, so there is no forgetting curve.",
         ),
         _histogram_section(content),
         coverage_section(content.arms),
         *_exports_section(content.arms),
         alarms_section(content.arms),
+        *_flips_section(content),
+        *_differences_section(content),
         recipe_section(content.recipe),
         environment_section(content.environment),
     )
     indices = {arm.name: arm.index for arm in content.arms}
     return Document(
-        content.name, "study", page_meta(content.environment, content.model), _verdict(content), sections, indices
+        content.name, "study", page_meta(content.environment, content.model), study_verdict(content), sections, indices
     )
+
+
+def _total_section(content: StudyContent) -> Iterator[Section]:
+    """Nothing where nothing was compared."""
+    found = ranked(content)
+    if not found:
+        return
+    figure = waterfall_figure(content, found)
+    several = f"The best of {len(found)} arms, {printable(found[0].pair.arm)}; all of them below."
+    yield Section(
+        "total",
+        "From start to what ships",
+        figures=() if figure is None else (figure,),
+        tables=(ranking_table(found),),
+        notes=(several,) if len(found) > 1 else (),
+        tiles=total_tiles(found[0]),
+    )
+
+
+def _differences_section(content: StudyContent) -> Iterator[Section]:
+    """What tells the arms apart; nothing where that is only one, or the recipe cannot be read."""
+    if content.differences:
+        names = tuple(next(iter(content.differences.values())))
+        rows = [(key, *(values[name] for name in names)) for key, values in content.differences.items()]
+        yield Section("differences", "What differs between arms", tables=(table(("key", *names), rows),))
+
+
+def _flips_section(content: StudyContent) -> Iterator[Section]:
+    """Items that quantization turned; nothing where none did, or their answers are not there."""
+    if content.flips:
+        columns = ("arm", "task", "flip", "item", "right answer", "shift, nats")
+        rows = [(f.arm, f.task, "↓" if f.to_wrong else "↑", f.item, f.answer, signed(f.shift)) for f in content.flips]
+        note = (
+            "Items that the twin answers right and the arm wrong (↓) or the other way round (↑), those first whose right "
+            "answer lost or gained most. Their texts are shown where they are the demo's own; else the item is named."
+        )
+        yield Section("flips", "Items that flipped", notes=(note,), tables=(table(columns, rows, key="flips"),))
 
 
 def page_meta(environment: Environment, model: str) -> tuple[str, ...]:
@@ -103,7 +148,9 @@ def _exports_section(arms: Iterable[ArmContent]) -> Iterator[Section]:
 
 def recipe_section(recipe: str) -> Section:
     """The recipe as it ran."""
-    return Section("recipe", "Recipe", text=recipe, notes=() if recipe else ("The recipe is missing (recipe.yaml).",))
+    return Section(
+        "recipe", "Recipe", text=recipe, folded=True, notes=() if recipe else ("The recipe is missing (recipe.yaml).",)
+    )
 
 
 def environment_section(environment: Environment) -> Section:
@@ -131,98 +178,21 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
     )
 
 
-def _verdict(content: StudyContent) -> Verdict:
-    diagnosed = content.diagnosed
-    verdicts = {pair.arm: pair.comparison.verdict for pair in content.pairs}
-    overall = content.comparison.verdict if content.comparison else None
-    sentence = content.diagnosis.sentence if content.diagnosis else _plain_sentence(verdicts, overall)
-    names = [arm.name for arm in content.arms if arm.name in diagnosed or arm.name in verdicts]
-    points = tuple(
-        Point(
-            _of_arm(diagnosed, name, sentence),
-            name,
-            (
-                VERDICT_CHIPS[verdicts.get(name)],
-                *(_cause_chips([diagnosed[name]]) if name in diagnosed else ()),
-                *_alarm_chip(arm for arm in content.arms if arm.name == name),
-            ),
-        )
-        for name in names
-    )
-    condition = next((pair.comparison.conditional_on for pair in content.pairs), "")
-    return Verdict(
-        (
-            VERDICT_CHIPS[overall],
-            *(_cause_chips(diagnosed.values()) if content.diagnosis else (Chip("Not diagnosed", "none"),)),
-            *((Chip("Weights changed since", "bad"),) if content.changed else ()),
-            *_training_chip(content),
-            *_alarm_chip(content.arms),
-        ),
-        printable(sentence),
-        points if len(points) > 1 else (),
-        f"Conditional on {condition}." if condition else "",
-    )
-
-
-def _of_arm(diagnosed: Mapping[str, ArmDiagnosis], name: str, said: str) -> str:
-    """The sentence on an arm, unless it was `said` already."""
-    sentence = diagnosed[name].sentence if name in diagnosed else ""
-    return "" if sentence == said else printable(sentence)
-
-
-def _cause_chips(arms: Collection[ArmDiagnosis]) -> tuple[Chip, ...]:
-    """What was found, and what was not shown; that nothing broke only where every cause of every arm is ruled out."""
-    found = dict.fromkeys(name for arm in arms for name in arm.findings)
-    open_ = dict.fromkeys(name for arm in arms for name, cause in arm.causes.items() if cause.answer == "not shown")
-    chips = (
-        *(Chip(printable(name).capitalize(), "bad") for name in found),
-        *(Chip(f"{printable(name).capitalize()} not shown", "warn") for name in open_ if name not in found),
-    )
-    if chips:
-        return chips
-    whole = all(arm.causes for arm in arms)  # an earlier version did not say what it ruled out
-    return (Chip("Nothing broke", "good") if whole else Chip("Nothing found", "none"),)
-
-
-def _training_chip(content: StudyContent) -> tuple[Chip, ...]:
-    """Where what training lost is not surely small."""
-    lost = [pair.comparison.training for pair in content.pairs]
-    verdicts = {each.verdict for each in lost if each is not None}
-    if "exceeds" in verdicts:
-        return (Chip("Training lost too much", "bad"),)
-    return (Chip("Training inconclusive", "warn"),) if "inconclusive" in verdicts else ()
-
-
-def _alarm_chip(arms: Iterable[ArmContent]) -> tuple[Chip, ...]:
-    count = sum(len(arm.alarms) for arm in arms)
-    return (Chip(f"{count:,} alarm{'s' if count > 1 else ''}", "alarm"),) if count else ()
-
-
-def _plain_sentence(verdicts: Mapping[str, str], worst: str | None) -> str:
-    """What the comparison alone says."""
-    if worst is None:
-        return "Nothing was compared yet: the study is not finished, or no arm has a BF16 twin."
-    arms = ", ".join(name for name, verdict in verdicts.items() if verdict == worst)
-    return {
-        "within": f"{arms}: every drop lies within its budget.",
-        "inconclusive": f"{arms}: these items cannot tell whether the drop lies within its budget.",
-        "exceeds": f"{arms}: a drop exceeds its budget.",
-    }[worst]
-
-
 def _diagnosis_section(content: StudyContent) -> Section:
     if content.diagnosis is None:
         return Section("diagnosis", "Diagnosis", notes=("The study was not diagnosed: `qatrun diagnose` does it.",))
-    figures = (causes.text_figure(content), scores.attribution_figure(content))
-    drawn = tuple(figure for figure in figures if figure is not None)
+    figure = causes.text_figure(content)
+    drawn = () if figure is None else (figure,)
     worst = [
         (name, row.tensor, row.clip_fraction, row.overshoot, row.sqnr_db, row.since_step)
         for name, arm in content.diagnosed.items()
         for row in arm.worst_tensors
+        if row.clip_fraction > CLIPS
     ]
     columns = ("arm", "worst tensor", "clip fraction", "overshoot", "SQNR dB", "since step")
     tables = (
         causes.causes_table(content.diagnosed),
+        scores.effects_table(content),
         scores.variants_table(content.diagnosed),
         table(columns, worst, "Worst tensors", "worst-tensors"),
     )
@@ -231,7 +201,7 @@ def _diagnosis_section(content: StudyContent) -> Section:
         "Diagnosis",
         figures=drawn,
         tables=tuple(part for part in tables if part.rows),
-        notes=() if drawn else ("The diagnosis holds no effects to draw.",),
+        notes=() if drawn or any(part.rows for part in tables) else ("The diagnosis holds no effects.",),
     )
 
 
@@ -249,6 +219,29 @@ def _scores_section(content: StudyContent) -> Section:
     )
     changed = tuple(printable(f"{text}: these scores are of other weights.") for text in content.changed)
     return Section("scores", "Scores", (figure,), tables, (*changed, *notes))
+
+
+def over_ptq_section(found: Sequence[OverPtq]) -> Iterator[Section]:
+    """Whether training beat calibration alone; nothing where a study does not ask it."""
+    if not found:
+        return
+    columns = (
+        *("formats", "QAT arm", "PTQ arm", "answer", "items", "accuracy pp", "low pp", "high pp"),
+        *("perplexity %", "low %", "high %"),
+    )
+    rows = [
+        (
+            *(each.formats, each.qat, each.ptq, each.answer, each.num_items),
+            *(each.accuracy_pp, *each.ci_accuracy_pp),
+            *(each.perplexity_percent, *(each.ci_perplexity_percent or (None, None))),
+        )
+        for each in found
+    ]
+    title = "QAT arm minus PTQ arm; intervals of both measures hold together at 95%"
+    points = tuple(Point(printable(line)) for line in over_ptq_lines(found))
+    yield Section(
+        "over-ptq", "QAT against PTQ", tables=(table(columns, rows, title, "qat-against-ptq"),), points=points
+    )
 
 
 def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:
