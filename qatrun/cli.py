@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qatrun import boundary, completion, followers, ranks, terminal
 from qatrun.errors import InputError
+from qatrun.formats import FORMATS
+from qatrun.hardware import HARDWARE_NAMES
 from qatrun.launch import number_of, run_in_processes
 from qatrun.options import (
     JsonOption,
@@ -28,6 +30,9 @@ from qatrun.options import (
 )
 from qatrun.records.values import VERDICTS
 from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
+
+if TYPE_CHECKING:
+    from qatrun.study import StudyResult
 
 app = typer.Typer(
     name="qatrun",
@@ -79,33 +84,45 @@ def train(
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _in_processes(processes)
     terminal.quiet_libraries()
-    from qatrun.report import TerminalDisplay, comparison_table
+    from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
-    from qatrun.report.overview import overview
-    from qatrun.report.seeds_table import seeds_table
     from qatrun.study import fix_study, run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
-    ranked = result.ranked
-    if ranked:
-        out.print()
-        out.print(overview(ranked))
-    if result.diagnosis is not None:
-        for arm in result.diagnosis.arms.values():
-            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
-    for total in ranked:
-        out.print()
-        out.print(comparison_table(total.pair, total.alarms))
-    if result.summary is not None:
-        out.print()
-        out.print(seeds_table(result.summary))
-    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
-    if not result.pairs and result.summary is None:
-        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+    _print_result(result)
     if fix:
         with TerminalDisplay(out) as display:
             out.print("\n", fix_table(fix_study(str(result.folder), result.folder.parent, display)))
+    if fail_on_verdict:
+        _exit_by_verdict(result.verdict, strict)
+
+
+@app.command()
+def ptq(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
+    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
+    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    processes: ProcessesOption = None,
+    trust_task_code: TrustOption = False,
+) -> None:
+    """Quantize the start model as each arm of a recipe says, by calibration alone; score, compare and diagnose what comes
+    out, in a study of its own."""
+    from qatrun.recipe import calibrated_alone, load_recipe
+
+    loaded = calibrated_alone(load_recipe(recipe, set_ or ()))
+    boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    _in_processes(processes)
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.study import run_study
+
+    with _located(recipe, set_), TerminalDisplay(out) as display:
+        result = run_study(loaded, display, resume=resume, overwrite=overwrite)
+    _print_result(result)
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
 
@@ -120,6 +137,10 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     json_: JsonOption = False,
     processes: Annotated[str | None, typer.Option(metavar="N", help="What it would be with so many.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="CHIP", help="What it is to be served on: what runs there natively, and what not."),
+    ] = None,
     time: Annotated[
         bool, typer.Option("--time", help="Time two steps of each arm, on weights that are made up.")
     ] = False,
@@ -133,12 +154,14 @@ def check(
         return
     if recipe is None:
         raise InputError("name a recipe to check, or give --schema")
+    if hardware is not None:
+        known(hardware, HARDWARE_NAMES, "--hardware")
     loaded = load_recipe(recipe, set_ or ())
     terminal.quiet_libraries()
     from qatrun.report import dry_run
     from qatrun.study import preflight
 
-    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes))
+    checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
     plan = checked.dry_run()
     if time and not checked.problems:
         from qatrun.study.timing import training_seconds
@@ -350,6 +373,104 @@ def fix(
 
 
 @app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="What may remain: nats a token (0.002), perplexity (1%) or average bits (9.5bits); default: the recipe's "
+            "for perplexity.",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Score by KL, one group at a time: some 8 times as long.")
+    ] = False,
+    arm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose quantization; default: the first arm's.")
+    ] = None,
+    sequences: Annotated[int, number("Sequences of training text that groups are scored on.")] = 16,
+    output: Annotated[Path | None, path_option("Folder to write; default: beside the studies.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what other settings found there.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say which linears quantization hurts, and write a recipe that keeps in BF16 those that a budget asks for."""
+    from qatrun.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.sensitivity import sensitivity_table
+    from qatrun.study import find_sensitivity
+
+    with _located(recipe, set_), TerminalDisplay(err) as display:
+        folder, found = find_sensitivity(
+            loaded,
+            display,
+            source=recipe,
+            overrides=set_ or (),
+            arm=arm,
+            budget=budget,
+            exact=exact,
+            sequences=sequences,
+            output=output,
+            overwrite=overwrite,
+        )
+    if json_:
+        out.print_data(found.to_dict())
+        return
+    out.print(sensitivity_table(found))
+    out.out(f"\nthe page: {folder / 'report.html'}")
+    if found.fragment is not None:
+        out.out(f"a recipe that keeps them: {folder / found.fragment}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, argument("MODEL", "A model folder or hub id, in full precision.")],
+    data: Annotated[str, place("PATH", "Text to read: file, folder or hub id.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Number format to hold values against.")
+    ] = "int8",
+    text_column: Annotated[str | None, typer.Option(metavar="NAME", help="Its column; default: text.")] = None,
+    sequences: Annotated[int, number("Sequences to read.")] = 16,
+    seq_len: Annotated[int, number("Tokens of each, at most the model's context.", least=2)] = 512,
+    output: Annotated[Path | None, path_option("Folder to write; default: one named after the model, here.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what other settings found there.")] = False,
+    json_: JsonOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Show how the values of every tensor are spread: ranges, outlier channels, what scale and zero-point would do."""
+    chosen = known(format_, tuple(FORMATS), "--format")
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.inspection import inspection_table
+    from qatrun.study import inspect_model
+
+    with TerminalDisplay(err) as display:
+        folder, found = inspect_model(
+            model,
+            data,
+            display,
+            format_name=chosen,
+            text_column=text_column,
+            sequences=sequences,
+            seq_len=seq_len,
+            output=output,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+    if json_:
+        out.print_data(found.to_dict())
+        return
+    out.print(inspection_table(found))
+    out.out(f"\nthe page: {folder / 'report.html'}")
+
+
+@app.command()
 def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs")) -> None:
     """Write a study's page: one HTML file that needs no network, and the CSV of every figure."""
     from qatrun.study import report_study
@@ -458,6 +579,33 @@ def _in_processes(asked: str | None) -> None:
     code = run_in_processes(asked)
     if code is not None:
         raise typer.Exit(code)
+
+
+def _print_result(result: StudyResult) -> None:
+    """What a study ended in."""
+    from qatrun.report import comparison_table
+    from qatrun.report.over_ptq import over_ptq_lines
+    from qatrun.report.overview import overview
+    from qatrun.report.seeds_table import seeds_table
+
+    ranked = result.ranked
+    if ranked:
+        out.print()
+        out.print(overview(ranked))
+    for line in over_ptq_lines(result.over_ptq):
+        out.print(f"\n{line}", markup=False)
+    if result.diagnosis is not None:
+        for arm in result.diagnosis.arms.values():
+            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
+    for total in ranked:
+        out.print()
+        out.print(comparison_table(total.pair, total.alarms))
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
+    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
+    if not result.pairs and result.summary is None:
+        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qatrun.errors import DamagedFileError, InputError
-from qatrun.layout import QUANT_METHOD, WEIGHTS_FILE
+from qatrun.layout import QUANT_METHOD, WEIGHTS_FILE, WEIGHTS_INDEX
 
 
 class FolderConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of config.json: what plan.json says, so that a hub that gives only the one will do."""
+    """`quantization_config` of config.json: what plan.json says, so that a hub may give the one without the other."""
 
     def __init__(self, **description: Any) -> None:
         self.__dict__.update(description)
@@ -65,7 +65,8 @@ class FolderQuantizer(HfQuantizer):  # type: ignore[misc]
         return device_map
 
     def _of_the_folder(self, config: Any) -> Any:
-        config.transformers_weights = WEIGHTS_FILE
+        in_parts = (Path(config.name_or_path) / WEIGHTS_INDEX).is_file()
+        config.transformers_weights = WEIGHTS_INDEX if in_parts else WEIGHTS_FILE
         if getattr(config, "_attn_implementation_internal", None) is None:
             config._attn_implementation = self.quantization_config.attn_implementation
         return config
@@ -76,17 +77,21 @@ class FolderQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **_options: Any) -> Any:
         """Check every tensor, and take out the linears that transformers would look for weights for."""
         from qatrun.export import artifact
+        from qatrun.export.weights import StoredTensors
+        from qatrun.quant import experts_of_linears
 
-        self.file = Path(checkpoint_files[0])
-        self.plan = artifact.described_plan(vars(self.quantization_config), self.file.with_name("config.json"))
-        tensors = artifact.read_weights(self.file)
-        artifact.check_tensors(self.file, tensors, self.plan, model, self.update_dtype(None))
+        folder = Path(checkpoint_files[0]).parent
+        self.plan = artifact.described_plan(vars(self.quantization_config), folder / "config.json")
+        if not experts_of_linears(model).keys().isdisjoint(self.plan.linears):
+            raise InputError(f"{folder}: its experts are quantized, which qatrun.load opens")
+        self.tensors = StoredTensors(folder)
+        artifact.check_tensors(self.tensors, self.plan, model, self.update_dtype(None))
         for name in self.plan.linears:
             artifact.take_out(model, name)
         tied = model.all_tied_weights_keys
         for one, other in ((name, tied.get(name, name)) for name in model.state_dict()):
-            if one not in tensors and other not in tensors:  # transformers would make it up
-                raise DamagedFileError(f"{self.file}: it lacks {one}")
+            if one not in self.tensors and other not in self.tensors:  # transformers would make it up
+                raise DamagedFileError(f"{self.tensors.place}: it lacks {one}")
         self.ignored = model._keys_to_ignore_on_load_unexpected
         names = "|".join(map(re.escape, self.plan.linears))
         model._keys_to_ignore_on_load_unexpected = {*(self.ignored or ()), rf"^({names})\."}
@@ -96,7 +101,7 @@ class FolderQuantizer(HfQuantizer):  # type: ignore[misc]
         from qatrun.export import artifact
 
         model._keys_to_ignore_on_load_unexpected = self.ignored
-        artifact.put_in(model, artifact.read_weights(self.file), self.plan, self.update_dtype(None))
+        artifact.put_in(model, self.tensors, self.plan, self.update_dtype(None))
         return model
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from qatrun.formats import ROLES, Role
+from qatrun.formats import FORMATS, ROLES, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +27,22 @@ Rounding = Literal["none", "power_of_two"]
 
 @dataclass(frozen=True)
 class Granularity:
-    """What shares one scale: all of a tensor [..., d], or each of its rows.
+    """What shares one scale: all of a tensor [..., d], each of its rows, or each block of a row.
 
     Attributes:
+        rows: whether every row has scales of its own, which its values alone decide.
         roles: whose tensors it makes sense for.
+        block: how many values of a row share a scale; None: all of them.
     """
 
     rows: bool
     roles: tuple[Role, ...]
+    block: int | None = None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale of a tensor of this shape."""
+        if self.block is not None:
+            return (*shape[:-1], shape[-1] // self.block)
         return (*shape[:-1], 1) if self.rows else ()
 
 
@@ -46,8 +51,11 @@ GRANULARITIES: Mapping[str, Granularity] = MappingProxyType(
         "per_tensor": Granularity(rows=False, roles=ROLES),
         "per_channel": Granularity(rows=True, roles=("weight",)),
         "per_token": Granularity(rows=True, roles=("input",)),
+        "per_block": Granularity(rows=True, roles=("weight", "input"), block=32),
     }
 )
+# Formats that OCP MX 1.0 has blocks of -> exponent of their largest power of two, which the block's own is mapped to.
+BLOCK_EXPONENTS: Mapping[str, int] = MappingProxyType({"fp8_e4m3": 8, "fp8_e5m2": 15})
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,23 @@ class Scheme:
 
     @property
     def per_row(self) -> bool:
-        """Whether every row of a tensor has a scale of its own."""
+        """Whether every row of a tensor has scales of its own."""
         return GRANULARITIES[self.granularity].rows
+
+    @property
+    def block(self) -> int | None:
+        """How many values of a row share a scale; None: all of them."""
+        return GRANULARITIES[self.granularity].block
+
+    def block_problem(self) -> str | None:
+        """Why tensors cannot be scaled in blocks under this scheme; None where they can, or are not."""
+        if self.block is None:
+            return None
+        if self.format not in BLOCK_EXPONENTS:
+            return f"OCP MX has no blocks of {self.format} (one of {', '.join(BLOCK_EXPONENTS)})"
+        if self.target_amax != FORMATS[self.format].max_finite:
+            return "the scale of a block is a power of two by OCP MX: leave target_amax out"
+        return None
 
     def asymmetry_problem(self, role: Role) -> str | None:
         """Why a tensor of that role cannot be asymmetric under this scheme; None where it can, or is not."""

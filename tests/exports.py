@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,17 @@ from qatrun import QatConfig
 from qatrun.export import artifact
 from qatrun.quant import attach, freeze, make_plan
 from qatrun.recipe import RoleConfig, ScalingConfig
-from qatrun.scheme import Assignment
 
 POWERS = ScalingConfig(rounding="power_of_two")
 CHANNEL, TOKEN = RoleConfig(granularity="per_channel"), RoleConfig(granularity="per_token")
 
 
-@dataclass(frozen=True)
-class Mixed:
+def mixed(**scaling: Any) -> QatConfig:
     """FP8 attention, INT8 gate and up, the rest in BF16."""
-
-    saves_codes: bool = False
-    rounding: Any = "none"
-
-    @property
-    def assignments(self) -> tuple[Assignment, ...]:
-        scaling = ScalingConfig(rounding=self.rounding)
-        fp8 = QatConfig(format="fp8_e4m3", scaling=scaling).schemes
-        int8 = QatConfig(format="int8", weight=CHANNEL, scaling=scaling).schemes
-        return Assignment("", fp8, ("*.self_attn.*",)), Assignment("", int8, ("*.gate_proj", "*.up_proj"))
+    int8 = {"match": ["*.gate_proj", "*.up_proj"], "format": "int8", "weight": {"granularity": "per_channel"}}
+    return QatConfig.model_validate(
+        {"format": "fp8_e4m3", "targets": ["*.self_attn.*"], "modules": [int8], "scaling": scaling}
+    )
 
 
 ARMS: dict[str, Any] = {
@@ -42,12 +33,12 @@ ARMS: dict[str, Any] = {
     "int8, channels": QatConfig(format="int8", weight=CHANNEL),
     "int8, channels and tokens": QatConfig(format="int8", weight=CHANNEL, input=TOKEN),
     "int8, asymmetric inputs": QatConfig(format="int8", weight=CHANNEL, input=RoleConfig(symmetric=False)),
-    "mixed": Mixed(),
+    "mixed": mixed(),
 }
 EXACT: dict[str, Any] = {
     "fp8": QatConfig(format="fp8_e4m3", scaling=POWERS),
     "int8": QatConfig(format="int8", weight=CHANNEL, scaling=POWERS),
-    "mixed": Mixed(rounding="power_of_two"),
+    "mixed": mixed(rounding="power_of_two"),
 }
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import qatrun
 from qatrun import QatConfig
-from qatrun.errors import InputError
-from qatrun.export import artifact
+from qatrun.errors import DamagedFileError, InputError
+from qatrun.export import artifact, weights
+from qatrun.layout import WEIGHTS_FILE
 from qatrun.model import save_model
 from qatrun.quant import attach, freeze, make_plan, quantized_linears
 from qatrun.recipe import RoleConfig
@@ -61,7 +62,7 @@ def test_what_is_read_back_computes_what_was_saved(
     assert loaded.dtype == torch.bfloat16
     assert not loaded.training
     assert tokenizer("w1 w2 nonsense").input_ids == word_tokenizer()("w1 w2 nonsense").input_ids
-    codes = {name: t for name, t in load_file(tmp_path / artifact.WEIGHTS_FILE).items() if name.endswith(".codes")}
+    codes = {name: t for name, t in load_file(tmp_path / WEIGHTS_FILE).items() if name.endswith(".codes")}
     assert set(codes) == {f"{name}.codes" for name in plan.linears}
     assert {t.dtype for t in codes.values()} == {CODE_DTYPE[format_name]}
     assert list(quantized_linears(loaded)) == list(plan.linears)
@@ -98,7 +99,36 @@ def test_the_quantized_folder_is_smaller_and_holds_tied_weights_once(tmp_path: P
     plain, quantized = artifact.size_bytes(tmp_path), artifact.size_bytes(tmp_path / artifact.FOLDER)
     header = 8192
     assert plain - linear_weights - header < quantized < plain - linear_weights + header
-    assert "lm_head.weight" not in load_file(tmp_path / artifact.FOLDER / artifact.WEIGHTS_FILE)
+    assert "lm_head.weight" not in load_file(tmp_path / artifact.FOLDER / WEIGHTS_FILE)
+
+
+def test_a_large_quantized_folder_is_in_parts_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = trained(tiny_llama, QatConfig())
+    monkeypatch.setattr(weights, "MAX_SHARD", "12KB")
+    artifact.save(model, word_tokenizer(), plan, tmp_path)
+    parts = weights.weights_files(tmp_path)
+    assert [part.name for part in parts] == [
+        f"model-0000{n}-of-0000{len(parts)}.safetensors" for n in range(1, len(parts) + 1)
+    ]
+    assert len(parts) > 2
+    assert max(part.stat().st_size for part in parts) < 24_000
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert torch.equal(logits(qatrun.load(tmp_path)[0]), logits(model))
+    assert artifact.size_bytes(tmp_path) == sum(part.stat().st_size for part in parts)
+
+    before, content = weights.weights_sha256(tmp_path), parts[1].read_bytes()
+    parts[1].unlink()
+    assert weights.weights_sha256(tmp_path) != before
+    with pytest.raises(DamagedFileError, match=f"{tmp_path}: .*it is missing"):
+        qatrun.load(tmp_path)
+    parts[1].write_bytes(content[:100])
+    with pytest.raises(DamagedFileError, match=f"{parts[1]} cannot be read"):
+        qatrun.load(tmp_path)
+
+    monkeypatch.setattr(weights, "MAX_SHARD", "5GB")
+    artifact.save(model, word_tokenizer(), plan, tmp_path)  # leaves nothing of what was there
+    assert [path.name for path in tmp_path.glob("model*")] == [WEIGHTS_FILE]
+    assert torch.equal(logits(qatrun.load(tmp_path)[0]), logits(model))
 
 
 def test_a_run_folder_opens_at_the_quantized_folder_that_it_holds(saved: Path) -> None:
@@ -113,7 +143,7 @@ def test_a_run_folder_opens_at_the_quantized_folder_that_it_holds(saved: Path) -
 def test_saving_a_loaded_model_writes_the_same_tensors(saved: Path, tmp_path: Path) -> None:
     loaded, tokenizer = qatrun.load(saved)
     artifact.save(loaded, tokenizer, make_plan(tiny_llama(), QatConfig()), tmp_path / "again")
-    first, second = (load_file(folder / artifact.WEIGHTS_FILE) for folder in (saved, tmp_path / "again"))
+    first, second = (load_file(folder / WEIGHTS_FILE) for folder in (saved, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -136,9 +166,9 @@ def test_a_deep_copy_of_a_loaded_model_computes_the_same_on_its_own(saved: Path)
 
 
 def test_missing_weights_are_an_error_and_never_random(saved: Path) -> None:
-    tensors = load_file(saved / artifact.WEIGHTS_FILE)
+    tensors = load_file(saved / WEIGHTS_FILE)
     del tensors["model.norm.weight"]
-    save_file(tensors, saved / artifact.WEIGHTS_FILE)
+    save_file(tensors, saved / WEIGHTS_FILE)
     with pytest.raises(InputError, match=r"lack 1 tensors, such as model\.norm\.weight"):
         qatrun.load(saved)
 
@@ -175,33 +205,33 @@ TENSORS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 def test_no_tensor_reaches_a_kernel_unchecked(
     saved: Path, leaf: str, change: Callable[[Any], Any], message: str
 ) -> None:
-    tensors = load_file(saved / artifact.WEIGHTS_FILE)
+    tensors = load_file(saved / WEIGHTS_FILE)
     changed = change(tensors.pop(f"{UP}.{leaf}", torch.ones(())))
-    save_file(tensors if changed is None else tensors | {f"{UP}.{leaf}": changed}, saved / artifact.WEIGHTS_FILE)
+    save_file(tensors if changed is None else tensors | {f"{UP}.{leaf}": changed}, saved / WEIGHTS_FILE)
     with pytest.raises(InputError, match=message) as refused:
         qatrun.load(saved)
     (problem,) = refused.value.problems
-    assert str(problem).startswith(f"{saved / artifact.WEIGHTS_FILE}: {UP}")
+    assert str(problem).startswith(f"{saved / WEIGHTS_FILE}: {UP}")
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.double(), lambda t: t * torch.nan])
 def test_other_weights_are_checked_too(saved: Path, change: Callable[[Any], Any]) -> None:
-    tensors = load_file(saved / artifact.WEIGHTS_FILE)
-    save_file(tensors | {NORM: change(tensors[NORM])}, saved / artifact.WEIGHTS_FILE)
+    tensors = load_file(saved / WEIGHTS_FILE)
+    save_file(tensors | {NORM: change(tensors[NORM])}, saved / WEIGHTS_FILE)
     with pytest.raises(InputError, match=rf"model\.safetensors: {NORM} "):
         qatrun.load(saved)
 
 
 def test_many_wrong_tensors_are_counted(saved: Path) -> None:
-    tensors = load_file(saved / artifact.WEIGHTS_FILE)
+    tensors = load_file(saved / WEIGHTS_FILE)
     wrong = {name: t.double() for name, t in tensors.items() if name.endswith("_scale")}
-    save_file(tensors | wrong, saved / artifact.WEIGHTS_FILE)
+    save_file(tensors | wrong, saved / WEIGHTS_FILE)
     with pytest.raises(InputError, match=rf"\(and {len(wrong) - 1} more such\)$"):
         qatrun.load(saved)
 
 
 def test_weights_that_are_no_safetensors_are_named(saved: Path) -> None:
-    (saved / artifact.WEIGHTS_FILE).write_bytes(b"\x00" * 100)
+    (saved / WEIGHTS_FILE).write_bytes(b"\x00" * 100)
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         qatrun.load(saved)
 

@@ -39,6 +39,9 @@ MISTAKES = {
     "train demo --set model.path=nope": f"--set model.path=nope: model.path -- {NO_MODEL}",
     "train demo --set model.path=runs": "--set model.path=runs: model.path -- folder 'runs' holds no config.json",
     "check": "name a recipe to check, or give --schema",
+    "check tiny.yaml --hardware h10": "--hardware h10: no such name (did you mean 'h100'?)",
+    "train tiny.yaml --set target.hardware=a10o": "--set target.hardware=a10o: target.hardware -- unknown hardware 'a10o' "
+    "(did you mean 'a100'?)",
     "eval nope --tasks likes.yaml": NO_MODEL,
     "eval runs --tasks likes.yaml": "folder 'runs' holds no config.json",
     "eval runs/tiny --tasks demo_facts": "runs/tiny is a study; score one of its arms: runs/tiny/bf16, runs/tiny/hif8",
@@ -110,7 +113,7 @@ def test_few_shot_examples_that_are_scored_too_are_refused(trained_world: Path) 
 def test_a_tokenizer_that_cannot_be_read_is_known_before_weights_are(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qatrun.export.artifact.load_file", None)
+    monkeypatch.setattr("qatrun.export.artifact.StoredTensors", None)
     monkeypatch.setattr("qatrun.study.joint.load_model", None)
     for folder in ("model", "runs/tiny/hif8/quantized"):
         (world / folder / "tokenizer.json").write_text("[]", encoding="utf-8")

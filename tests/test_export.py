@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from qatrun import QatConfig
 from qatrun.errors import InputError, RunError, WriteError
-from qatrun.export import EXPORTS, artifact, compressed_tensors, folder
+from qatrun.export import EXPORTS, artifact, compressed_tensors, weights
 from qatrun.export.folder import Stored, stored_linears
 from qatrun.files import whole_folder
 from qatrun.model import save_model
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folder, "save_torch_state_dict", full)
+    monkeypatch.setattr(weights, "save_torch_state_dict", full)
     with pytest.raises(WriteError, match=r"^cannot write .*compressed-tensors: .*No space left on device$"):
         export_arm(arm, None, None)
     assert [path.name for path in arm.iterdir()] == ["quantized"]
@@ -282,7 +282,7 @@ def test_where_the_engine_is_not_installed_the_proof_says_so(tmp_path: Path, mon
 
 
 def test_weights_are_sharded_and_read_back(tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MAX_SHARD", "12KB")
+    monkeypatch.setattr(weights, "MAX_SHARD", "12KB")
     arm, frozen, _ = frozen_arm(tmp_path, EXACT["fp8"])
     written, record = export_arm(arm, None, None)
     shards = sorted(path.name for path in written.glob("model*"))

@@ -17,7 +17,15 @@ from qatrun.recipe import load_recipe
 from qatrun.study.card import card
 from qatrun.study.claim import locked
 
-ARMS = "arms={bf16: {qat: null}, fp8: {qat: {format: fp8_e4m3, scaling: {rounding: power_of_two}}}, hif8: {export: []}}"
+FP8 = "format: fp8_e4m3, scaling: {rounding: power_of_two}"
+MIXED = (
+    "[{match: '*.down_proj', format: int8, weight: {granularity: per_channel}}, "
+    "{match: model.layers.0.self_attn.*, format: null}]"
+)
+ARMS = (
+    f"arms={{bf16: {{qat: null}}, fp8: {{qat: {{{FP8}}}}}, mixed: {{qat: {{{FP8}, modules: {MIXED}}}}}, "
+    "hif8: {export: []}}"
+)
 SHORT = (
     "--set",
     "train.steps=6",
@@ -51,8 +59,10 @@ def served(trained_exports: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained_exports, tmp_path / "served"))
 
 
-def test_training_ends_with_a_folder_that_is_proven_and_scored(trained_exports: Path) -> None:
-    arm = trained_exports / "runs" / "served" / "fp8"
+@pytest.mark.parametrize("name", ["fp8", "mixed"])
+def test_training_ends_with_a_folder_that_is_proven_and_scored(trained_exports: Path, name: str) -> None:
+    """In transformers, and there through lm-eval: bit for bit, with some linears in FP8, some in INT8, some in BF16 too."""
+    arm = trained_exports / "runs" / "served" / name
     record = read(arm / "compressed-tensors" / "export.json")
     assert record["linears_proof"]["rows_equal"] == record["linears_proof"]["rows"]
     assert record["text_proof"]["text"] == "the study's held-out text"
@@ -65,8 +75,22 @@ def test_training_ends_with_a_folder_that_is_proven_and_scored(trained_exports: 
     assert own.tasks.keys() == theirs.tasks.keys()
     assert not (arm.parent / "hif8" / "compressed-tensors").exists()
     log = (trained_exports / "train.log").read_text()
-    assert "fp8 as compressed-tensors: logits: equal, bit for bit" in log
+    assert f"{name} as compressed-tensors: logits: equal, bit for bit" in log
     assert "log-likelihoods equal, bit for bit" in log
+
+
+def test_schemes_per_module_are_told_wherever_an_arm_is(trained_exports: Path) -> None:
+    study = trained_exports / "runs" / "served"
+    schemes = read(study / "mixed" / "compressed-tensors" / "export.json")["schemes"]
+    fp8, int8 = "fp8_e4m3 weights per_tensor, fp8_e4m3", "int8 weights per_channel, int8"
+    assert schemes == {f"{fp8} inputs per_tensor, frozen": 8, f"{int8} inputs per_tensor, frozen": 2}
+    covered = "10 of 15 linears"
+    assert read(study / "mixed" / "result.json")["coverage"].startswith(covered)
+    assert covered in (trained_exports / "train.log").read_text()
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "weight int8 per_channel, input int8 per_tensor" in page
+    (card,) = (ModelCard.load(study / "mixed" / "compressed-tensors" / "README.md"),)
+    assert card.data.tags == ["qatrun", "compressed-tensors", "fp8_e4m3", "int8"]
 
 
 def test_every_folder_has_a_card_that_the_hub_reads(trained_exports: Path) -> None:

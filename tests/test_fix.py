@@ -56,6 +56,11 @@ LAGGING = {"algorithm": "most_recent", "window": 1, "update_interval": 10}
             ["per_channel weights and per_token inputs", "format hif8", "the 1 linears"],
         ),
         ("resolution", {"input": {"granularity": "per_token"}}, ["per_channel weights", "the 1 linears"]),
+        (
+            "resolution",
+            {"modules": [{"match": "a", "format": "int8"}]},
+            ["per_channel", "format hif8", "the 1 linears"],
+        ),
         ("divergence", {}, []),
         ("input", {}, []),
     ],
@@ -74,6 +79,7 @@ def test_what_is_tried_in_which_order(cause: str, qat: dict[str, Any], texts: li
         {"format": "int8", "clip": "target", "scaling": LAGGING},
         {"format": "fp8_e4m3", "input": {"scaling": LAGGING, "target_amax": 400.0}},
         {"scaling": LAGGING, "weight": {"granularity": "per_channel"}, "grad_output": {}},
+        {"modules": [{"match": "a", "format": "int8", "input": {"scaling": LAGGING}}, {"match": "b", "format": None}]},
     ],
 )
 def test_every_remedy_is_a_recipe_that_changes_what_it_says(cause: str, qat: dict[str, Any]) -> None:
@@ -95,6 +101,27 @@ def test_the_worst_linears_are_those_that_keep_least() -> None:
         "resolution", arm_of(), plan_of(*linears), [tensor(name, 40.0 - n) for n, name in enumerate(linears)]
     )
     assert found[-1].overrides == {"qat": {"ignore": ["layer19", "layer18"]}}
+
+
+def test_a_remedy_reaches_the_modules_that_have_schemes_of_their_own() -> None:
+    modules: list[Any] = [
+        {"match": "a", "input": {"granularity": "per_token"}},
+        {"match": "b", "format": "int8", "input": {"scaling": LAGGING}},
+        {"match": "c", "format": None},
+    ]
+    recipe = parse_recipe({**RECIPE, "arms": {"bf16": {"qat": None}, "arm": {"qat": {"modules": modules}}}})
+    arm = recipe.arm_by_name["arm"]
+    first, *_ = remedies("saturation", arm, plan_of("a", "b"), [])
+    qat = _with_arm(recipe, arm, "fixed", first).arm_by_name["fixed"].qat
+    assert qat is not None
+    assert [scaling.window for each in qat.all_schemes for scaling in [each["input"].scaling]] == [64] * 3
+    assert [each["input"].scaling.type for each in qat.all_schemes] == ["delayed", "dynamic", "delayed"]
+    assert qat.assignments[-2].schemes is None
+
+    both = first + remedies("resolution", arm, plan_of("a", "b"), [])[0]
+    again = _with_arm(recipe, arm, "fixed", both).arm_by_name["fixed"].qat
+    assert again is not None
+    assert {scheme.per_row for each in again.all_schemes for scheme in each.values()} == {True}
 
 
 def test_remedies_of_two_causes_are_tried_together() -> None:

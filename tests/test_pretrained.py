@@ -18,6 +18,7 @@ import qatrun
 from qatrun import QatConfig
 from qatrun.errors import InputError
 from qatrun.export import artifact
+from qatrun.layout import WEIGHTS_FILE
 from qatrun.quant import attach, freeze, make_plan, quantized_linears
 from qatrun.recipe import RoleConfig
 
@@ -86,7 +87,7 @@ def test_importing_qatrun_imports_no_torch() -> None:
 
 def test_a_folder_that_lacks_or_spoils_a_tensor_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    file = tmp_path / artifact.WEIGHTS_FILE
+    file = tmp_path / WEIGHTS_FILE
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, file)
     with pytest.raises(InputError, match=r"it lacks model\.norm\.weight"):

@@ -24,6 +24,7 @@ from qatrun.train.checkpoint import latest_checkpoint
 from qatrun.train.loop import train
 from qatrun.train.segment import Segment, Watched
 
+DISTILLED = {"train": {"distill": {"weight": 0.5}}}
 SIX = {"train": {"global_batch_size": 6, "micro_batch_size": 1}}
 
 
@@ -33,7 +34,7 @@ def segment_trained(tiny: TinyStudy, segment: Segment, listener: Any) -> Any:
     model = tiny.make_model().to(getattr(torch, segment.arm.model.param_dtype))
     stream = open_data(arm.data, tiny.tokenizer, arm.train.seed).train if leads else None
     text = open_probe(arm.data, tiny.tokenizer, arm.monitor.probe.sequences) if arm.monitor.probe else None
-    return train(segment, model, stream, listener, (), Watched(text))
+    return train(segment, model, stream, listener, (), Watched(text), tiny.teacher_of(segment))
 
 
 def arm_trained(folder: Path, after: Mapping[int, Callable[[], None]] | None = None, **settings: Any) -> str:
@@ -99,6 +100,18 @@ def test_two_processes_make_the_same_run(alone: Path, two: Path) -> None:
         "progress.json",
         "manifest.json",
     }
+
+
+def taught(folder: Path) -> str:
+    return arm_trained(folder, **DISTILLED)
+
+
+def test_a_teacher_in_parts_teaches_the_same(alone: Path) -> None:
+    folders = alone.parent / "taught-alone", alone.parent / "taught-two"
+    assert taught(folders[0]) == ""
+    assert in_world(2, taught, folders[1]) == ["", ""]
+    assert different(*folders, **DISTILLED) == []
+    assert all(row["distill_kl"] > 0 for row in state(folders[0], **DISTILLED)["metrics"][1:])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])

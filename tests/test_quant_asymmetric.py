@@ -22,6 +22,7 @@ import qatrun
 from qatrun import QatConfig
 from qatrun.errors import InputError
 from qatrun.export import artifact
+from qatrun.layout import WEIGHTS_FILE
 from qatrun.numerics import codes_to_grid, own_fit
 from qatrun.numerics.passes import unpack_bits
 from qatrun.quant import Mode, QuantPlan, QuantState, attach, calibrate, freeze, make_plan, quantized_linears
@@ -213,7 +214,7 @@ def test_a_quantized_folder_says_what_is_wrong_with_its_zero_points(tmp_path: Pa
     quantized_steps(model, attach(model, planned), num_steps=1)
     freeze(model, torch.bfloat16)
     artifact.save(model, word_tokenizer(), planned, tmp_path)
-    file, name = tmp_path / artifact.WEIGHTS_FILE, "model.layers.0.mlp.up_proj.input_zero_point"
+    file, name = tmp_path / WEIGHTS_FILE, "model.layers.0.mlp.up_proj.input_zero_point"
     tensors = load_file(file)
     wrong = {
         "it is missing": None,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, word_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qatrun import QatConfig
 from qatrun.errors import InputError
@@ -139,21 +139,28 @@ def test_the_published_configuration_quantizes_63_of_183_linears() -> None:
     assert len(plan.slots()) == 21 * 2 + 63 + 63
 
 
-def test_experts_held_as_three_dimensional_parameters_are_named_as_not_covered() -> None:
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+class OddExperts(nn.Module):
+    """Experts in a parameter that is none of those that transformers deals tokens to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = None
+        self.gate = nn.Linear(4, 4)
+        self.experts_in_one = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_experts_that_no_plan_can_quantize_are_named_as_not_covered() -> None:
+    model = OddExperts()
     covered = coverage(model, make_plan(model, QatConfig()))
-    assert len(covered.uncovered_experts) == 4
-    assert all("experts" in name for name in covered.uncovered_experts)
-    assert f"not covered: 4 expert tensors such as {covered.uncovered_experts[0]}" in str(covered)
+    assert covered.uncovered_experts == ("experts_in_one",)
+    assert "not covered: 1 expert tensors such as experts_in_one" in str(covered)
+
+
+def test_embeddings_stay_as_they_are_and_a_pattern_for_them_is_told_why() -> None:
+    with pytest.raises(
+        InputError, match="matches no linear: embeddings are looked up, not multiplied, and stay in BF16"
+    ):
+        linears(targets=["model.embed_tokens"])
 
 
 def test_a_plan_made_on_the_meta_device_is_the_plan_of_the_model() -> None:

@@ -137,7 +137,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
     "an arm that changes what all share": ("  hif8: {}", "  hif8: {name: x, eval: {limit: 5}, outputs: y}", [
         "r.yaml:10: arms.hif8.name -- is shared by all arms; no arm may change it",
         "r.yaml:10: arms.hif8.eval -- is shared by all arms; no arm may change it",
-        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, export, twin)",
+        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, export, method, twin)",
     ]),
     "a mistake in an arm": ("  hif8: {}", "  hif8:\n    qat:\n      formt: int8", [
         "r.yaml:12: arms.hif8.qat.formt -- unknown key (did you mean 'format'?)",
@@ -279,7 +279,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:11: name -- duplicate key (first on line 1)",
     ]),
     "a broken rule with a wrong key is left out": ("  steps: 1000", "  steps: -5\n  lr_warmup_steps: 1200", [
-        "r.yaml:5: train.steps -- must be at least 1 (got -5)",
+        "r.yaml:5: train.steps -- must be at least 0 (got -5)",
     ]),
 }  # fmt: skip
 
@@ -311,6 +311,10 @@ OVERRIDDEN: dict[str, tuple[list[str], list[str]]] = {
     "an arm that breaks a rule": (["arms.hif8.qat.start_step=5"], [
         "--set arms.hif8.qat.start_step=5: arms.hif8.qat.start_step -- start_step 5 is before the end of the "
         "BF16 warmup (at least 500, warmup.steps)",
+    ]),
+    "an entry of a list": (["qat.modules=[{match: x, input: {target_amax: 0}}]"], [
+        "--set qat.modules=[{match: x, input: {target_amax: 0}}]: qat.modules[0].input.target_amax -- must be greater "
+        "than 0 (got 0)",
     ]),
     "several, in the order given": (["train.seed=a", "qat.ste=clip", "oops"], [
         "--set train.seed=a: train.seed -- must be a whole number (got 'a')",

@@ -39,7 +39,7 @@ def test_the_loss_is_of_the_next_token() -> None:
 
     by_hand = nll([1, 0, 0], 0) + nll([0, 2, 0], 1) + nll([0, 0, 3], 2)
     batch = Batch(torch.zeros_like(labels), labels)
-    assert CrossEntropy().summed(logits, batch).item() == pytest.approx(by_hand)
+    assert CrossEntropy().summed(logits, batch).tolist() == pytest.approx([by_hand])
     assert CrossEntropy().size(batch) == 3
     assert CrossEntropy().size(Batch(batch.input_ids, torch.full_like(labels, IGNORE_INDEX))) == 1
 
@@ -117,7 +117,7 @@ def test_the_norm_is_that_of_one_vector_however_it_is_cut() -> None:
         parameter.grad = torch.randn(parameter.shape)
     plan, train, dtypes = None, TrainConfig(steps=1), ModelConfig(path="tiny", compute_dtype="float32")
     stepper = Stepper(Accelerator(cpu=True), model, plan, train, dtypes)
-    _, norm = stepper._reduced(torch.tensor(0.0))
+    _, norm = stepper._reduced(torch.tensor([0.0]))
     exact = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm().float()
     assert torch.allclose(norm, exact, rtol=2e-7)
     for num_parts in (2, 3, 7):  # whole rows, as FSDP2 cuts them
@@ -148,7 +148,7 @@ def test_a_large_vocabulary_is_taken_in_chunks_with_equal_gradients(
         monkeypatch.setattr(objective, "CHUNKED_FROM", chunked_from)
         monkeypatch.setattr(objective, "CHUNK", 5 * 101)
         leaf = logits.clone().requires_grad_()
-        loss = CrossEntropy().summed(leaf, Batch(labels, labels)) / 7
+        (loss,) = CrossEntropy().summed(leaf, Batch(labels, labels)) / 7
         loss.backward()
         found.append((loss, leaf.grad))
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)

@@ -129,7 +129,13 @@ class TinyStudy:
         stream = open_data(arm.data, self.tokenizer, arm.train.seed).train
         # Of no pattern, so that the loss on it rises while the model learns one.
         text = token_ids(arm.monitor.probe.sequences) if arm.monitor.probe else None
-        return model, train(segment, model, stream, listener or Recorder(), trackers, Watched(text))
+        watched, teacher = Watched(text), self.teacher_of(segment)
+        return model, train(segment, model, stream, listener or Recorder(), trackers, watched, teacher)
+
+    def teacher_of(self, segment: Segment) -> Any:
+        """The start model, in the compute dtype, where the segment's training wants one."""
+        compute = getattr(torch, segment.arm.model.compute_dtype)
+        return None if segment.arm.teacher is None else self.make_model().to(compute)
 
     def train_arm(self, name: str = "hif8", make_listener: Callable[[], Any] = Recorder) -> Any:
         """Trunk and arm to their end; the model."""

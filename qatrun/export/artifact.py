@@ -1,7 +1,8 @@
 """The quantized model as a folder: 8-bit codes and scales in safetensors, with the plan.
 
     quantized/
-      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype
+      model.safetensors    codes of quantized weights (uint8; int8 for INT8), scales, zero-points; else the compute dtype;
+                           above 5 GB in parts, model-00001-of-0000N.safetensors, with an index
       plan.json            which linears and by which schemes, the compute dtype, the attention kernel
       config.json, tokenizer files, generation_config.json
 
@@ -16,18 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.export.artifact_check import problems
 from qatrun.export.folder import write_description
-from qatrun.files import filled_folder, read_json, reading, whole_file, write_json
-from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILE, WEIGHTS_FILES
+from qatrun.export.weights import StoredTensors, weights_files, write_weights
+from qatrun.files import filled_folder, flush_to_disk, read_json, reading, write_json
+from qatrun.layout import PLAN_FILE, QUANT_METHOD, QUANTIZED, WEIGHTS_FILES
 from qatrun.model import DTYPES, architecture, from_tensors
 from qatrun.numerics import GRIDS, Grid, inverse_scale
-from qatrun.quant import Latest, QTensor, QuantizedLinear, QuantPlan, mark_quantized, quantized_linears, replace_linear
+from qatrun.quant import (
+    Latest,
+    QTensor,
+    QuantizedLinear,
+    QuantPlan,
+    experts_of_linears,
+    mark_quantized,
+    quantized_linears,
+    replace_linears,
+)
 from qatrun.recipe import ModelConfig
 from qatrun.records.quantized import Quantized, Versioned
 from qatrun.tokenizer import load_tokenizer
@@ -50,8 +60,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
             tensors[name] = tensor.contiguous()
             stored.add(tensor.data_ptr())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    (folder / PLAN_FILE).unlink(missing_ok=True)  # it comes last: until then the folder is none
     description = {
         "format_version": FORMAT_VERSION,
         "compute_dtype": dtype,
@@ -63,6 +72,9 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
         "transformers_weights": "import qatrun (pip install qatrun) before from_pretrained, or call qatrun.load",
     }
     with filled_folder(folder):
+        write_weights(tensors, folder)
+        for file in weights_files(folder):
+            flush_to_disk(file)
         write_description(model, tokenizer, folder, entries)
     write_json(folder / PLAN_FILE, description)
 
@@ -91,12 +103,12 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any
         trust_remote_code=trust_remote_code,
     )
     skeleton, tokenizer = architecture(source), load_tokenizer(source)  # before gigabytes are read
-    tensors = read_weights(folder / WEIGHTS_FILE)
-    check_tensors(folder / WEIGHTS_FILE, tensors, plan, skeleton, dtype)
+    tensors = StoredTensors(folder)
+    check_tensors(tensors, plan, skeleton, dtype)
     try:
         model = _unquantized(skeleton, tensors, plan, dtype)
     except InputError as error:
-        raise DamagedFileError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        raise DamagedFileError(f"{tensors.place}: {error}") from error
     put_in(model, tensors, plan, dtype)
     with reading(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -124,29 +136,17 @@ def described_plan(description: Mapping[str, Any], file: Path) -> QuantPlan:
         return QuantPlan.from_dict(_of_version_1(described) if description["format_version"] == 1 else described)
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """
-    Raises:
-        DamagedFileError: they cannot be read.
-    """
-    with reading(file):
-        tensors: dict[str, Tensor] = load_file(file)
-    return tensors
-
-
-def check_tensors(
-    file: Path, tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype
-) -> None:
+def check_tensors(tensors: StoredTensors, plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> None:
     """
     Args:
         skeleton: the architecture with its linears as they were, on the meta device.
     Raises:
-        DamagedFileError: names the tensors of a file that are not what plan and architecture ask for.
+        DamagedFileError: names those that are not what plan and architecture ask for.
     """
     if found := list(problems(tensors, plan, skeleton, dtype)):
         more = f" (and {len(found) - 1} more such)" if len(found) > SHOWN else ""
         shown = found[:1] if more else found
-        raise DamagedFileError([Problem(f"{file}: {problem}{more}") for problem in shown])
+        raise DamagedFileError([Problem(f"{tensors.place}: {problem}{more}") for problem in shown])
 
 
 def take_out(model: Any, linear: str) -> None:
@@ -167,9 +167,8 @@ def take_out(model: Any, linear: str) -> None:
 def put_in(model: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> None:
     """Put the quantized linears of a folder into their places, on the device of the rest."""
     device, shared = next(model.parameters()).device, {slot: Latest() for slot in plan.slots()}
-    for name in plan.linears:
-        linear = _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")])
-        replace_linear(model, name, linear.to(device))
+    frozen = {name: _quantized(name, tensors, plan, dtype, shared[plan.slot(name, "input")]) for name in plan.linears}
+    replace_linears(model, {name: linear.to(device) for name, linear in frozen.items()})
     mark_quantized(model)
 
 
@@ -191,14 +190,21 @@ def _check_version(version: int, path: Path) -> None:
 def _unquantized(skeleton: Any, tensors: Mapping[str, Tensor], plan: QuantPlan, dtype: torch.dtype) -> Any:
     """The model with grid values where quantized weights go, so that everything else is loaded as it should be."""
     weights: dict[str, Tensor] = {}
+    experts = experts_of_linears(skeleton)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         if owner not in plan.schemes or leaf == "bias":
             weights[name] = tensor
-        elif leaf == "codes":
+        elif leaf == "codes" and owner not in experts:
             values = _grid_of(plan, owner).decode(tensor).to(dtype)
             transposed = not isinstance(skeleton.get_submodule(owner), nn.Linear)
             weights[f"{owner}.weight"] = values.t().contiguous() if transposed else values
+    for parameter in dict.fromkeys(experts[name] for name in plan.linears if name in experts):
+        values = torch.stack(
+            [_grid_of(plan, each).decode(tensors[f"{each}.codes"]).to(dtype) for each in parameter.linears]
+        )
+        held = values.transpose(1, 2).contiguous() if parameter.transposed else values
+        weights[f"{parameter.owner}.{parameter.leaf}"] = held
     return from_tensors(skeleton, weights, dtype)
 
 

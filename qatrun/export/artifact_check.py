@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qatrun.numerics import GRIDS, Grid
-from qatrun.quant import QuantPlan
+from qatrun.quant import Experts, QuantPlan, experts_of_linears
 from qatrun.scheme import GRANULARITIES
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
@@ -17,14 +17,16 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal may ov
 def problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module, dtype: torch.dtype) -> Iterator[str]:
     """A sentence on every tensor that is not what plan and architecture ask for: kernels would read past it, or take its
     bytes for another number."""
-    expected = skeleton.state_dict()
+    expected, experts = skeleton.state_dict(), experts_of_linears(skeleton)
+    planned = set(plan.linears)
     for name in plan.linears:
-        weight = expected.get(f"{name}.weight")
-        if weight is None or weight.dim() != 2:
+        shape = _effective_shape(name, expected, skeleton, experts)
+        if shape is None:
             yield f"the plan names {name}, which is no linear of this model"
             continue
-        transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
-        shape, scheme = (*reversed(weight.shape),) if transposed else (*weight.shape,), plan.schemes[name]["weight"]
+        if name in experts and not planned.issuperset(experts[name].linears):
+            yield f"the plan names {name}, but not all experts of that parameter"
+        scheme = plan.schemes[name]["weight"]
         yield from _codes_problems(f"{name}.codes", tensors, shape, GRIDS[scheme.format])
         yield from _scale_problems(
             f"{name}.weight_scale", tensors, GRANULARITIES[scheme.granularity].scale_shape(shape)
@@ -34,7 +36,7 @@ def problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module
             yield from _zero_point_problems(f"{name}.input_zero_point", tensors)
     leaves = {f"{name}.{leaf}" for name in plan.linears for leaf in ("codes", "weight_scale", "input_scale")}
     leaves |= {f"{name}.input_zero_point" for name in plan.linears if not plan.schemes[name]["input"].symmetric}
-    replaced = {f"{name}.weight" for name in plan.linears}
+    replaced = {f"{experts[n].owner}.{experts[n].leaf}" if n in experts else f"{n}.weight" for n in plan.linears}
     for name in tensors.keys() - leaves:
         stored, asked = tensors[name], expected.get(name)
         if asked is None or name in replaced:
@@ -43,6 +45,19 @@ def problems(tensors: Mapping[str, Tensor], plan: QuantPlan, skeleton: nn.Module
             yield f"{name} must be {_shown(dtype, asked.shape)} ({_got(stored)})"
         elif stored.is_floating_point() and not stored.isfinite().all():
             yield f"{name} is not finite"
+
+
+def _effective_shape(
+    name: str, expected: Mapping[str, Tensor], skeleton: nn.Module, experts: Mapping[str, Experts]
+) -> tuple[int, ...] | None:
+    """[out, in] of the weight of a linear; None where there is no such linear."""
+    if name in experts:
+        return experts[name].shape
+    weight = expected.get(f"{name}.weight")
+    if weight is None or weight.dim() != 2:
+        return None
+    transposed = not isinstance(skeleton.get_submodule(name), nn.Linear)
+    return (*reversed(weight.shape),) if transposed else (*weight.shape,)
 
 
 def _codes_problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], grid: Grid) -> Iterator[str]:

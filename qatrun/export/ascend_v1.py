@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
-from qatrun.export.linears import input_problems, input_schemes, linear_problems
+from qatrun.export.folder import Stored, other_tensors, stored_linears, write_model
+from qatrun.export.linears import expert_problems, input_problems, input_schemes, linear_problems
+from qatrun.export.weights import StoredTensors
 from qatrun.files import write_json
 from qatrun.quant import QuantPlan
 
@@ -32,6 +33,7 @@ STATIC, DYNAMIC, UNQUANTIZED = "W8A8", "W8A8_DYNAMIC", "FLOAT"
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     formats = {plan.schemes[name][role].format for name in plan.linears for role in ("weight", "input")}
     for format_name in sorted(formats - {"int8"}):
         nearest = "hif8-ascend" if format_name == "hif8" else "compressed-tensors"
@@ -67,7 +69,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Stored]:
     """The quantized linears of a folder."""
-    tensors = dict(read_tensors(folder, WEIGHTS_PATTERN))
+    tensors = StoredTensors(folder, WEIGHTS_PATTERN)
     found: dict[str, Stored] = {}
     for name in (key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
         scale, offset = tensors.get(f"{name}.input_scale"), tensors.get(f"{name}.input_offset")

@@ -4,19 +4,15 @@ and what is read back from them to be compared."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 
-from qatrun.files import reading
-from qatrun.model import MAX_SHARD, save_description
+from qatrun.export.weights import WEIGHTS, write_weights
+from qatrun.model import save_description
 from qatrun.quant import QuantizedLinear, quantized_linears
-
-WEIGHTS = "model{suffix}.safetensors"
 
 
 class Stored(NamedTuple):
@@ -83,9 +79,7 @@ def write_model(
 ) -> None:
     """Fill a folder that transformers opens: weights in shards of at most 5 GB, config.json with these entries more, the
     tokenizer."""
-    save_torch_state_dict(
-        dict(tensors), folder, filename_pattern=pattern, max_shard_size=MAX_SHARD, metadata={"format": "pt"}
-    )
+    write_weights(tensors, folder, pattern)
     write_description(model, tokenizer, folder, entries)
 
 
@@ -96,14 +90,3 @@ def write_description(model: Any, tokenizer: Any, folder: Path, entries: Mapping
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | dict(entries)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_tensors(folder: Path, pattern: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all shards.
-
-    Raises:
-        DamagedFileError: a file cannot be read.
-    """
-    for file in sorted(folder.glob(pattern.format(suffix="*"))):
-        with reading(file):
-            yield from load_file(file).items()

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatrun.export.folder import Stored, other_tensors, read_tensors, stored_linears, write_model
+from qatrun.export.folder import Stored, other_tensors, stored_linears, write_model
+from qatrun.export.linears import expert_problems
+from qatrun.export.weights import StoredTensors
 from qatrun.files import write_json
 from qatrun.formats import FORMATS
 from qatrun.numerics import GRIDS
@@ -36,6 +38,7 @@ FORMULA = (
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     formats = {plan.schemes[name][role].format for name in plan.linears for role in ("weight", "input")}
     for format_name in sorted(formats - {"hif8"}):
         yield f"{NAME} holds HiF8 alone, and this is {format_name} (--to compressed-tensors, or train hif8)"
@@ -60,7 +63,7 @@ def save(model: Any, tokenizer: Any, plan: QuantPlan, folder: Path) -> None:
 
 def read(folder: Path, pattern: str = WEIGHTS_PATTERN) -> dict[str, Stored]:
     """The quantized linears of a folder."""
-    tensors = dict(read_tensors(folder, pattern))
+    tensors = StoredTensors(folder, pattern)
     found: dict[str, Stored] = {}
     for name in (key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
         codes, input_scale = tensors[f"{name}.weight"], tensors.get(f"{name}.input_scale")

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from qatrun.export import hif8
-from qatrun.export.folder import WEIGHTS, Stored, other_tensors, stored_linears, write_model
+from qatrun.export.folder import Stored, other_tensors, stored_linears, write_model
 from qatrun.export.linears import input_schemes, linear_problems
+from qatrun.export.weights import WEIGHTS
 from qatrun.files import write_json
 from qatrun.quant import QuantPlan
 

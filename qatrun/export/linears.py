@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from qatrun.formats import FORMATS
-from qatrun.quant import QuantPlan, named_linears
+from qatrun.quant import QuantPlan, experts_of_linears, named_linears
 from qatrun.scheme import Scheme
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -40,16 +40,32 @@ def linear_problems(export: str, plan: QuantPlan, model: nn.Module) -> Iterator[
         model: with its linears as they were.
     """
     linears = named_linears(model)
-    if odd := [name for name in plan.linears if not isinstance(linears[name], nn.Linear)]:
+    if odd := [name for name in plan.linears if name in linears and not isinstance(linears[name], nn.Linear)]:
         kind = type(linears[odd[0]]).__name__
         yield f"{odd[0]} is a {kind}, and {export} knows nn.Linear alone ({len(odd)} such); leave it in BF16 (qat.ignore)"
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if names := [name for name in plan.linears if linears[name] is head]:
+    if names := [name for name in plan.linears if linears.get(name, model) is head]:
         yield f"{names[0]} is the output head, which engines keep in BF16; leave it out (qat.ignore)"
+    yield from merged_problems(plan, linears)
+
+
+def merged_problems(plan: QuantPlan, linears: Iterable[str]) -> Iterator[str]:
+    """Groups to be merged whose schemes differ; `linears` are all of the model."""
     for group in merged_groups(linears):
         if len({_merged_scheme(plan, name) for name in group}) > 1:
             shown = "; ".join(f"{name}: {_said(plan, name)}" for name in group)
             yield f"vLLM merges {', '.join(group)} into one matrix, which needs one scheme for all ({shown})"
+
+
+def expert_problems(export: str, plan: QuantPlan, model: nn.Module) -> Iterator[str]:
+    """Experts that are held in one parameter, whose layout differs from engine to engine."""
+    experts = experts_of_linears(model)
+    if names := [name for name in plan.linears if name in experts]:
+        parameter = names[0].rpartition(".")[0]
+        yield (
+            f"{parameter} holds experts in one tensor, which is not written as {export} yet; `quantized/` holds them, "
+            f"qatrun.load opens it (or leave them in BF16: qat.ignore)"
+        )
 
 
 def input_problems(scheme: Scheme) -> Iterator[str]:

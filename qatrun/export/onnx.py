@@ -29,6 +29,7 @@ from torch.library import custom_op
 
 from qatrun.errors import InputError, RunError
 from qatrun.export.folder import Stored, write_description
+from qatrun.export.linears import expert_problems
 from qatrun.files import reading
 from qatrun.model.config import sentence
 from qatrun.quant import QuantizedLinear, QuantPlan, quantized_linears
@@ -44,6 +45,7 @@ _FLOAT, _INT8 = 1, 3  # types of ONNX
 
 def problems(plan: QuantPlan, model: nn.Module) -> Iterator[str]:
     """What of a plan cannot be written, and what to do instead."""
+    yield from expert_problems(NAME, plan, model)
     schemes = {scheme for name in plan.linears for role, scheme in plan.schemes[name].items() if role != "grad_output"}
     for format_name in sorted({scheme.format for scheme in schemes} - {"int8"}):
         nearest = "hif8" if format_name == "hif8" else "compressed-tensors"

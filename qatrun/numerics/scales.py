@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qatrun.numerics.grid import as_float32
-from qatrun.scheme import ASYMMETRIC_STEPS, GRANULARITIES, Scheme
+from qatrun.scheme import ASYMMETRIC_STEPS, BLOCK_EXPONENTS, GRANULARITIES, Scheme
 
 # Scale, its inverse, and the zero-point if there is one: float32, of one shape.
 Fit = tuple[Tensor, Tensor, Tensor | None]
@@ -27,12 +27,15 @@ def amax(x: Tensor, granularity: str) -> Tensor:
 
     Args:
         x: any shape for per_tensor, where an empty one has amax 0; a weight [out, in] for per_channel; activations
-            [..., d] for per_token.
+            [..., d] for per_token; d a multiple of the block for per_block.
         granularity: what shares one amax, by its name in `scheme.GRANULARITIES`.
     Returns:
-        float32, of `Granularity.scale_shape`: []; of rows [..., 1].
+        float32, of `Granularity.scale_shape`: []; of rows [..., 1]; of blocks [..., d / block].
     """
     values = x.detach()
+    if (block := GRANULARITIES[granularity].block) is not None:
+        blocks: Tensor = values.unflatten(-1, (-1, block))
+        return blocks.abs().amax(dim=-1).to(torch.float32)
     if not GRANULARITIES[granularity].rows:
         if values.numel() == 0:
             return values.new_zeros((), dtype=torch.float32)
@@ -104,9 +107,25 @@ def affine_from_reach(
     return scale, torch.where(extent.isfinite() & (extent > 0), fresh, zero)
 
 
+def block_scale(amax: Tensor, largest_exponent: int) -> Tensor:
+    """The power of two that maps the leading bit of each amax to 2^largest_exponent; shape of amax, float32.
+
+    What then lies above the format's largest value saturates. 1 where amax tells nothing (0, Inf or NaN).
+
+    Source: OCP Microscaling Formats (MX) v1.0, section 6.3; its E8M0 begins at 2^-127, this at 2^-126.
+    """
+    values = as_float32(amax)
+    usable = values.isfinite() & (values > 0)
+    exponent = torch.where(usable, values, 1.0).double().frexp().exponent - 1 - largest_exponent
+    scale = torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponent).clamp(_MIN_SCALE, _MAX_SCALE)
+    return torch.where(usable, scale, 1.0).to(torch.float32)
+
+
 def own_fit(x: Tensor, scheme: Scheme) -> Fit:
     """What fits this very tensor x [..., d], at the scheme's granularity."""
-    if scheme.symmetric:
+    if scheme.block is not None:
+        scale, zero = block_scale(amax(x, scheme.granularity), BLOCK_EXPONENTS[scheme.format]), None
+    elif scheme.symmetric:
         found = amax(x, scheme.granularity)
         scale, zero = scale_from_amax(found, scheme.target_amax, to_power_of_two=scheme.scaling.to_power_of_two), None
     else:

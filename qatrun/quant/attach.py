@@ -9,6 +9,7 @@ freeze(model, dtype)            # instead: weights on their grid, scales fixed, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qatrun.errors import InputError
 from qatrun.layout import QUANT_METHOD
+from qatrun.quant.expert_weights import named_experts
+from qatrun.quant.experts import FakeQuantExperts, QuantizedExperts
 from qatrun.quant.linear import FakeQuantLinear, Quantization
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.quantized import QuantizedLinear
@@ -46,17 +49,26 @@ def attach(model: nn.Module, plan: QuantPlan) -> QuantState:
         "cpu" if device.type == "meta" else device
     )  # scales have values where weights have none
     quantizers = {slot: Quantizer(slot, scheme, state) for slot, scheme in plan.slots().items()}
-    for name, schemes in plan.schemes.items():
-        of_role = {role: quantizers[plan.slot(name, role)] for role in schemes}
-        FakeQuantLinear.put_on(model.get_submodule(name), Quantization(state, of_role, plan.saves_codes))
+    quants = {
+        name: Quantization(state, {role: quantizers[plan.slot(name, role)] for role in schemes}, plan.saves_codes)
+        for name, schemes in plan.schemes.items()
+    }
+    experts = [each for each in named_experts(model).values() if each.linears[0] in quants]
+    for owner in dict.fromkeys(each.owner for each in experts):
+        of_module = {each: [quants.pop(name) for name in each.linears] for each in experts if each.owner == owner}
+        FakeQuantExperts.put_on(model.get_submodule(owner), of_module)
+    for name, quant in quants.items():
+        FakeQuantLinear.put_on(model.get_submodule(name), quant)
     model.add_module(STATE_NAME, state)
     return state
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the original modules, with the parameters as training left them."""
-    for module in _modules_of(model, FakeQuantLinear).values():
-        module.take_off()
+    for linear in _modules_of(model, FakeQuantLinear).values():
+        linear.take_off()
+    for experts in _modules_of(model, FakeQuantExperts).values():
+        experts.take_off()
     if hasattr(model, STATE_NAME):
         delattr(model, STATE_NAME)
 
@@ -88,7 +100,11 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     model.eval()
     state.calibrate_dynamic()
     for name, linear in _modules_of(model, FakeQuantLinear).items():
-        replace_linear(model, name, QuantizedLinear.from_trained(linear, dtype))
+        replace_linears(model, {name: QuantizedLinear.from_trained(linear, dtype)})
+    for module in _modules_of(model, FakeQuantExperts).values():
+        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.all_linears()}
+        module.take_off()
+        replace_linears(model, trained)
     delattr(model, STATE_NAME)
     for parameter in model.parameters():  # buffers such as rotary frequencies keep their float32
         parameter.data = parameter.data.to(dtype)
@@ -106,11 +122,18 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return _modules_of(model, QuantizedLinear)
 
 
-def replace_linear(model: nn.Module, name: str, module: QuantizedLinear) -> None:
-    """Put a frozen linear in the place of the linear of that name."""
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, module)
+def replace_linears(model: nn.Module, frozen: Mapping[str, QuantizedLinear]) -> None:
+    """Put frozen linears in the place of the linears of those names; of experts all that a parameter holds."""
+    rest = dict(frozen)
+    for experts in named_experts(model).values():
+        if experts.linears[0] in rest:
+            module = model.get_submodule(experts.owner)
+            QuantizedExperts.put_on(module, experts.leaf, [rest.pop(name) for name in experts.linears])
+            module.train(module.training)
+    for name, linear in rest.items():
+        parent, _, child = name.rpartition(".")
+        linear.train(model.get_submodule(name).training)
+        setattr(model.get_submodule(parent), child, linear)
 
 
 def _modules_of(model: nn.Module, kind: type[T]) -> dict[str, T]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qatrun.formats import Role
 from qatrun.numerics import Grid
 from qatrun.quant import operators
+from qatrun.quant.coded import CodedWeight
 from qatrun.quant.matmul import Dtypes, Gradients, gradients, scaled_matmul
 from qatrun.quant.qtensor import QTensor
 from qatrun.quant.quantizer import Quantizer
@@ -31,7 +32,7 @@ class _FakeQuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: FakeQuantLinear, with_codes: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: FakeQuantized, with_codes: bool
     ) -> Tensor:
         dtype = _compute_dtype(x)
         on_x = linear.quant.of["input"].on_grid_once(x, dtype, codes=with_codes)
@@ -73,7 +74,69 @@ class Quantization(NamedTuple):
     saves_codes: bool
 
 
-class FakeQuantLinear(nn.Module):
+class FakeQuantized:
+    """A weight and the inputs that it multiplies, fake-quantized.
+
+    Attributes:
+        quant: with what.
+    """
+
+    quant: Quantization
+
+    def owner_of(self, weight: Tensor) -> Tensor | None:
+        """The parameter that this weight is all or a part of; None for a stand-in of torch.func's in a compiled graph."""
+        raise NotImplementedError
+
+    @property
+    def input_grid(self) -> Grid:
+        """That inputs are rounded to."""
+        return self.quant.of["input"].grid
+
+    def generation(self) -> int:
+        """Changes with the scales."""
+        return self.quant.state.scales.num_changes
+
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
+        """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
+        step, so where codes are saved it is codes alone."""
+        if isinstance(weight, CodedWeight):
+            return weight.quantized
+        state, quantizer = self.quant.state, self.quant.of["weight"]
+        if not state.keeps_grids:
+            return quantizer.on_grid(weight, dtype, takes_gradient=True)
+        values, codes = (None, True) if self.quant.saves_codes else (dtype, False)
+        owner = self.owner_of(weight)
+        if owner is None:
+            return quantizer.on_grid(weight, values, codes=codes, takes_gradient=True)
+        return quantizer.on_grid_once(weight, values, codes=codes, key=owner)
+
+    def gradients(self, grad_output: Tensor, on_x: QTensor, on_w: QTensor, dtypes: Dtypes) -> Gradients:
+        """Those of x, weight and bias (see `matmul.gradients`), the output gradient quantized first where it is to be."""
+        quantizer = self.quant.of.get("grad_output")
+        on_g = quantizer.on_grid(grad_output, grad_output.dtype) if quantizer else None
+        if self.quant.state.last_micro_batch:
+            self.quant.of["weight"].latest.forget()
+        return gradients(grad_output, on_g, on_x, on_w, dtypes)
+
+    def observe(self, x: Tensor, weight: Tensor) -> None:
+        """Record the amaxes of an input and of the weight."""
+        self.quant.of["input"].observe(x)
+        self.quant.of["weight"].observe(weight)
+
+    def observe_gradient(self, grad_output: Tensor) -> None:
+        """Record the amax of an output gradient, if such are quantized."""
+        if "grad_output" in self.quant.of:
+            self.quant.of["grad_output"].observe(grad_output)
+
+
+def fake_quantized(x: Tensor, weight: Tensor, bias: Tensor | None, by: FakeQuantized) -> Tensor:
+    """y [..., out] from x [..., in] and the effective weight [out, in], both quantized; with a straight-through backward."""
+    codes = by.quant.saves_codes and torch.is_grad_enabled()
+    y: Tensor = _FakeQuantMatmul.apply(x, weight, bias, by, codes)
+    return y
+
+
+class FakeQuantLinear(FakeQuantized, nn.Module):
     """What is common to the classes that linears take on; each derives from this and from the linear's own class.
 
     Attributes:
@@ -84,7 +147,6 @@ class FakeQuantLinear(nn.Module):
     plain_class: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
-    quant: Quantization
     number: Tensor
 
     @staticmethod
@@ -107,51 +169,17 @@ class FakeQuantLinear(nn.Module):
         self.number = operators.number(self)  # a copy is another linear
 
     @property
-    def input_grid(self) -> Grid:
-        """That inputs are rounded to."""
-        return self.quant.of["input"].grid
-
-    @property
     def transposed(self) -> bool:
         """Whether the weight is [in, out], as Conv1D holds it."""
         return not isinstance(self, nn.Linear)
 
-    def generation(self) -> int:
-        """Changes with the scales."""
-        return self.quant.state.scales.num_changes
+    def owner_of(self, weight: Tensor) -> Tensor | None:
+        """Its own parameter."""
+        return self.weight if weight.data_ptr() == self.weight.data_ptr() else None
 
     def effective_weight(self) -> Tensor:
         """[out, in], whatever way round the parameter is stored."""
         return self.weight.t() if self.transposed else self.weight
-
-    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor:
-        """The effective weight [out, in] quantized, once for every change of the parameter. It lives as long as the
-        step, so where codes are saved it is codes alone."""
-        state, quantizer = self.quant.state, self.quant.of["weight"]
-        if not state.keeps_grids:
-            return quantizer.on_grid(weight, dtype, takes_gradient=True)
-        values, codes = (None, True) if self.quant.saves_codes else (dtype, False)
-        if weight.data_ptr() != self.weight.data_ptr():  # a stand-in of torch.func's in a compiled graph
-            return quantizer.on_grid(weight, values, codes=codes, takes_gradient=True)
-        return quantizer.on_grid_once(weight, values, codes=codes, key=self.weight)
-
-    def gradients(self, grad_output: Tensor, on_x: QTensor, on_w: QTensor, dtypes: Dtypes) -> Gradients:
-        """Those of x, weight and bias (see `matmul.gradients`), the output gradient quantized first where it is to be."""
-        quantizer = self.quant.of.get("grad_output")
-        on_g = quantizer.on_grid(grad_output, grad_output.dtype) if quantizer else None
-        if self.quant.state.last_micro_batch:
-            self.quant.of["weight"].latest.forget()
-        return gradients(grad_output, on_g, on_x, on_w, dtypes)
-
-    def observe(self, x: Tensor, weight: Tensor) -> None:
-        """Record the amaxes of an input and of the weight."""
-        self.quant.of["input"].observe(x)
-        self.quant.of["weight"].observe(weight)
-
-    def observe_gradient(self, grad_output: Tensor) -> None:
-        """Record the amax of an output gradient, if such are quantized."""
-        if "grad_output" in self.quant.of:
-            self.quant.of["grad_output"].observe(grad_output)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -162,10 +190,10 @@ class FakeQuantLinear(nn.Module):
         return self._observed(x, y) if mode is Mode.OBSERVE and self.training else y
 
     def _quantized(self, x: Tensor) -> Tensor:
-        weight, codes = self.effective_weight(), self.quant.saves_codes and torch.is_grad_enabled()
+        weight = self.effective_weight()
         if not torch.compiler.is_compiling():
-            y: Tensor = _FakeQuantMatmul.apply(x, weight, self.bias, self, codes)
-            return y
+            return fake_quantized(x, weight, self.bias, self)
+        codes = self.quant.saves_codes and torch.is_grad_enabled()
         quantizer, dtype = self.quant.of["input"], _compute_dtype(x)
         on_x = operators.on_grid(
             x, quantizer.scheme, quantizer.number, dtype, codes=codes, takes_gradient=x.requires_grad

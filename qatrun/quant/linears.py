@@ -16,9 +16,10 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
 
 
+def effective_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in), whatever way round the weight is stored."""
+    first, second = linear.get_parameter("weight").shape
+    return (first, second) if isinstance(linear, nn.Linear) else (second, first)
+
+
 def survey(model: nn.Module) -> Survey:
     """Look at a model's linears; one on the meta device will do. The model is left as it is."""
     linears = named_linears(model)
@@ -81,13 +88,15 @@ def survey(model: nn.Module) -> Survey:
 
 def described(unfit: Mapping[str, str]) -> str:
     """In words: names with their block's number as `*`, grouped by reason."""
-    names: dict[str, dict[str, None]] = {}
+    names: dict[str, list[str]] = {}
     for name, reason in unfit.items():
-        names.setdefault(reason, {})[re.sub(r"\.\d+(?=\.|$)", ".*", name)] = None
-    return "; ".join(f"{_listed(list(those))} ({reason})" for reason, those in names.items())
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{kinds(those)} ({reason})" for reason, those in names.items())
 
 
-def _listed(names: list[str]) -> str:
+def kinds(linears: Iterable[str]) -> str:
+    """Their names with the block's number as `*`, the first few of them."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in linears))
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
 
@@ -140,28 +149,40 @@ class _AnsweringItems(TorchDispatchMode):
 
 def _dry_run(model: nn.Module) -> _Use | Exception | None:
     """Two tokens through the architecture on the meta device, or what it raised where it is given tokens alone."""
+    failure = None
+    for skeleton, run in dry_runs(model):
+        use = _Use({}, set())
+        try:
+            with _watched(named_linears(skeleton), use), torch.no_grad():
+                run()
+        except Exception as error:  # the code of any model: it may fail in every way
+            failure = error
+            continue
+        return use
+    return failure
+
+
+def dry_runs(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
+    """(the model's architecture on the meta device, two tokens through it), each time with another mask; nothing where no
+    config describes it."""
     config = getattr(model, "config", None)
     if config is None:
-        return None
-    with torch.device("meta"), torch.no_grad():
+        return
+    with torch.device("meta"):
         try:
             skeleton = type(model)(config).to(torch.bfloat16).eval()  # grouped products know no other dtype there
         except Exception:  # no model that its config describes
-            return None
+            return
         tokens = torch.zeros(1, 2, dtype=torch.long)
         # A mask in full spares most models the look at its values.
         masks = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.ones_like(tokens)
-        failure = None
-        for given in (*({"attention_mask": mask} for mask in masks), {}):
-            use = _Use({}, set())
-            try:
-                with _watched(named_linears(skeleton), use), _AnsweringItems():
-                    skeleton(input_ids=tokens, use_cache=False, **given)
-            except Exception as error:  # the code of any model: it may fail in every way
-                failure = error
-                continue
-            return use
-    return failure
+
+    def run(given: Mapping[str, Tensor]) -> Any:
+        with torch.device("meta"), _AnsweringItems():
+            return skeleton(input_ids=tokens, use_cache=False, **given)
+
+    for given in (*({"attention_mask": mask} for mask in masks), {}):
+        yield skeleton, partial(run, given)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ A plan is data. It is made from a recipe and a model (a model on the meta device
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,8 @@ from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
 from qatrun.errors import InputError, Problem
 from qatrun.formats import FORMATS, ROLES, Role
 from qatrun.patterns import matching_names
-from qatrun.quant.linears import TIED, Survey, described, named_linears, survey
+from qatrun.quant.expert_weights import experts_of_linears, named_experts
+from qatrun.quant.linears import Survey, described, effective_shape, named_linears, survey
 from qatrun.scheme import GRANULARITIES, RULES, Assignment, Scheme, Slot, Wanted
 from qatrun.text import suggestion
 
@@ -144,38 +145,11 @@ def _scheme_problem(role: Role, scheme: Scheme) -> str | None:
         return f"granularity: no {role} has a scale {scheme.granularity}"
     if problem := scheme.asymmetry_problem(role):
         return f"symmetric: {problem}"
+    if problem := scheme.block_problem():
+        return f"granularity: {problem}"
     if scheme.symmetric and not 0 < scheme.target_amax <= FORMATS[scheme.format].max_finite:
         return f"target_amax: {scheme.target_amax:g} is no value of {scheme.format}"
     return None
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a model a plan quantizes. FLOPs are those of the linears: proportional to their weights' sizes.
-
-    Attributes:
-        uncovered_experts: names of 3-D expert parameters, which no plan can quantize yet.
-        unfit: linear -> why no plan can quantize it; the output head aside.
-    """
-
-    num_quantized: int
-    num_linears: int
-    quantized_weights: int
-    linear_weights: int
-    uncovered_experts: tuple[str, ...]
-    unfit: Mapping[str, str]
-
-    @property
-    def flops_share(self) -> float:
-        return self.quantized_weights / self.linear_weights if self.linear_weights else 0.0
-
-    def __str__(self) -> str:
-        text = f"{self.num_quantized} of {self.num_linears} linears, {self.flops_share:.0%} of linear FLOPs quantized"
-        if self.uncovered_experts:
-            text += f"; not covered: {len(self.uncovered_experts)} expert tensors such as {self.uncovered_experts[0]}"
-        if self.unfit:
-            text += f"; left in BF16: {described(self.unfit)}"
-        return text
 
 
 def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> QuantPlan:
@@ -187,42 +161,70 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
     Raises:
         InputError: a pattern that matches no linear, or nothing left to quantize.
     """
-    linears = named_linears(model)
+    experts = named_experts(model)
     seen = survey(model) if seen is None else seen
     problems: list[Problem] = []
     if seen.complaint is not None:
         problems.append(Problem(f"the model does not run on text alone: {seen.complaint}", key="model.path"))
-    decided: dict[str, Schemes | None] = {}
-    for assignment in reversed(wanted.assignments):  # so that the first has the last word
-        decided |= dict.fromkeys(_named(assignment, linears, seen, problems), assignment.schemes)
-    chosen = {name: given for name in linears if (given := decided.get(name)) is not None}
+    decided = _decisions(wanted, model, seen, problems)
+    named = {name: experts[name].linears if name in experts else [name] for name in _names(model)}
+    chosen = {
+        linear: given
+        for name, those in named.items()
+        if name in decided and (given := decided[name].schemes) is not None
+        for linear in those
+    }
     schemes = {name: given for name, given in chosen.items() if name not in seen.unfit}
+    problems += _block_problems(schemes, model)
     if not problems and not schemes:
         unfit = {name: seen.unfit[name] for name in chosen}
         cannot = f"; cannot be quantized: {described(unfit)}" if unfit else ""
         problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
-    groups = {name: seen.first_reader[name] for name in schemes}
+    of_experts = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
+    groups = {name: of_experts.get(name) or seen.first_reader[name] for name in schemes}
     return QuantPlan(schemes, groups, wanted.saves_codes)
 
 
-def coverage(model: nn.Module, plan: QuantPlan, seen: Survey | None = None) -> Coverage:
-    """What share of the model's linears and linear FLOPs the plan quantizes."""
-    seen = survey(model) if seen is None else seen
-    sizes = {name: module.get_parameter("weight").numel() for name, module in named_linears(model).items()}
-    tied = {name: TIED for name in seen.tied if name not in plan.linears}
-    return Coverage(
-        num_quantized=len(plan.linears),
-        num_linears=len(sizes),
-        quantized_weights=sum(sizes[name] for name in plan.linears),
-        linear_weights=sum(sizes.values()),
-        uncovered_experts=tuple(n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n),
-        unfit={name: reason for name, reason in (tied | dict(seen.unfit)).items() if name != seen.head},
-    )
+def _block_problems(schemes: Mapping[str, Schemes], model: nn.Module) -> Iterator[Problem]:
+    """Linears whose inputs are no whole number of blocks."""
+    linears, experts = named_linears(model), experts_of_linears(model)
+    for name, of_roles in schemes.items():
+        shape = experts[name].shape if name in experts else effective_shape(linears[name])
+        blocks = {scheme.block for scheme in of_roles.values() if scheme.block is not None}
+        if odd := [block for block in blocks if shape[1] % block]:
+            message = f"{name} takes {shape[1]} values, which are no whole number of blocks of {odd[0]}"
+            yield Problem(f"{message}: leave it out, or give it another granularity in qat.modules", key="qat.ignore")
+            return
 
 
-def _named(assignment: Assignment, linears: Mapping[str, nn.Module], seen: Survey, problems: list[Problem]) -> set[str]:
+def idle_assignments(model: nn.Module, wanted: Wanted, seen: Survey) -> list[Assignment]:
+    """Those with patterns that decide nothing, since what they name is named before them."""
+    decided = {assignment.key for assignment in _decisions(wanted, model, seen, []).values()}
+    return [each for each in wanted.assignments if each.patterns and each.key not in decided]
+
+
+def _names(model: nn.Module) -> list[str]:
+    """What patterns are held against, in the model's order: linears, and parameters that hold experts."""
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    owners = {name: name for name in named_linears(model)} | {name: e.owner for name, e in named_experts(model).items()}
+    return sorted(owners, key=lambda name: place[owners[name]])
+
+
+def _decisions(wanted: Wanted, model: nn.Module, seen: Survey, problems: list[Problem]) -> dict[str, Assignment]:
+    """Linear, or parameter that holds experts -> the first assignment that names it."""
+    decided: dict[str, Assignment] = {}
+    names = _names(model)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    for assignment in reversed(wanted.assignments):  # so that the first has the last word
+        decided |= dict.fromkeys(_named(assignment, names, embeddings, seen, problems), assignment)
+    return decided
+
+
+def _named(
+    assignment: Assignment, linears: Sequence[str], embeddings: Sequence[str], seen: Survey, problems: list[Problem]
+) -> set[str]:
     """The linears that an assignment names."""
     if assignment.edge_blocks is not None:
         return _edge_blocks(linears, *assignment.edge_blocks)
@@ -235,14 +237,19 @@ def _named(assignment: Assignment, linears: Mapping[str, nn.Module], seen: Surve
         except ValueError as error:
             problems.append(Problem(str(error), key=assignment.key))
             continue
-        if not hits:
+        if not hits and matching_names(pattern, embeddings):
+            message = (
+                f"pattern '{pattern}' matches no linear: embeddings are looked up, not multiplied, and stay in BF16"
+            )
+            problems.append(Problem(message, key=assignment.key))
+        elif not hits:
             nearest = suggestion(pattern, linears, f"names look like '{next(iter(linears), 'none')}'", cutoff=0.5)
             problems.append(Problem(f"pattern '{pattern}' matches no linear{nearest}", key=assignment.key))
         matched |= hits
     return matched
 
 
-def _edge_blocks(linears: Mapping[str, nn.Module], first: int, last: int) -> set[str]:
+def _edge_blocks(linears: Sequence[str], first: int, last: int) -> set[str]:
     """Names of the linears in the first and last transformer blocks. A block's index is the first number in a name."""
     block = {name: int(m.group(1)) for name in linears if (m := re.search(r"\.(\d+)\.", name))}
     num_blocks = max(block.values(), default=-1) + 1

@@ -54,8 +54,13 @@ class QTensor:
 
     def operand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What a matrix product multiplies, [..., d] exact in that dtype, and the scale that is left outside: float32, []
-        or one a row, [..., 1]. A product needs to know no more of how the tensor is scaled."""
-        return self.values_in(dtype), self.scale
+        or one a row, [..., 1]. A product needs to know no more of how the tensor is scaled. Scales of blocks vary along the
+        dimension that is summed, and are powers of two: they go into the matrix."""
+        values = self.values_in(dtype)
+        if self.scale.dim() == 0 or self.scale.shape[-1] == 1:
+            return values, self.scale
+        blocks = values.unflatten(-1, (self.scale.shape[-1], -1)) * self.scale.unsqueeze(-1)
+        return blocks.flatten(-2).to(dtype), self.scale.new_ones(())
 
     def dequantized(self) -> Tensor:
         """x_hat, float32."""
@@ -80,8 +85,13 @@ def to_grid(
         takes_gradient: whether the clipped STE is to say where it holds the gradient of x back.
     """
     grid, blocked, (scale, inv_scale, zero) = GRIDS[scheme.format], holds_back(scheme, takes_gradient), fit
+    if scheme.block is not None:  # each block is a row
+        x, inv_scale = x.unflatten(-1, (-1, scheme.block)), inv_scale.unsqueeze(-1)
     seen = quantize(x, inv_scale, grid, scheme.limit, zero=zero, values=values, codes=codes, blocked=blocked)
-    return QTensor(grid, seen.values, seen.codes, scale, seen.blocked, zero), seen
+    made, made_codes = (
+        part if part is None or scheme.block is None else part.flatten(-2) for part in (seen.values, seen.codes)
+    )
+    return QTensor(grid, made, made_codes, scale, seen.blocked, zero), seen
 
 
 def holds_back(scheme: Scheme, takes_gradient: bool) -> bool:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qatrun.numerics import GRIDS, Fit, Grid, own_fit
 from qatrun.quant import operators
-from qatrun.quant.linear import FakeQuantLinear
+from qatrun.quant.linear import Quantization
 from qatrun.quant.matmul import scaled_matmul
 from qatrun.quant.qtensor import QTensor, to_grid
 from qatrun.quant.quantizer import Latest
 from qatrun.scheme import Scheme
+
+
+class Trained(Protocol):
+    """A linear as it was trained, fake-quantized."""
+
+    @property
+    def quant(self) -> Quantization: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def effective_weight(self) -> Tensor: ...
+
+    def weight_on_grid(self, weight: Tensor, dtype: torch.dtype) -> QTensor: ...
 
 
 class QuantizedLinear(nn.Module):
@@ -60,7 +74,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_trained(cls, linear: FakeQuantLinear, dtype: torch.dtype) -> QuantizedLinear:
+    def from_trained(cls, linear: Trained, dtype: torch.dtype) -> QuantizedLinear:
         """Round the master weights to their grid with the scale that training would use next."""
         of_input = linear.quant.of["input"]
         weight = linear.weight_on_grid(linear.effective_weight(), dtype)
@@ -89,8 +103,12 @@ class QuantizedLinear(nn.Module):
             weight, x = self.q_weight, x.detach()
             y: Tensor = operators.linear(x, weight, self.bias, on_x.values, *on_x.kept, self.number)[0]
             return y
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out], with that bias."""
         on_x = self.shared_input.get(x, partial(self.on_grid, x, x.dtype))
-        return scaled_matmul(on_x, self.weight, self.bias, x.dtype)
+        return scaled_matmul(on_x, self.weight, bias, x.dtype)
 
     def on_grid(self, x: Tensor, values: torch.dtype, *, codes: bool = False, takes_gradient: bool = False) -> QTensor:
         """x [..., in] quantized, with the fixed scale or with scales of its rows."""

@@ -15,7 +15,7 @@ from qatrun.numerics import GRIDS, amax, own_fit, reach
 from qatrun.quant import operators
 from qatrun.quant.qtensor import QTensor, to_grid
 from qatrun.quant.scales import takes_own_scale
-from qatrun.quant.state import QuantState
+from qatrun.quant.state import Mode, QuantState
 from qatrun.scheme import Scheme, Slot
 
 
@@ -48,10 +48,7 @@ class Quantizer:
     ) -> QTensor:
         """x [..., d] quantized to values, codes or both (see `to_grid`); records what it saw while training."""
         state = self.state
-        if takes_own_scale(self.slot, self.scheme, primed=state.primed, training=state.training):
-            fit = own_fit(x, self.scheme)
-        else:
-            fit = state.scales.fit(self.index)
+        fit = own_fit(x, self.scheme) if self._takes_own_scale else state.scales.fit(self.index)
         result, seen = to_grid(x, self.scheme, fit, values, codes=codes, takes_gradient=takes_gradient)
         if state.training:
             self._observe(x, seen.amax)
@@ -65,6 +62,17 @@ class Quantizer:
         key = x if key is None else key
         make = partial(self.on_grid, x, values, codes=codes, takes_gradient=key.requires_grad)
         return self.latest.get(key, make, values, codes, self.state.generation())
+
+    def same_in_parts(self) -> bool:
+        """Whether rows of a tensor that are quantized apart come to what the whole comes to, in all that is kept of it. Not
+        where one scale for all is taken from the tensor itself, nor while noise is measured, which is a float32 sum."""
+        if self.state.mode is not Mode.QUANTIZE or self.state.tally.measures_noise:
+            return False
+        return self.scheme.per_row or not self._takes_own_scale
+
+    @property
+    def _takes_own_scale(self) -> bool:
+        return takes_own_scale(self.slot, self.scheme, primed=self.state.primed, training=self.state.training)
 
     def _observe(self, x: Tensor, amax: Tensor) -> None:
         self.state.scales.observe(self.index, amax, None if self.scheme.symmetric else reach(x, "per_tensor"))

@@ -117,7 +117,9 @@ def merge(base: Document, overrides: Document) -> Document:
 
 
 def _is_mapping_in_both(path: KeyPath, base: Document, overrides: Document) -> bool:
-    return path in base.places and all(isinstance(_value(doc.tree, path), Mapping) for doc in (base, overrides))
+    """Merged key by key: a mapping in a list is not, for the list is replaced."""
+    below_mappings = path in base.places and not any(isinstance(part, int) for part in path)
+    return below_mappings and all(isinstance(_value(doc.tree, path), Mapping) for doc in (base, overrides))
 
 
 def _value(tree: Any, path: KeyPath) -> Any:

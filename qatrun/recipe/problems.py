@@ -71,6 +71,8 @@ def _walk(model: type[Section], path: KeyPath) -> Iterator[tuple[int, FieldInfo]
     """The fields on the way down the path, with the length of the path to each."""
     section: type[Section] | None = model
     for length, part in enumerate(path, start=1):
+        if isinstance(part, int):  # an item of a list, whose field came before
+            continue
         if section is None or part not in section.model_fields:
             return
         field = section.model_fields[str(part)]

@@ -1,17 +1,31 @@
 """The `qat` section: what is quantized, to which format, and how its scales are found.
 
 Settings are inherited downwards: a role (weight, input, grad_output) takes `format` and `scaling` from the section
-unless it states its own, and `target_amax` from its format. `QatConfig.schemes` has all of that applied.
+unless it states its own, and `target_amax` from its format. `QatConfig.schemes` has all of that applied. An entry of
+`modules` is laid over the section as an arm is over the recipe, for the linears that it names.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+)
 
 from qatrun.formats import FORMATS, ROLES, Role, get_format
 from qatrun.patterns import check_pattern
+from qatrun.recipe.document import deep_merge
 from qatrun.scheme import ASYMMETRIC_STEPS, GRANULARITIES, RULES, Assignment, Clip, Rounding, Scaling, Scheme, Ste
 
 if TYPE_CHECKING:
@@ -20,6 +34,7 @@ if TYPE_CHECKING:
     RuleName = str
 else:  # names of the tables, as the schema and its messages read them
     FormatName, Granularity, RuleName = (Literal[tuple(table)] for table in (FORMATS, GRANULARITIES, RULES))
+PER_ROW = frozenset(name for name, granularity in GRANULARITIES.items() if granularity.rows)
 SavedActivations = Literal["values", "codes"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -39,6 +54,10 @@ def _no_duplicates(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(check_pattern)]
 Patterns = Annotated[tuple[Pattern, ...], Field(strict=False), AfterValidator(_no_duplicates)]
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 def is_null(value: object) -> bool:
@@ -96,7 +115,8 @@ class RoleConfig(Section):
     format: FormatName | None = Field(None, description="number format; null: `qat.format`")
     granularity: Granularity = Field(
         "per_tensor",
-        description="what shares a scale: the tensor, an output channel (weight only) or a token (input only)",
+        description="what shares a scale: the tensor, an output channel (weight only), a token (input only), or 32 values "
+        "of a row (`per_block`: a power of two by OCP MX; of FP8 alone, which is MXFP8 then)",
     )
     target_amax: PositiveFloat | None = Field(
         None,
@@ -111,8 +131,62 @@ class RoleConfig(Section):
     scaling: RoleScaling | None = Field(
         None,
         description="keys that differ from `qat.scaling`; null: none do "
-        "(but `dynamic` for per_channel and per_token, their only type)",
+        "(but `dynamic` for per_channel, per_token and per_block, their only type)",
     )
+
+
+class CalibrationConfig(Section):
+    """How scales are found without training: from training text, for arms with `method: ptq` and for `init: ptq`."""
+
+    input: Literal["absmax", "mse"] = Field(
+        "absmax",
+        description="scale of an input tensor: its largest value fits, or what loses least of it on the average "
+        "(INT8: about half the loss; no difference in HiF8 and FP8)",
+    )
+    smooth: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="SmoothQuant: move outliers from the channels of inputs into weights, by this share (0.5 is usual), "
+        "folded into norms and up-projections by powers of two, so that the model stays the same bit for bit; null: not",
+    )
+    sequences: Count = Field(64, description="packed training sequences")
+
+
+if TYPE_CHECKING:
+    RoleOverrides = RoleConfig
+else:
+    RoleOverrides = _nullable(RoleConfig, "RoleOverrides")
+
+
+class ModuleConfig(Section):
+    """Linears with schemes of their own. What an entry does not say is as `qat` has it, but for targets of another format
+    and types of scaling that a granularity cannot have."""
+
+    match: Annotated[
+        Patterns, Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=str | tuple[str, ...])
+    ] = Field(description="the linears: one pattern or a list of them, as in `targets`", examples=[["*.down_proj"]])
+    format: FormatName | None = Field(
+        default_factory=lambda: None,  # so that no schema shows a null that means another thing
+        description="number format of every role that states none; null: left in BF16; default: `qat.format`",
+    )
+    scaling: RoleScaling = Field(RoleScaling(), description="keys that differ from `qat.scaling`")
+    weight: RoleOverrides = Field(RoleOverrides(), description="keys that differ from `qat.weight`")
+    input: RoleOverrides = Field(RoleOverrides(), description="keys that differ from `qat.input`")
+    grad_output: RoleOverrides | None = Field(
+        default_factory=lambda: None,
+        description="keys that differ from `qat.grad_output`; null: not quantized; default: as `qat` has it",
+    )
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether its linears are left as they are."""
+        return "format" in self.model_fields_set and self.format is None
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What it says alone: null is not what a key left out means."""
+        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 
 class SkipBlocks(Section):
@@ -125,6 +199,12 @@ class SkipBlocks(Section):
 class QatConfig(Section):
     """Quantization-aware training; null trains in BF16 throughout."""
 
+    init: Literal["history", "ptq"] = Field(
+        "history",
+        exclude_if=lambda init: init == "history",  # as `is_null` says
+        description="what the first QAT step has its scales from: `history`: the amaxes of the warmup, without one the "
+        "tensors themselves; `ptq`: `calibration`, whose smoothing the weights then have, too",
+    )
     start_step: NonNegativeInt | None = Field(
         None, description="optimizer step of the switch from BF16 to QAT; null: `warmup.steps`"
     )
@@ -144,11 +224,22 @@ class QatConfig(Section):
         description="what quantized linears keep for the backward: grid values, or their 8-bit codes: "
         "less memory, some time, the same results bit for bit",
     )
+    calibration: CalibrationConfig | None = Field(
+        None,
+        exclude_if=is_null,
+        description="how scales are found without training (`method: ptq`, `init: ptq`); null: with the defaults",
+    )
     targets: Patterns | None = Field(
         None, description="linears to quantize: names, globs or `re:` regular expressions; null: all but lm_head"
     )
     ignore: Patterns = Field((), description="linears left in BF16, same patterns; wins over `targets`")
     skip_blocks: SkipBlocks = Field(SkipBlocks(), description="transformer blocks kept in BF16")
+    modules: Annotated[tuple[ModuleConfig, ...], Field(strict=False)] = Field(
+        (),
+        exclude_if=lambda modules: not modules,  # as `is_null` says
+        description="linears with schemes of their own: the first entry that matches one decides, before `targets` and "
+        "after `ignore` and `skip_blocks`; each must match some",
+    )
 
     @property
     def schemes(self) -> dict[Role, Scheme]:
@@ -161,26 +252,65 @@ class QatConfig(Section):
         return (
             Assignment("qat.ignore", None, self.ignore),
             Assignment("qat.skip_blocks", None, edge_blocks=(self.skip_blocks.first, self.skip_blocks.last)),
+            *(
+                Assignment(f"qat.modules[{index}].match", self.schemes_of(module), module.match)
+                for index, module in enumerate(self.modules)
+            ),
             Assignment("qat.targets", self.schemes, self.targets),
         )
+
+    def schemes_of(self, module: ModuleConfig) -> dict[Role, Scheme] | None:
+        """Those of the linears of one of `modules`; None where it leaves them in BF16."""
+        if module.in_bf16:
+            return None
+        own = module.model_dump(exclude={"match"})
+        for role in ROLES:
+            if (said := own.get(role)) and said.get("granularity") in PER_ROW:
+                said["scaling"] = {"type": "dynamic", **said.get("scaling", {})}
+        laid = QatConfig.model_validate(deep_merge(self.model_dump(exclude={"modules"}), own)).schemes
+        here = self.schemes
+        return {
+            role: replace(scheme, target_amax=_default_target(role, scheme.format, symmetric=scheme.symmetric))
+            if role in here and here[role].format != scheme.format and "target_amax" not in own.get(role, {})
+            else scheme
+            for role, scheme in laid.items()
+        }
+
+    @property
+    def all_schemes(self) -> tuple[dict[Role, Scheme], ...]:
+        """Those of the section and of each of `modules` that is quantized."""
+        return (self.schemes, *(own for module in self.modules if (own := self.schemes_of(module)) is not None))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The section's, and others that entries of `modules` name."""
+        return tuple(dict.fromkeys((self.format, *(module.format for module in self.modules if module.format))))
 
     @property
     def saves_codes(self) -> bool:
         """Whether linears keep codes for the backward."""
         return self.saved_activations == "codes"
 
+    @property
+    def calibrating(self) -> CalibrationConfig:
+        """How scales are found without training."""
+        return self.calibration or CalibrationConfig()
+
     def _scheme(self, role: Role, config: RoleConfig) -> Scheme:
         format_name = config.format or self.format
         scaling = {} if config.scaling is None else config.scaling.model_dump()
-        if GRANULARITIES[config.granularity].rows:
+        if config.granularity in PER_ROW:
             scaling = {"type": "dynamic", **scaling}
-        target = get_format(format_name).target_amax[role] if config.symmetric else ASYMMETRIC_STEPS
         return Scheme(
             format=format_name,
             granularity=config.granularity,
-            target_amax=config.target_amax or target,
+            target_amax=config.target_amax or _default_target(role, format_name, symmetric=config.symmetric),
             scaling=Scaling(**(self.scaling.model_dump() | scaling)),
             clip=self.clip,
             ste=self.ste,
             symmetric=config.symmetric,
         )
+
+
+def _default_target(role: Role, format_name: str, *, symmetric: bool) -> float:
+    return get_format(format_name).target_amax[role] if symmetric else ASYMMETRIC_STEPS

@@ -26,7 +26,9 @@ class Finding:
 
 
 def _finding(message: str, *keys: str) -> Finding:
-    return Finding(tuple(tuple(key.split(".")) for key in keys), message)
+    """`keys` are dotted; a number is a position in a list."""
+    paths = ((int(part) if part.isdecimal() else part for part in key.split(".")) for key in keys)
+    return Finding(tuple(tuple(path) for path in paths), message)
 
 
 def arm_findings(arm: Arm) -> Iterator[Finding]:
@@ -35,7 +37,12 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
         message = "float32 makes no sense over bfloat16 parameters (did you mean param_dtype: float32?)"
         yield _finding(message, "model.compute_dtype", "model.param_dtype")
     yield from _batch_findings(arm)
-    yield from _phase_findings(arm)
+    if arm.trains:
+        yield from _phase_findings(arm)
+    elif arm.qat is None:
+        yield _finding(
+            "a BF16 arm has nothing to calibrate: give it a qat section, or leave method out", "method", "qat"
+        )
     for name in ("train", "valid", "probe"):
         if (source := getattr(arm.data, name)) is not None:
             yield from _source_findings(f"data.{name}", source)
@@ -57,6 +64,9 @@ def _batch_findings(arm: Arm) -> Iterator[Finding]:
 
 def _phase_findings(arm: Arm) -> Iterator[Finding]:
     steps, warmup = arm.train.steps, arm.warmup.steps
+    if not steps:
+        yield _finding("must be at least 1 for an arm that trains; others have method: ptq (got 0)", "train.steps")
+        return
     if arm.train.lr_warmup_steps > steps:
         message = f"lr_warmup_steps {arm.train.lr_warmup_steps} is more than train.steps {steps}"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
@@ -71,6 +81,15 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
     if start is None and warmup == steps:
         message = f"warmup.steps {warmup} leaves no step for QAT (at most {steps - 1} of train.steps {steps})"
         yield _finding(message, "warmup.steps", "train.steps", "qat.start_step")
+    if arm.qat.init == "ptq" and start not in (None, warmup):
+        message = f"ptq gives the scales of an arm's first step (start_step must be {warmup}, warmup.steps, or null)"
+        yield _finding(message, "qat.init", "qat.start_step")
+    if arm.qat.init == "ptq" and arm.qat.calibrating.smooth is not None and warmup:
+        message = (
+            "init: ptq smooths the weights that training starts from; the trunk's optimizer is of weights as they were "
+            "(warmup.steps: 0, or calibration.smooth: null)"
+        )
+        yield _finding(message, "qat.init", "qat.calibration.smooth", "warmup.steps")
     if start is not None and start >= steps:
         message = f"start_step {start} is past the last step (at most {steps - 1}, with train.steps {steps})"
         yield _finding(message, "qat.start_step", "train.steps")
@@ -79,6 +98,8 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
 def arm_warnings(arm: Arm) -> Iterator[Finding]:
     """What one arm's sections say together that can be run, but is hardly meant."""
     steps, rise = arm.train.steps, arm.train.lr_warmup_steps
+    if not arm.trains:
+        return
     if rise >= steps:
         message = f"the learning rate rises over all {steps} steps: it reaches train.learning_rate in the last"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
@@ -102,39 +123,60 @@ def _source_findings(key: str, source: Source) -> Iterator[Finding]:
 
 
 def _qat_findings(qat: QatConfig) -> Iterator[Finding]:
-    for role, scheme in qat.schemes.items():
-        yield from _granularity_findings(role, scheme)
-        yield from _format_findings(role, scheme)
+    yield from _scheme_findings(qat, qat.schemes, ("qat",))
+    for index, module in enumerate(qat.modules):
+        place = f"qat.modules.{index}"
+        said = sorted(module.model_fields_set - {"match", "format"})
+        if not module.in_bf16:
+            yield from _scheme_findings(qat, qat.schemes_of(module) or {}, (place, "qat"))
+        elif said:
+            message = f"makes no sense for linears left in BF16 (format: null); leave {' and '.join(said)} out"
+            yield _finding(message, f"{place}.{said[0]}", f"{place}.format")
+
+
+def _scheme_findings(qat: QatConfig, schemes: Mapping[Role, Scheme], sections: tuple[str, ...]) -> Iterator[Finding]:
+    """Those of the schemes that the sections make together, the first having the last word."""
+    for role, scheme in schemes.items():
+        yield from _granularity_findings(role, scheme, sections)
+        yield from _format_findings(role, scheme, sections)
         if scheme.scaling.unit != qat.scaling.unit:
             message = f"one unit for all roles: set qat.scaling.unit (here {qat.scaling.unit})"
-            yield _finding(message, f"qat.{role}.scaling.unit")
+            yield _finding(message, *_keys(sections, role, "scaling.unit"))
 
 
-def _granularity_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
-    section = f"qat.{role}"
+def _keys(sections: tuple[str, ...], role: Role, *keys: str) -> Iterator[str]:
+    """Where a setting of a role may stand, nearest first: each section's role, then the section itself."""
+    for section in sections:
+        yield from (f"{section}.{role}.{key}" for key in keys)
+        yield from (f"{section}.{key}" for key in keys if key in ("format", "scaling.type", "scaling.unit"))
+
+
+def _granularity_findings(role: Role, scheme: Scheme, sections: tuple[str, ...]) -> Iterator[Finding]:
     granularity = GRANULARITIES[scheme.granularity]
     if role not in granularity.roles:
         fitting = [name for name, other in GRANULARITIES.items() if role in other.roles]
         nearest = max(fitting, key=lambda name: GRANULARITIES[name].rows == granularity.rows)
         message = f"{scheme.granularity} makes no sense for {role} (did you mean '{nearest}'?)"
-        yield _finding(message, f"{section}.granularity")
+        yield _finding(message, *_keys(sections, role, "granularity"))
     elif granularity.rows and scheme.scaling.type != "dynamic":
         message = f"{scheme.scaling.type} scaling keeps one scale per tensor; {scheme.granularity} takes only 'dynamic'"
-        yield _finding(message, f"{section}.scaling.type", f"{section}.granularity")
+        yield _finding(
+            message, *(f"{section}.{role}.{key}" for section in sections for key in ("scaling.type", "granularity"))
+        )
 
 
-def _format_findings(role: Role, scheme: Scheme) -> Iterator[Finding]:
-    section = f"qat.{role}"
+def _format_findings(role: Role, scheme: Scheme, sections: tuple[str, ...]) -> Iterator[Finding]:
     largest = get_format(scheme.format).max_finite
     if role == "grad_output" and scheme.format == "int8":
         message = "int8 makes no sense for grad_output: its range is too narrow (did you mean 'fp8_e5m2'?)"
-        yield _finding(message, f"{section}.format", "qat.format")
+        yield _finding(message, *_keys(sections, role, "format"))
     elif problem := scheme.asymmetry_problem(role):
-        keys = (f"{section}.{key}" for key in ("symmetric", "format", "target_amax", "scaling.type"))
-        yield _finding(problem, *keys, "qat.format", "qat.scaling.type")
+        yield _finding(problem, *_keys(sections, role, "symmetric", "format", "target_amax", "scaling.type"))
+    elif problem := scheme.block_problem():
+        yield _finding(problem, *_keys(sections, role, "granularity", "format", "target_amax"))
     elif scheme.symmetric and scheme.target_amax > largest:
         message = f"target_amax {scheme.target_amax:g} is above the largest {scheme.format} value (at most {largest:g})"
-        yield _finding(message, f"{section}.target_amax", f"{section}.format", "qat.format")
+        yield _finding(message, *_keys(sections, role, "target_amax", "format"))
 
 
 def study_findings(recipe: Recipe) -> Iterator[Finding]:
@@ -181,6 +223,8 @@ def twin_findings(arms: Mapping[str, Arm]) -> Iterator[Finding]:
 
 
 def _twin_mistake(arm: Arm, arms: Mapping[str, Arm], bf16_arms: list[str]) -> str | None:
+    if arm.twin == START and not arm.trains:
+        return None
     if arm.twin is None:
         ambiguous = arm.qat is not None and len(bf16_arms) > 1
         return f"required: which BF16 arm to compare with{suggestion('', bf16_arms)}" if ambiguous else None

@@ -26,7 +26,9 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
+from qatrun.hardware import HARDWARE_NAMES
 from qatrun.paths import expand_path
+from qatrun.recipe.distill import START_MODEL, DistillConfig
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 from qatrun.serving import EXPORT_NAMES
@@ -95,8 +97,9 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False), AfterValidator(_distinct)]
 if TYPE_CHECKING:
     ExportName = str
+    HardwareName = str
 else:
-    ExportName = Literal[EXPORT_NAMES]
+    ExportName, HardwareName = Literal[EXPORT_NAMES], Literal[HARDWARE_NAMES]
 Exports = Annotated[tuple[ExportName, ...], Field(strict=False), AfterValidator(_distinct_names)]
 TwoArms = Annotated[tuple[str, str], Field(strict=False), BeforeValidator(_is_pair)]
 
@@ -171,7 +174,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The training loop: AdamW, one schedule from the first step to the last, warmup and QAT alike."""
 
-    steps: Count = Field(description="optimizer steps in total, warmup included", examples=[1000])
+    steps: NonNegativeInt = Field(
+        description="optimizer steps in total, warmup included; 0 where every arm has `method: ptq`", examples=[1000]
+    )
     global_batch_size: Count = Field(32, description="sequences per optimizer step")
     micro_batch_size: Count = Field(8, description="sequences per forward; divides `global_batch_size`")
     learning_rate: PositiveFloat = Field(1e-5, description="peak learning rate")
@@ -187,6 +192,11 @@ class TrainConfig(Section):
         None,
         description="run every arm once for each of these instead of `seed`, each time in a folder `seed-<n>` that is a "
         "study of its own; null: once",
+    )
+    distill: DistillConfig | None = Field(
+        None,
+        exclude_if=is_null,
+        description="a teacher to learn from as well, in every arm alike; null: from text alone",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward to save memory")
     save_every: Count = Field(500, description="steps between checkpoints")
@@ -217,15 +227,29 @@ class EvalConfig(Section):
     batch_size: Count = Field(16, description="sequences per forward")
 
 
+class TargetConfig(Section):
+    """What the arms are meant for. It changes no number: what would not run there natively is said before training."""
+
+    hardware: HardwareName | None = Field(
+        None, description="chip to serve on; null: none is asked about (as `qatrun check --hardware`)"
+    )
+
+
+Method = Literal["qat", "ptq"]
+
+
 class Arm(Section):
     """One arm of a study: the recipe's sections with its overrides applied.
 
     Attributes:
-        twin: name of the BF16 arm it is compared with; None for a BF16 arm, and where the study has no BF16 arm.
+        method: how it comes about: by training, or by calibration alone.
+        twin: name of the BF16 arm it is compared with, and under `ptq` made from, or START; None for a BF16 arm, and for one
+            that is trained where the study has no BF16 arm.
         qat: None for a BF16 arm.
     """
 
     name: str
+    method: Method = "qat"
     twin: str | None
     model: ModelConfig
     data: DataConfig
@@ -237,15 +261,29 @@ class Arm(Section):
     eval: EvalConfig
 
     @property
+    def trains(self) -> bool:
+        """Whether a step is trained for it."""
+        return self.method != "ptq"
+
+    @property
     def switch_step(self) -> int | None:
-        """First optimizer step (counted from 0) with fake quantization on; None for a BF16 arm."""
-        if self.qat is None:
+        """First optimizer step (counted from 0) with fake quantization on; None for an arm that never trains with it."""
+        if self.qat is None or not self.trains:
             return None
         return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
+
+    @property
+    def teacher(self) -> ModelConfig | None:
+        """What its training distils from; None where nothing."""
+        if (distill := self.train.distill) is None:
+            return None
+        other = {"path": distill.teacher, "revision": None}
+        return self.model if distill.teacher == START_MODEL else self.model.model_copy(update=other)
 
 
 START = "start"
 ARM_SECTIONS = ("model", "data", "train", "warmup", "qat", "export")
+ARM_KEYS = ("method", "twin")  # that stand beside them
 
 
 def _default_arms(valid: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -266,12 +304,19 @@ class Recipe(Section):
         default_factory=_default_arms,
         description="arm -> overrides of model, data, train, warmup, qat and export, deep-merged over the recipe; "
         "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
+        "`method: ptq` makes the arm from its twin by calibration alone (`twin: start`: from the model before training, the "
+        "default where there is no BF16 arm); "
         "default: `bf16`, without qat, and one named after `qat.format`",
     )
     export: Exports = Field(
         (),
         description="folders for serving engines that each quantized arm is written as at the end of `qatrun train`, proven "
         "equal and scored again in the engine",
+    )
+    target: TargetConfig = Field(
+        TargetConfig(),
+        exclude_if=lambda target: target.hardware is None,  # as `is_null` says
+        description="what the arms are meant for",
     )
     monitor: MonitorConfig = Field(MonitorConfig(), description="what is watched while training")
     eval: EvalConfig = Field(description="how start model and arms are scored")

@@ -16,6 +16,8 @@ class MetricsRow(TypedDict):
     """A line of metrics.jsonl: one optimizer step.
 
     Attributes:
+        loss: cross-entropy, whatever else is made small.
+        distill_kl: from the teacher, nats a token at the temperature of the distillation.
         kl_off, kl_on: of a probed step, KL from the start model, nats a token, quantizers off and, once in use, on.
         nll_start, nll_off, nll_on: on the same text, nats a token; of the start model, and now.
     """
@@ -23,6 +25,7 @@ class MetricsRow(TypedDict):
     step: Annotated[int, Field(ge=1, lt=2**31)]
     phase: Literal["bf16", "qat"]
     loss: Number
+    distill_kl: NotRequired[float]
     learning_rate: NotRequired[float]
     grad_norm: NotRequired[float]
     num_saturated: NotRequired[int]
@@ -83,7 +86,7 @@ class Result(Record):
 class Match(TypedDict):
     """In what an arm must agree with its twin; model, warmup and all of `train` that decides a number are in it, too."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=0)]
     seed: int
     data_hash: str
 
@@ -98,14 +101,18 @@ class ArmResult(Record):
     """result.json of a trained arm; `perplexity` as of Result.
 
     Attributes:
+        method: "qat", or "ptq" for one that was made by calibration alone, whose `match` is that of what it was made from.
         weights: weights file or plan, relative to the arm's folder -> SHA-256 of what was scored.
+        made_from: of a "ptq" arm, `weights` of its twin; nothing where that is the start model.
     """
 
     arm: str
     twin: str | None
+    method: Literal["qat", "ptq"] = "qat"
     match: Annotated[Match, WrapValidator(_as_it_stands)]
     cost: Cost
     coverage: str | None
     perplexity: dict[str, float]
     sizes: dict[str, int]
     weights: dict[str, str] = Field(default_factory=dict)
+    made_from: dict[str, str] = Field(default_factory=dict)

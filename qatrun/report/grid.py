@@ -25,10 +25,12 @@ LEFT_ALIGNED = frozenset(
         "study",
         "arms",
     }
+    | {"linears", "keep", "tensor", "advice"}
 )
-FOLDED = frozenset({"task", "arm", "contrast", "metric", "source", "study"})  # names: anywhere, down to so many columns
+# Names: anywhere, down to so many columns.
+FOLDED = frozenset({"task", "arm", "contrast", "metric", "source", "study", "linears", "tensor"})
 FOLDED_TO = 10
-WRAPPED = frozenset({"answer", "per seed", "arms"})  # between words
+WRAPPED = frozenset({"answer", "per seed", "arms", "advice"})  # between words
 
 
 class Grid:

@@ -85,8 +85,9 @@ class TerminalDisplay:
         step = row["step"]
         self._pace.advance(step - self._first)
         twin = f" (twin {self._twin[step]:.4f})" if step in self._twin else ""
+        teacher = f"  kl {row['distill_kl']:.4f}" if "distill_kl" in row else ""
         detail = (
-            f"{row['phase']:<4} loss {row['loss']:.4f}{twin}  lr {row['learning_rate']:.1e}  "
+            f"{row['phase']:<4} loss {row['loss']:.4f}{twin}{teacher}  lr {row['learning_rate']:.1e}  "
             f"{row['tokens_per_second']:,.0f} tok/s  saturated {row['num_saturated']}"
         )
         if self._task is not None:

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
     from qatrun.study.housekeeping import clean, list_studies, spare_files
+    from qatrun.study.inspecting import inspect_model
     from qatrun.study.named import diagnose_study, named_study, report_study
     from qatrun.study.pairs import compare_named, ranked_arms
     from qatrun.study.results import StudyResult, alarms_raised, comparison_csv
     from qatrun.study.runner import run, run_study
     from qatrun.study.scoring import eval_config, score_path
+    from qatrun.study.sensitivity import find_sensitivity
 else:
     __getattr__ = lazy_names(
         __name__,
@@ -24,11 +26,13 @@ else:
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
             "qatrun.study.housekeeping": ("clean", "list_studies", "spare_files"),
+            "qatrun.study.inspecting": ("inspect_model",),
             "qatrun.study.named": ("diagnose_study", "named_study", "report_study"),
             "qatrun.study.pairs": ("compare_named", "ranked_arms"),
             "qatrun.study.results": ("StudyResult", "alarms_raised", "comparison_csv"),
             "qatrun.study.runner": ("run", "run_study"),
             "qatrun.study.scoring": ("eval_config", "score_path"),
+            "qatrun.study.sensitivity": ("find_sensitivity",),
         },
     )
 
@@ -41,7 +45,9 @@ __all__ = [
     "diagnose_study",
     "eval_config",
     "export_arm",
+    "find_sensitivity",
     "fix_study",
+    "inspect_model",
     "list_studies",
     "named_study",
     "preflight",

@@ -22,7 +22,7 @@ from qatrun.study.inputs import describe_inputs, input_problems
 from qatrun.text import flat
 
 # Sections that no number of an arm depends on: what is watched, asked, judged and exported, not what is trained and scored.
-FREE_SECTIONS = {"budget", "contrasts", "diagnose", "export", "monitor"}
+FREE_SECTIONS = {"budget", "contrasts", "diagnose", "export", "monitor", "target"}
 # Where a study lies: it may be moved to a larger disk.
 PLACE = {"name", "output_dir"}
 

@@ -19,8 +19,9 @@ from qatrun.evaluate import equality
 from qatrun.evaluate.engines import ENGINES
 from qatrun.export import EXPORTS, Export, artifact
 from qatrun.export.folder import Stored, stored_linears
-from qatrun.files import read_json, sha256, whole_folder, write_json
-from qatrun.layout import EVAL, EXPORT_FILE, PLAN_FILE, QUANTIZED, WEIGHTS_FILE, ArmFolder, StudyFolder
+from qatrun.export.weights import weights_sha256
+from qatrun.files import read_json, whole_folder, write_json
+from qatrun.layout import EVAL, EXPORT_FILE, PLAN_FILE, QUANTIZED, ArmFolder, StudyFolder
 from qatrun.model import architecture
 from qatrun.quant import QuantPlan
 from qatrun.recipe import Arm, EvalConfig, ModelConfig, load_recipe
@@ -128,7 +129,7 @@ def is_current(folder: ArmFolder, name: str) -> bool:
         record = read_json(folder.path / name / EXPORT_FILE, Exported)
     except DamagedFileError:
         return False
-    return record.source_sha256 == sha256(folder.quantized / WEIGHTS_FILE)
+    return record.source_sha256 == weights_sha256(folder.quantized)
 
 
 def default_export(plan: QuantPlan) -> str:
@@ -148,7 +149,7 @@ def _proven(scored: Scored, export: Export, folder: Path, target: Path) -> Expor
     record = Exported(
         format=export.NAME,
         source=os.path.relpath(scored.folder.resolve(), target.resolve()),
-        source_sha256=sha256(scored.folder / WEIGHTS_FILE),
+        source_sha256=weights_sha256(scored.folder),
         compute_dtype=str(scored.model.dtype).removeprefix("torch."),
         attn_implementation=scored.settings["attn_implementation"],
         linears=len(stored),

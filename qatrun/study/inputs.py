@@ -15,6 +15,7 @@ from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.environment import StudyEnvironment
 
+TEACHER_KEY = "train.distill.teacher"
 # What a model's folder is read for. That of another study's arm holds more, which may change.
 MODEL_FILES = (
     *("config.json", "*.safetensors", "*.bin", "*.py"),
@@ -61,6 +62,8 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     keys: dict[str, str] = {}
     for arm in recipe.arm_by_name.values():
         keys.setdefault(arm.model.path, "model.path")
+        if arm.teacher is not None:
+            keys.setdefault(arm.teacher.path, TEACHER_KEY)
         for key in ("train", "valid", "probe"):
             source = getattr(arm.data, key)
             if source is not None:
@@ -72,7 +75,7 @@ def _files(path: Path, key: str, output_dir: Path) -> list[Path]:
     """Of a folder, those that are read; the studies in it, and hidden files, are no text."""
     if path.is_file():
         return [path]
-    if key == "model.path":
+    if key in ("model.path", TEACHER_KEY):
         return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
     studies = output_dir.resolve()
     return sorted(

@@ -44,8 +44,8 @@ def write_page(folder: StudyFolder) -> Path:
     if not folder.recipe.is_file() and not folder.environment.is_file():
         raise InputError(Problem(f"no study in {folder.path}", "study"))
     if folder.seeds.is_file() and not folder.comparison.is_file():
-        return _write(folder, seeds_document(_read_seeds(folder)))
-    return _write(folder, study_document(read_study(folder)))
+        return write_document(folder, seeds_document(_read_seeds(folder)))
+    return write_document(folder, study_document(read_study(folder)))
 
 
 def read_study(folder: StudyFolder) -> StudyContent:
@@ -68,7 +68,8 @@ def read_study(folder: StudyFolder) -> StudyContent:
     )
 
 
-def _write(folder: StudyFolder, document: Document) -> Path:
+def write_document(folder: StudyFolder, document: Document) -> Path:
+    """Write a page and the CSV files beside it, those of an earlier page replaced; returns the page."""
     for name, text in document.csv.items():
         replace_file(folder.csv / name, text.encode())
     for stale in set(folder.csv.glob("*.csv")) - {folder.csv / name for name in document.csv}:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,17 +16,25 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
-from qatrun.export import EXPORTS
-from qatrun.formats import Role
+from qatrun.layout import START
 from qatrun.model import architecture, check_model, text_config
-from qatrun.quant import Coverage, QuantPlan, Survey, coverage, make_plan, survey
+from qatrun.quant import (
+    Coverage,
+    QuantPlan,
+    Survey,
+    calibrated_plan,
+    coverage,
+    make_plan,
+    survey,
+)
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
-from qatrun.scheme import Scheme
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
+from qatrun.study.schemes import calibration_lines, export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
+from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
 from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -39,23 +48,29 @@ class Preflight:
         arms: by name, resolved.
         plans: arm -> what it quantizes; None for a BF16 arm.
         coverages: arm -> how much that is; BF16 arms are left out.
+        teachers: arm -> parameters of the teacher that it learns from; arms without one are left out.
         num_parameters: of the recipe's model, tied ones counted once.
         tasks: what would be scored.
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
         processes: that are to train together.
+        calibrations: arm -> how its scales are found without training, in words; those that have none are left out.
+        runs: arm -> what of it the target's hardware runs natively, a line a scheme.
     """
 
     recipe: Recipe
     arms: Mapping[str, Arm]
     plans: Mapping[str, QuantPlan | None]
     coverages: Mapping[str, Coverage]
+    teachers: Mapping[str, int]
     num_parameters: int
     config: Any
     tasks: list[TaskPlan]
     problems: list[Problem]
     warnings: list[Problem]
     processes: int
+    runs: Mapping[str, list[str]]
+    calibrations: Mapping[str, list[str]] = field(default_factory=dict)
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -82,8 +97,9 @@ class Preflight:
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
             num_quantized = covered.quantized_weights if covered else 0
-            memory = memory_bytes(arm, self.num_parameters, num_quantized, self.config, self.processes)
-            memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
+            sizes = self.num_parameters, num_quantized, self.config, self.processes, self.teachers.get(name)
+            memory = memory_bytes(arm, *sizes)
+            memory = {phase: size for phase, size in memory.items() if phase in _phases(arm)}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
             name=name,
@@ -95,9 +111,13 @@ class Preflight:
             tokens_per_step=tokens_per_step,
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
-            roles=[_role_text(*each) for each in arm.qat.schemes.items()] if arm.qat is not None else [],
+            roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
+            method=arm.method,
+            calibration=self.calibrations.get(name, []),
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
+            teacher=teacher_text(arm),
+            runs=self.runs.get(name, []),
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
@@ -105,21 +125,26 @@ class Preflight:
         return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
 
 
-def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
+def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -> Preflight:
     """Look at model architecture, patterns, data columns and benchmark data; collects every problem instead of raising.
 
     Args:
         processes: that are to train together.
+        hardware: what it is to be served on, in place of the recipe's target.
     """
+    hardware = hardware or recipe.target.hardware
+    runs: dict[str, list[str]] = {}
     arms = recipe.arm_by_name
     problems: list[Problem] = []
     warnings: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
+    calibrations: dict[str, list[str]] = {}
     models: dict[str, nn.Module | None] = {}
     tokenizers: dict[str, Any] = {}
     checked_data: set[tuple[str, str]] = set()
     surveys: dict[str, Survey] = {}
+    teachers: dict[TeacherKey | None, int | None] = {None: None}
     for name, arm in arms.items():
         key = arm.model.model_dump_json()
         if key not in models:
@@ -133,22 +158,37 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         if model is not None and qat is not None:
             seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
             plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
+            if plan is not None and not arm.trains:
+                plan = calibrated_plan(plan, keeps_unscaled=True)
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
-            problems += [_named(problem, name, recipe) for problem in _export_problems(arm, plan, model)]
+            if lines := list(calibration_lines(arm, plan, model)):
+                calibrations[name] = lines
+            problems += [_named(problem, name, recipe) for problem in export_problems(arm, plan, model)]
+            odd = [*scheme_warnings(arm, plan, model, surveys[key])]
+            warnings += [_named(problem, name, recipe) for problem in odd]
+            if hardware is not None:
+                runs[name], odd = on_hardware(arm, coverages[name], hardware)
+                warnings += odd
         if model is not None:
             problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
+        if model is not None and tokenizers[key] is not None and (taught := teacher_key(arm)) not in teachers:
+            check = partial(check_teacher, arm, model, tokenizers[key])
+            teachers[taught] = _collect(check, problems, name, recipe)
         if (data := (key, arm.data.model_dump_json())) not in checked_data:
             checked_data.add(data)
-            odd: list[Problem] = []
+            odd = []
             problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key], odd.append)]
             warnings += [_named(problem, name, recipe) for problem in odd]
         found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
         warnings += [_named(problem, name, recipe) for problem in found]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     problems += [
-        _named(problem, name, recipe) for name, arm in arms.items() for problem in _sharing_problems(arm, processes)
+        _named(problem, name, recipe)
+        for name, arm in arms.items()
+        if arm.trains
+        for problem in _sharing_problems(arm, processes)
     ]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -159,24 +199,23 @@ def preflight(recipe: Recipe, processes: int = 1) -> Preflight:
         arms=arms,
         plans=plans,
         coverages=coverages,
+        teachers={name: size for name, arm in arms.items() if (size := teachers.get(teacher_key(arm))) is not None},
         num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
         config=text_config(first) if first is not None else None,
         tasks=tasks,
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
+        calibrations=calibrations,
+        runs=runs,
     )
 
 
-def _role_text(role: Role, scheme: Scheme) -> str:
-    scaling = scheme.scaling
-    how = f"{scaling.type} {scaling.algorithm} over {scaling.window}" if scaling.type == "delayed" else scaling.type
-    if scaling.to_power_of_two:
-        how += ", powers of two"
-    onto = (
-        f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
-    )
-    return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
+def _phases(arm: Arm) -> tuple[str, ...]:
+    """What an arm takes memory for."""
+    if not arm.trains:
+        return ("calibration", "scoring")
+    return ("bf16 training", *(("qat training",) if arm.qat is not None else ()), "scoring")
 
 
 TRACKER_PACKAGES = {
@@ -218,13 +257,6 @@ def _sharing_problems(arm: Arm, processes: int) -> Iterator[Problem]:
         )
 
 
-def _export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:
-    """What a format that an arm is to be exported as cannot say of it."""
-    for name in arm.export:
-        for problem in EXPORTS[name].problems(plan, model):
-            yield Problem(f"arm '{arm.name}' as {name}: {problem}", "export")
-
-
 def _start_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
     """Arms that start from another model: their scores would stand beside a start that is not theirs."""
     first = next(iter(arms.values())).model
@@ -239,15 +271,18 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
     for name, arm in arms.items():
         if arm.twin is None:
             continue
-        of_arm, of_twin = _comparable_settings(arm), _comparable_settings(arms[arm.twin])
+        # The start model is scored on the first arm's text.
+        twin = arms[next(iter(arms)) if arm.twin == START else arm.twin]
+        of_arm, of_twin = (_comparable_settings(each, trained=arm.trains) for each in (arm, twin))
         differing = [key for key in of_arm if of_arm[key] != of_twin[key]]
         if differing:
             message = f"its twin '{arm.twin}' has other {', '.join(differing)}: name a twin that does not, or add one"
             yield Problem(message, f"arms.{name}.twin")
 
 
-def _comparable_settings(arm: Arm) -> dict[str, Any]:
-    return {**matched_settings(arm), "data": arm.data.model_dump()}
+def _comparable_settings(arm: Arm, *, trained: bool) -> dict[str, Any]:
+    settings = matched_settings(arm) if trained else {"model": arm.model.model_dump(mode="json")}
+    return {**settings, "data": arm.data.model_dump()}
 
 
 def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:
@@ -261,7 +296,7 @@ def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: R
 
 def _named(problem: Problem, arm: str, recipe: Recipe) -> Problem:
     overrides: Any = recipe.arms[arm]
-    for part in problem.key.split("."):
+    for part in re.sub(r"\[\d+\].*", "", problem.key).split("."):  # a list is an arm's as a whole
         if not isinstance(overrides, Mapping) or part not in overrides:
             return problem
         overrides = overrides[part]

@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
 from qatrun.layout import CHECKPOINTS, METRICS_FILE
 from qatrun.numerics import bfloat16_products
-from qatrun.quant import Mode, QuantState, ResumableState
+from qatrun.quant import Mode, QuantState, ResumableState, calibrate
 from qatrun.ranks import world
 from qatrun.records.training import Outcome
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint
@@ -45,12 +46,14 @@ def train(
     listener: Listener,
     trackers: Sequence[str],
     watched: Watched,
+    teacher: PreTrainedModel | None = None,
 ) -> Outcome:
     """Train a segment to its end, from its newest checkpoint if it has one. Leaves the model with quantizers attached, and
     in parts where several processes train it, all of which come here.
 
     Args:
         stream: read by the process that leads; None on others.
+        teacher: where `train.distill` wants one, in the dtype that it computes in.
     Raises:
         RunError: processes do not agree any more on what all of them have.
         AlarmStop: an alarm, with `monitor.on_alarm: stop`; the state was saved.
@@ -61,7 +64,7 @@ def train(
         WriteError: a full disk, a missing permission; the last checkpoint is good.
     """
     with bfloat16_products(), stop_on_signals() as request:
-        return Session(segment, model, stream, listener, trackers, watched).run(request)
+        return Session(segment, model, stream, listener, trackers, watched, teacher).run(request)
 
 
 class Session:
@@ -84,11 +87,12 @@ class Session:
         listener: Listener,
         trackers: Sequence[str],
         watched: Watched,
+        teacher: PreTrainedModel | None,
     ) -> None:
         arm, self.clock, self.world = segment.arm, Clock(), world()
         self.segment, self.stream, self.listener = segment, stream, listener
         self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=segment.folder)
-        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model)
+        self.stepper = Stepper(self.accelerator, model, segment.plan, arm.train, arm.model, teacher)
         self.quant = self.stepper.quant
         if trackers:
             settings = {key: str(value) for key, value in arm.model_dump().items()}  # as a tracker takes them
@@ -165,9 +169,20 @@ class Session:
             if trunk is None:
                 raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
             self._restore(trunk, from_trunk=True)
+        if own is None and self.segment.calibration is not None:
+            self._calibrate(self.segment.calibration)
         self._open_metrics()
         for text in self.monitor.start(self.step):
             self.listener.on_warning(text)
+
+    def _calibrate(self, batches: Sequence[Tensor]) -> None:
+        """Give the first step its scales; the weights are smoothed already, see `study.joint`."""
+        model, qat = self.stepper.model, self.segment.arm.qat
+        assert qat is not None
+        with self.stepper.autocast():
+            least_error = qat.calibrating.input == "mse"
+            calibrate(model, [batch.to(self.accelerator.device) for batch in batches], least_error=least_error)
+        model.train()
 
     def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
         checkpoint, warnings = latest_checkpoint(folder / CHECKPOINTS)
@@ -206,7 +221,7 @@ class Session:
             {
                 "step": self.step,
                 "phase": "qat" if mode is Mode.QUANTIZE else "bf16",
-                "loss": taken.loss,
+                **taken.terms,
                 "learning_rate": learning_rate,
                 "grad_norm": taken.grad_norm,
                 "num_saturated": taken.num_saturated,

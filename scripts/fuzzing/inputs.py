@@ -15,9 +15,10 @@ KEYS = (
     "data.train.text_column", "data.valid", "data.seq_len", "data.valid_sequences", "train.steps",
     "train.global_batch_size", "train.micro_batch_size", "train.learning_rate", "train.seed", "train.seeds",
     "train.save_every", "warmup.steps", "qat", "qat.format", "qat.targets", "qat.ignore", "qat.clip", "qat.scaling",
-    "qat.scaling.window", "qat.scaling.algorithm", "qat.weight.granularity", "qat.skip_blocks", "arms", "arms.hif8",
-    "arms.hif8.twin", "arms.hif8.qat.start_step", "eval.tasks", "eval.limit", "eval.data_dir", "eval.batch_size",
-    "budget", "monitor.probe", "monitor.on_alarm", "contrasts", "diagnose.at_end", "output_dir", "nope", "nope.nope",
+    "qat.scaling.window", "qat.scaling.algorithm", "qat.weight.granularity", "qat.skip_blocks", "qat.modules", "arms",
+    "arms.hif8", "arms.hif8.twin", "arms.hif8.qat.start_step", "eval.tasks", "eval.limit", "eval.data_dir",
+    "eval.batch_size", "budget", "monitor.probe", "monitor.on_alarm", "contrasts", "diagnose.at_end", "output_dir", "nope",
+    "nope.nope",
 )  # fmt: skip
 OUTPUTS = ("no", "text.jsonl", "runs", "model", "new/er", "x" * 300, "", "code.py")  # may be written to
 PATHS = (

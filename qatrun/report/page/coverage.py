@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from qatrun.formats import ROLES
+from qatrun.formats import ROLES, Role
 from qatrun.quant import QuantPlan
 from qatrun.report.page.content import ArmContent
 from qatrun.report.page.document import Section
 from qatrun.report.page.table import Table, printable, table
 from qatrun.report.page.tensors import block
-from qatrun.scheme import Scaling
+from qatrun.scheme import Scaling, Scheme
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -40,17 +40,26 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _linears_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
-    """A row a kind of linear and set of blocks; arms that share it stand in one row."""
-    arms_of: dict[tuple[str, int, str], list[str]] = {}
+    """A row a kind of linear, set of blocks and, in an arm that has several, scheme; arms that share it stand in one row."""
+    arms_of: dict[tuple[str, int, str, str | None], list[str]] = {}
     for arm, plan in planned:
-        kinds: dict[str, list[str]] = {}
-        for name in plan.linears:
-            kinds.setdefault(_NUMBER.sub("*", name, count=1), []).append(name)
-        for kind, names in kinds.items():
+        alike: dict[tuple[str, str | None], list[str]] = {}
+        texts = {name: _schemes(schemes) for name, schemes in plan.schemes.items()}
+        is_mixed = len(set(texts.values())) > 1
+        for name, text in texts.items():
+            alike.setdefault((_NUMBER.sub("*", name, count=1), text if is_mixed else None), []).append(name)
+        for (kind, where_mixed), names in alike.items():
             blocks = [number for name in names if (number := block(name)) is not None]
-            arms_of.setdefault((kind, len(names), ranges(blocks)), []).append(arm.name)
-    rows = [(kind, number, blocks, ", ".join(arms)) for (kind, number, blocks), arms in arms_of.items()]
-    return table(("quantized linears", "number", "blocks", "arms"), rows, "Linears", "coverage")
+            arms_of.setdefault((kind, len(names), ranges(blocks), where_mixed), []).append(arm.name)
+    rows = [(*row, ", ".join(arms)) for row, arms in arms_of.items()]
+    return table(
+        ("quantized linears", "number", "blocks", "scheme, where they differ", "arms"), rows, "Linears", "coverage"
+    )
+
+
+def _schemes(schemes: Mapping[Role, Scheme]) -> str:
+    """`weight int8 per_channel, input int8 per_token`."""
+    return ", ".join(f"{role} {scheme.format} {scheme.granularity}" for role, scheme in schemes.items())
 
 
 def _roles_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:

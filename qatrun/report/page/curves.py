@@ -127,6 +127,40 @@ def forgetting_figure(arms: Sequence[ArmContent], limit: float | None = None) ->
     )
 
 
+def teacher_figure(arms: Sequence[ArmContent]) -> Figure | None:
+    """KL from the teacher of every arm that has one."""
+    curves = {arm.name: curve for arm in arms if (curve := _curve(arm, "distill_kl")) is not None}
+    if not curves:
+        return None
+    bins = step_bins(np.concatenate([steps for steps, _ in curves.values()]))
+    means = {name: bins.mean(*curve) for name, curve in curves.items()}
+    last = {name: float(values[np.isfinite(values)][-1]) for name, values in means.items()}
+    farthest = max(last, key=last.__getitem__)
+    title = f"{printable(farthest)} ends {last[farthest]:.3g} nats per token from its teacher"
+
+    def plot(layout: Layout) -> Plot:
+        figure = canvas(layout, 270)
+        axes = figure.subplots()
+        for arm in arms:
+            if arm.name in means:
+                _line(axes, bins.last, means[arm.name], arm)
+        scaled(axes, np.concatenate(list(means.values())))
+        axes.set_ylabel("KL, nats per token")
+        label_steps(axes)
+        mark_switch([axes], arms)
+        return Plot(figure, [(axes, 0)])
+
+    return Figure(
+        key="teacher",
+        title=title,
+        caption=f"{bins.describe('the mean')}KL(teacher ‖ model) on the training text, logits of both over the "
+        "temperature. It is a part of what is made small; the loss above is the cross-entropy alone.",
+        drawings=draw("teacher", title, plot),
+        tables=(table(("step", *(f"{name} KL" for name in means)), zip(bins.last, *means.values(), strict=True)),),
+        legend=arm_keys({arm.name: arm.index for arm in arms if arm.name in curves}),
+    )
+
+
 def label_steps(axes: Any) -> None:
     """An x axis of optimizer steps."""
     axes.set_xlabel("optimizer step")

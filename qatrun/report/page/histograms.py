@@ -25,8 +25,14 @@ PANEL_PX = 190
 GRID_SHARE = 0.4  # height of the grid's part, of that of the values
 
 
-def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | None:
-    """Histograms of an arm's first `num_tensors` tensors; None where it has none of a format that is known."""
+def histogram_figure(
+    arm: ArmContent, key: str, num_tensors: int, of: str = "the trained model on held-out text"
+) -> Figure | None:
+    """Histograms of an arm's first `num_tensors` tensors; None where it has none of a format that is known.
+
+    Args:
+        of: whose values, in words.
+    """
     found = [entry for entry in arm.histograms if entry.format in FORMATS and any(entry.counts)][:num_tensors]
     if not found:
         return None
@@ -41,7 +47,7 @@ def histogram_figure(arm: ArmContent, key: str, num_tensors: int) -> Figure | No
     return Figure(
         key=key,
         title=title,
-        caption="|x| / scale of the trained model on held-out text, as powers of two. Upwards the share of the "
+        caption=f"|x| / scale of {of}, as powers of two. Upwards the share of the "
         "tensor's values in each bin, downwards how many values the grid has in that octave: where the grid thins out, so "
         "does precision. The line is the target that amax is mapped to, the dashed one the grid's largest value.",
         drawings=draw(key, title, lambda layout: _plot(layout, arm, found, tables)),

@@ -22,10 +22,22 @@ from qatrun.report.page.theme import NUM_ARM_COLORS, arm_glyph
 LEFT_ALIGNED = {
     *("arm", "arms", "twin", "task", "score", "metric", "verdict", "effect", "from", "to", "kind", "alarm", "tensor"),
     *("worst tensor", "findings", "quantized linears", "blocks", "role", "format", "granularity", "scaling"),
-    *("clipped at", "contrast", "a", "b", "answer", "key", "item", "right answer"),
+    *(
+        "clipped at",
+        "contrast",
+        "a",
+        "b",
+        "answer",
+        "key",
+        "item",
+        "right answer",
+        "the last one kept",
+        "advice",
+        "keep",
+    ),
 }
 MOST_PACKED = 120_000  # characters of a CSV file inside the page
-LONG_TEXT = {"answer", "findings", "item", "seen on"}
+LONG_TEXT = {"answer", "findings", "item", "seen on", "advice"}
 NUMERIC_TEXT = {
     *("start", "BF16 twin", "on", "off", "drop pp", "95% interval", "flips", "relative drop %", "McNemar p"),
     *("detects pp", "mean |Δll|", "accuracy % mean", "sd", "sd pp", "loss APE %", "perplexity", *VARIANTS.values()),
@@ -49,7 +61,7 @@ def render(document: Document) -> str:
     )
     return environment.get_template("page.html.j2").render(
         document=document,
-        style=Markup(_source("style.css")),
+        style=Markup(style_sheet()),
         script=Markup(script),
         policy=policy,
         heat={"light": LIGHT, "dark": DARK},
@@ -82,6 +94,11 @@ def _environment() -> Environment:
         "json_in_script": lambda text: Markup(text.replace("<", "\\u003c")),
     }
     return environment
+
+
+def style_sheet() -> str:
+    """Of every page."""
+    return _source("style.css")
 
 
 def breakable(text: str) -> Markup:

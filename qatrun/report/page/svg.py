@@ -56,6 +56,20 @@ def themed(source: str, prefix: str, label: str, titles: Mapping[str, str], pict
     return ET.tostring(root, encoding="unicode")
 
 
+def standalone(svg: str, style: str) -> str:
+    """An inline drawing as a file of its own, in the colours and type of the page.
+
+    Args:
+        style: the page's style sheet, which opens with its colours, light and dark.
+    """
+    root = ET.fromstring(svg)
+    colours = re.match(r"(?s):root \{.*?\}\n@media screen[^{]*\{\s*:root \{.*?\}\s*\}", style)
+    sheet = ET.Element(f"{{{SVG}}}style")
+    sheet.text = f"{colours.group() if colours else ''}\nsvg {{ background: var(--paper); font-family: sans-serif }}"
+    root.insert(0, sheet)
+    return ET.tostring(root, encoding="unicode")
+
+
 def _add_titles(root: ET.Element, titles: Mapping[str, str]) -> None:
     for element in list(root.iter()):
         text = titles.get(element.get("id", ""))
