@@ -257,7 +257,7 @@ def test_resume_goes_on_with_the_first_unfinished_seed(seeded: Path) -> None:
     shutil.rmtree(seeded / "runs")
     with pytest.MonkeyPatch.context() as patch:
         ran = _interrupted_in_second_seed(seeded, patch)
-    assert (ran.code, ran.err) == (3, "SIGINT at step 4 of hif8; saved\n")
+    assert (ran.code, ran.err) == (3, "SIGINT at step 4 of hif8; saved: go on with --resume\n")
     refused = train(seeded, *SEEDS)
     assert refused.code == 2
     assert "runs/many holds a study that is unfinished (--resume to go on with it" in refused.err
