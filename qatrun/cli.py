@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from qatrun.options import (
 )
 from qatrun.records.values import VERDICTS
 from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
+
+if TYPE_CHECKING:
+    from qatrun.study import StudyResult
 
 app = typer.Typer(
     name="qatrun",
@@ -81,33 +84,45 @@ def train(
     boundary.working_in(Path(loaded.output_dir) / loaded.name)
     _in_processes(processes)
     terminal.quiet_libraries()
-    from qatrun.report import TerminalDisplay, comparison_table
+    from qatrun.report import TerminalDisplay
     from qatrun.report.fix import fix_table
-    from qatrun.report.overview import overview
-    from qatrun.report.seeds_table import seeds_table
     from qatrun.study import fix_study, run_study
 
     with _located(recipe, set_), TerminalDisplay(out) as display:
         result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
-    ranked = result.ranked
-    if ranked:
-        out.print()
-        out.print(overview(ranked))
-    if result.diagnosis is not None:
-        for arm in result.diagnosis.arms.values():
-            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
-    for total in ranked:
-        out.print()
-        out.print(comparison_table(total.pair, total.alarms))
-    if result.summary is not None:
-        out.print()
-        out.print(seeds_table(result.summary))
-    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
-    if not result.pairs and result.summary is None:
-        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+    _print_result(result)
     if fix:
         with TerminalDisplay(out) as display:
             out.print("\n", fix_table(fix_study(str(result.folder), result.folder.parent, display)))
+    if fail_on_verdict:
+        _exit_by_verdict(result.verdict, strict)
+
+
+@app.command()
+def ptq(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
+    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
+    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    processes: ProcessesOption = None,
+    trust_task_code: TrustOption = False,
+) -> None:
+    """Quantize the start model as each arm of a recipe says, by calibration alone; score, compare and diagnose what comes
+    out, in a study of its own."""
+    from qatrun.recipe import calibrated_alone, load_recipe
+
+    loaded = calibrated_alone(load_recipe(recipe, set_ or ()))
+    boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    _in_processes(processes)
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.study import run_study
+
+    with _located(recipe, set_), TerminalDisplay(out) as display:
+        result = run_study(loaded, display, resume=resume, overwrite=overwrite)
+    _print_result(result)
     if fail_on_verdict:
         _exit_by_verdict(result.verdict, strict)
 
@@ -564,6 +579,33 @@ def _in_processes(asked: str | None) -> None:
     code = run_in_processes(asked)
     if code is not None:
         raise typer.Exit(code)
+
+
+def _print_result(result: StudyResult) -> None:
+    """What a study ended in."""
+    from qatrun.report import comparison_table
+    from qatrun.report.over_ptq import over_ptq_lines
+    from qatrun.report.overview import overview
+    from qatrun.report.seeds_table import seeds_table
+
+    ranked = result.ranked
+    if ranked:
+        out.print()
+        out.print(overview(ranked))
+    for line in over_ptq_lines(result.over_ptq):
+        out.print(f"\n{line}", markup=False)
+    if result.diagnosis is not None:
+        for arm in result.diagnosis.arms.values():
+            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
+    for total in ranked:
+        out.print()
+        out.print(comparison_table(total.pair, total.alarms))
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
+    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
+    if not result.pairs and result.summary is None:
+        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
 
 
 @contextmanager

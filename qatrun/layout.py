@@ -3,6 +3,7 @@
 runs/<study>/
   recipe.yaml  environment.json  comparison.json  comparison.csv  comparison.txt  diagnosis.json
   fix.json             remedies that were tried, and what each gave back
+  qat_ptq.csv          every trained arm against one of the same format that was calibrated alone
   report.html          the page; report/ the CSV of its figures
   start/               scores of the model before training, and known_text.safetensors: text of what it knew
   trunk-<hash>/        checkpoints and metrics.jsonl of the BF16 phase that arms share
@@ -10,7 +11,7 @@ runs/<study>/
     quantized/         the quantized model that is scored (arms with qat)
     compressed-tensors/  and others of `serving.EXPORT_NAMES`: the same for an engine, with what was proven in export.json
     eval/              its scores; eval-quantizers-off/ those of the plain folder, eval-calibrated-<hash>/ those of
-                       a diagnosis: these weights with calibrated scales (of a twin: PTQ)
+                       a diagnosis: these weights with calibrated scales (of a twin or the start model: PTQ)
     checkpoints/  metrics.jsonl  alarms.jsonl  tensors/  histograms.json  result.json
 
 A study with `train.seeds` holds one such folder for each seed, and what they say together:
@@ -55,7 +56,7 @@ SCORES_OF_LM_EVAL, SAMPLES = "lm_eval_results.json", "samples"
 # All that qatrun writes into a study's own folder, and below the folder of an arm, of a trunk or of the start model.
 OF_A_STUDY = (
     *(*FIRST_FILES, "comparison.json", "comparison.csv", "comparison.txt", "seeds.json", "seeds.csv"),
-    *("diagnosis.json", "fix.json"),
+    *("diagnosis.json", "fix.json", "qat_ptq.csv"),
     *(PAGE_FILE, f"{CSV_FOLDER}/*.csv", PARTIAL, f"{CSV_FOLDER}/{PARTIAL}"),
 )
 _OF_A_MODEL = (
@@ -126,6 +127,7 @@ class StudyFolder:
     seeds = _Below("seeds.json")  # what the seeds say together, and the contrasts
     diagnosis = _Below("diagnosis.json")
     fix = _Below("fix.json")
+    over_ptq = _Below("qat_ptq.csv")  # trained arms against calibrated ones
     page = _Below(PAGE_FILE)
     csv = _Below(CSV_FOLDER)  # the numbers of the page's figures
 

@@ -137,7 +137,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
     "an arm that changes what all share": ("  hif8: {}", "  hif8: {name: x, eval: {limit: 5}, outputs: y}", [
         "r.yaml:10: arms.hif8.name -- is shared by all arms; no arm may change it",
         "r.yaml:10: arms.hif8.eval -- is shared by all arms; no arm may change it",
-        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, export, twin)",
+        "r.yaml:10: arms.hif8.outputs -- unknown key (one of model, data, train, warmup, qat, export, method, twin)",
     ]),
     "a mistake in an arm": ("  hif8: {}", "  hif8:\n    qat:\n      formt: int8", [
         "r.yaml:12: arms.hif8.qat.formt -- unknown key (did you mean 'format'?)",
@@ -279,7 +279,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:11: name -- duplicate key (first on line 1)",
     ]),
     "a broken rule with a wrong key is left out": ("  steps: 1000", "  steps: -5\n  lr_warmup_steps: 1200", [
-        "r.yaml:5: train.steps -- must be at least 1 (got -5)",
+        "r.yaml:5: train.steps -- must be at least 0 (got -5)",
     ]),
 }  # fmt: skip
 

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qatrun.formats import Role
+from qatrun.numerics import inverse_scale
 from qatrun.quant.attach import attached_state
 from qatrun.quant.experts import FakeQuantExperts
 from qatrun.quant.linear import FakeQuantLinear
-from qatrun.quant.plan import QuantPlan
+from qatrun.quant.plan import QuantPlan, Schemes
+from qatrun.quant.qtensor import to_grid
+from qatrun.quant.quantizer import Quantizer
 from qatrun.quant.state import Mode, QuantState
-from qatrun.scheme import Scaling, Slot
+from qatrun.scheme import Scaling, Scheme, Slot
 
+SHRUNK = [0.9**n for n in range(24)]  # of the scale that fits the largest value; outliers of 12 times the rest
 CALIBRATED = Scaling(type="delayed", algorithm="max", window=1)
 LOG2_BINS = torch.arange(-24.0, 16.25, 0.25)  # of |x| in units of the grid; HiF8 reaches from 2^-22 to 2^15
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor], *, least_error: bool = False) -> None:
     """Give an attached model scales from these batches of token ids ([batch, seq_len] each) alone: the largest amax of
     each tensor, whatever the plan's algorithm. It is left quantizing, in eval mode.
 
+    Args:
+        least_error: inputs have the scale instead that loses least of them in mean square, of those that `SHRUNK` gives.
     Raises:
         InputError: nothing is attached.
     """
-    state = attached_state(model)
+    state, batches = attached_state(model), list(batches)
     state.forget()
     model.eval()
     observing = [
@@ -43,20 +50,85 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     state.push()
     model.eval()
     state.enter(Mode.QUANTIZE)
+    if least_error:
+        with state.computing(Mode.OFF):
+            factors = _least_errors(model, batches, state)
+        state.scales.multiply(factors)
+    state.tally.take()  # none of it is of a step
 
 
-def calibrated_plan(plan: QuantPlan) -> QuantPlan:
-    """The plan with every scale of a whole tensor from calibration, whatever its own scaling; rounded as its own are."""
-    schemes = {
+def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState) -> Tensor:
+    """[num_slots] of SHRUNK: what to multiply the scale of each input of a whole tensor by; 1 elsewhere."""
+    quantizers = {
+        quantizer.index: (module, quantizer)
+        for module in model.modules()
+        if isinstance(module, FakeQuantLinear)
+        for quantizer in [module.quant.of["input"]]
+        if not quantizer.scheme.per_row and quantizer.scheme.scaling.type != "none"
+    }
+    errors = {index: torch.zeros(len(SHRUNK), dtype=torch.float64) for index in quantizers}
+
+    def measure(quantizer: Quantizer, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        scale, _, zero = state.scales.fit(quantizer.index)
+        for number, factor in enumerate(_factors(quantizer.scheme)):
+            shrunk = scale * factor
+            on_x, _ = to_grid(x, quantizer.scheme, (shrunk, inverse_scale(shrunk), zero), torch.float32)
+            errors[quantizer.index][number] += float((x.float() - on_x.dequantized()).square().sum())
+
+    handles = [
+        module.register_forward_pre_hook(partial(measure, quantizer)) for module, quantizer in quantizers.values()
+    ]
+    try:
+        for input_ids in batches:
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    factors = torch.ones(len(state.scales.names))
+    for index, (_, quantizer) in quantizers.items():
+        factors[index] = _factors(quantizer.scheme)[int(errors[index].argmin())]
+    return factors.to(state.scales.scale.device)
+
+
+def _factors(scheme: Scheme) -> Sequence[float]:
+    """Of one length; where scales are powers of two, powers of two."""
+    return [2.0**-n for n in range(len(SHRUNK))] if scheme.scaling.to_power_of_two else SHRUNK
+
+
+def calibrated_plan(plan: QuantPlan, *, keeps_unscaled: bool = False) -> QuantPlan:
+    """The plan of the forward with every scale of a whole tensor from calibration, whatever its own scaling; rounded as its
+    own are.
+
+    Args:
+        keeps_unscaled: tensors that have the scale 1 for a reason keep it.
+    """
+    schemes: dict[str, Schemes] = {
         name: {
             role: scheme
-            if scheme.per_row
+            if scheme.per_row or (keeps_unscaled and scheme.scaling.type == "none")
             else replace(scheme, scaling=replace(CALIBRATED, rounding=scheme.scaling.rounding))
             for role, scheme in of_roles.items()
+            if role != "grad_output"
         }
         for name, of_roles in plan.schemes.items()
     }
     return replace(plan, schemes=schemes, saves_codes=False)
+
+
+@torch.no_grad()
+def statistics(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """[num_slots, len(STATISTICS)] of an attached model that quantizes, on this text, [batch, seq_len]; scales stay."""
+    state = attached_state(model)
+    state.training, state.tally.measures_noise = True, True
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    finally:
+        state.training, state.tally.measures_noise = False, False
+    state.tally.note_amax(state.scales.amax)
+    state.tally.note_fit(state.scales, primed=state.primed)
+    state.scales.amax = torch.zeros_like(state.scales.amax)
+    return state.tally.take()
 
 
 def finest_plan(plan: QuantPlan) -> QuantPlan:

@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,28 +149,40 @@ class _AnsweringItems(TorchDispatchMode):
 
 def _dry_run(model: nn.Module) -> _Use | Exception | None:
     """Two tokens through the architecture on the meta device, or what it raised where it is given tokens alone."""
+    failure = None
+    for skeleton, run in dry_runs(model):
+        use = _Use({}, set())
+        try:
+            with _watched(named_linears(skeleton), use), torch.no_grad():
+                run()
+        except Exception as error:  # the code of any model: it may fail in every way
+            failure = error
+            continue
+        return use
+    return failure
+
+
+def dry_runs(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], Any]]]:
+    """(the model's architecture on the meta device, two tokens through it), each time with another mask; nothing where no
+    config describes it."""
     config = getattr(model, "config", None)
     if config is None:
-        return None
-    with torch.device("meta"), torch.no_grad():
+        return
+    with torch.device("meta"):
         try:
             skeleton = type(model)(config).to(torch.bfloat16).eval()  # grouped products know no other dtype there
         except Exception:  # no model that its config describes
-            return None
+            return
         tokens = torch.zeros(1, 2, dtype=torch.long)
         # A mask in full spares most models the look at its values.
         masks = torch.ones(1, 1, 2, 2, dtype=torch.bool), torch.ones_like(tokens)
-        failure = None
-        for given in (*({"attention_mask": mask} for mask in masks), {}):
-            use = _Use({}, set())
-            try:
-                with _watched(named_linears(skeleton), use), _AnsweringItems():
-                    skeleton(input_ids=tokens, use_cache=False, **given)
-            except Exception as error:  # the code of any model: it may fail in every way
-                failure = error
-                continue
-            return use
-    return failure
+
+    def run(given: Mapping[str, Tensor]) -> Any:
+        with torch.device("meta"), _AnsweringItems():
+            return skeleton(input_ids=tokens, use_cache=False, **given)
+
+    for given in (*({"attention_mask": mask} for mask in masks), {}):
+        yield skeleton, partial(run, given)
 
 
 @contextmanager

@@ -126,6 +126,15 @@ class Scales:
         self.inv_scale = inverse_scale(self.scale)
         self.num_changes += 1
 
+    @torch.no_grad()
+    def multiply(self, factors: Tensor) -> None:
+        """Multiply the scales, [num_slots], and the history that says them, alike; zero-points stay."""
+        sides = [factors[index].expand(2) for index in self._sides]
+        self.history = self.history * torch.cat([factors, *sides])
+        self.scale = self.scale * factors
+        self.inv_scale = inverse_scale(self.scale)
+        self.num_changes += 1
+
     def used(self, *, primed: bool) -> tuple[Tensor, Tensor]:
         """(scale, overshoot), [num_slots] float32: what the tensors seen since the last push were quantized with, and their
         amax over what that stands for, of an asymmetric slot on the side that goes further past its edge. Where tensors

@@ -1,8 +1,10 @@
 """Recipes: what a study does, as data. Torch-free, so that a mistake is reported before anything heavy is imported."""
 
+from qatrun.recipe.calibrated import calibrated_alone
 from qatrun.recipe.loader import load_recipe, locate, parse_recipe
 from qatrun.recipe.monitor import AlarmConfig, DiagnoseConfig, MonitorConfig, ProbeConfig
 from qatrun.recipe.qat import (
+    CalibrationConfig,
     ModuleConfig,
     QatConfig,
     RoleConfig,
@@ -29,6 +31,7 @@ __all__ = [
     "DEFAULT_BUDGET_PP",
     "AlarmConfig",
     "Arm",
+    "CalibrationConfig",
     "DataConfig",
     "DiagnoseConfig",
     "EvalConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "Source",
     "TrainConfig",
     "WarmupConfig",
+    "calibrated_alone",
     "find_recipe",
     "json_schema",
     "load_recipe",

@@ -27,7 +27,7 @@ from qatrun.recipe.document import (
 )
 from qatrun.recipe.problems import unknown_key, validate
 from qatrun.recipe.rules import Finding, arm_findings, study_findings, twin_findings
-from qatrun.recipe.schema import ARM_SECTIONS, Arm, Recipe
+from qatrun.recipe.schema import ARM_KEYS, ARM_SECTIONS, START, Arm, Recipe
 from qatrun.recipe.shipped import find_recipe
 from qatrun.text import shown
 
@@ -172,8 +172,9 @@ def _resolved_arm(name: str, given: dict[str, Any], document: Document, mistakes
     overrides = Document(given, document.places_below(("arms", name)))
     mistakes.extend(_keys_no_arm_may_have(overrides))
     merged = merge(document.only((*ARM_SECTIONS, "monitor", "eval")), overrides.only(ARM_SECTIONS))
-    merged.tree |= {"name": name, "twin": overrides.tree.get("twin")}
-    merged.places[("twin",)] = overrides.place(("twin",))
+    of_arm = {key: overrides.tree[key] for key in ARM_KEYS if key in overrides.tree}
+    merged.tree |= {"name": name, "twin": None, **of_arm}
+    merged.places |= {(key,): overrides.place((key,)) for key in ARM_KEYS}
     arm, found, bad_paths = validate(Arm, merged)
     mistakes.extend(found)
     mistakes.extend(_located(arm_findings(arm), merged, bad_paths))
@@ -181,10 +182,16 @@ def _resolved_arm(name: str, given: dict[str, Any], document: Document, mistakes
 
 
 def _with_twins(arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """A quantized arm that names no twin is compared with the only BF16 arm, where there is one."""
+    """A quantized arm that names no twin is compared with the only BF16 arm, where there is one; one that is not trained
+    else with the start model."""
     bf16_arms = [name for name, arm in arms.items() if arm.qat is None]
-    only = {"twin": bf16_arms[0] if len(bf16_arms) == 1 else None}
-    return {name: arm if arm.qat is None or arm.twin else arm.model_copy(update=only) for name, arm in arms.items()}
+    only = bf16_arms[0] if len(bf16_arms) == 1 else None
+    return {
+        name: arm
+        if arm.qat is None or arm.twin
+        else arm.model_copy(update={"twin": only if arm.trains else only or START})
+        for name, arm in arms.items()
+    }
 
 
 def _arms_as_given(document: Document, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -196,7 +203,7 @@ def _arms_as_given(document: Document, recipe: Recipe) -> dict[str, dict[str, An
 
 
 def _keys_no_arm_may_have(overrides: Document) -> Iterator[Mistake]:
-    choices = (*ARM_SECTIONS, "twin")
+    choices = (*ARM_SECTIONS, *ARM_KEYS)
     for key in overrides.tree:
         if key in choices:
             continue

@@ -135,6 +135,24 @@ class RoleConfig(Section):
     )
 
 
+class CalibrationConfig(Section):
+    """How scales are found without training: from training text, for arms with `method: ptq` and for `init: ptq`."""
+
+    input: Literal["absmax", "mse"] = Field(
+        "absmax",
+        description="scale of an input tensor: its largest value fits, or what loses least of it on the average "
+        "(INT8: about half the loss; no difference in HiF8 and FP8)",
+    )
+    smooth: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="SmoothQuant: move outliers from the channels of inputs into weights, by this share (0.5 is usual), "
+        "folded into norms and up-projections by powers of two, so that the model stays the same bit for bit; null: not",
+    )
+    sequences: Count = Field(64, description="packed training sequences")
+
+
 if TYPE_CHECKING:
     RoleOverrides = RoleConfig
 else:
@@ -181,6 +199,12 @@ class SkipBlocks(Section):
 class QatConfig(Section):
     """Quantization-aware training; null trains in BF16 throughout."""
 
+    init: Literal["history", "ptq"] = Field(
+        "history",
+        exclude_if=lambda init: init == "history",  # as `is_null` says
+        description="what the first QAT step has its scales from: `history`: the amaxes of the warmup, without one the "
+        "tensors themselves; `ptq`: `calibration`, whose smoothing the weights then have, too",
+    )
     start_step: NonNegativeInt | None = Field(
         None, description="optimizer step of the switch from BF16 to QAT; null: `warmup.steps`"
     )
@@ -199,6 +223,11 @@ class QatConfig(Section):
         "values",
         description="what quantized linears keep for the backward: grid values, or their 8-bit codes: "
         "less memory, some time, the same results bit for bit",
+    )
+    calibration: CalibrationConfig | None = Field(
+        None,
+        exclude_if=is_null,
+        description="how scales are found without training (`method: ptq`, `init: ptq`); null: with the defaults",
     )
     targets: Patterns | None = Field(
         None, description="linears to quantize: names, globs or `re:` regular expressions; null: all but lm_head"
@@ -261,6 +290,11 @@ class QatConfig(Section):
     def saves_codes(self) -> bool:
         """Whether linears keep codes for the backward."""
         return self.saved_activations == "codes"
+
+    @property
+    def calibrating(self) -> CalibrationConfig:
+        """How scales are found without training."""
+        return self.calibration or CalibrationConfig()
 
     def _scheme(self, role: Role, config: RoleConfig) -> Scheme:
         format_name = config.format or self.format

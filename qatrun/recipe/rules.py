@@ -37,7 +37,12 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
         message = "float32 makes no sense over bfloat16 parameters (did you mean param_dtype: float32?)"
         yield _finding(message, "model.compute_dtype", "model.param_dtype")
     yield from _batch_findings(arm)
-    yield from _phase_findings(arm)
+    if arm.trains:
+        yield from _phase_findings(arm)
+    elif arm.qat is None:
+        yield _finding(
+            "a BF16 arm has nothing to calibrate: give it a qat section, or leave method out", "method", "qat"
+        )
     for name in ("train", "valid", "probe"):
         if (source := getattr(arm.data, name)) is not None:
             yield from _source_findings(f"data.{name}", source)
@@ -59,6 +64,9 @@ def _batch_findings(arm: Arm) -> Iterator[Finding]:
 
 def _phase_findings(arm: Arm) -> Iterator[Finding]:
     steps, warmup = arm.train.steps, arm.warmup.steps
+    if not steps:
+        yield _finding("must be at least 1 for an arm that trains; others have method: ptq (got 0)", "train.steps")
+        return
     if arm.train.lr_warmup_steps > steps:
         message = f"lr_warmup_steps {arm.train.lr_warmup_steps} is more than train.steps {steps}"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
@@ -73,6 +81,15 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
     if start is None and warmup == steps:
         message = f"warmup.steps {warmup} leaves no step for QAT (at most {steps - 1} of train.steps {steps})"
         yield _finding(message, "warmup.steps", "train.steps", "qat.start_step")
+    if arm.qat.init == "ptq" and start not in (None, warmup):
+        message = f"ptq gives the scales of an arm's first step (start_step must be {warmup}, warmup.steps, or null)"
+        yield _finding(message, "qat.init", "qat.start_step")
+    if arm.qat.init == "ptq" and arm.qat.calibrating.smooth is not None and warmup:
+        message = (
+            "init: ptq smooths the weights that training starts from; the trunk's optimizer is of weights as they were "
+            "(warmup.steps: 0, or calibration.smooth: null)"
+        )
+        yield _finding(message, "qat.init", "qat.calibration.smooth", "warmup.steps")
     if start is not None and start >= steps:
         message = f"start_step {start} is past the last step (at most {steps - 1}, with train.steps {steps})"
         yield _finding(message, "qat.start_step", "train.steps")
@@ -81,6 +98,8 @@ def _phase_findings(arm: Arm) -> Iterator[Finding]:
 def arm_warnings(arm: Arm) -> Iterator[Finding]:
     """What one arm's sections say together that can be run, but is hardly meant."""
     steps, rise = arm.train.steps, arm.train.lr_warmup_steps
+    if not arm.trains:
+        return
     if rise >= steps:
         message = f"the learning rate rises over all {steps} steps: it reaches train.learning_rate in the last"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
@@ -204,6 +223,8 @@ def twin_findings(arms: Mapping[str, Arm]) -> Iterator[Finding]:
 
 
 def _twin_mistake(arm: Arm, arms: Mapping[str, Arm], bf16_arms: list[str]) -> str | None:
+    if arm.twin == START and not arm.trains:
+        return None
     if arm.twin is None:
         ambiguous = arm.qat is not None and len(bf16_arms) > 1
         return f"required: which BF16 arm to compare with{suggestion('', bf16_arms)}" if ambiguous else None

@@ -174,7 +174,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The training loop: AdamW, one schedule from the first step to the last, warmup and QAT alike."""
 
-    steps: Count = Field(description="optimizer steps in total, warmup included", examples=[1000])
+    steps: NonNegativeInt = Field(
+        description="optimizer steps in total, warmup included; 0 where every arm has `method: ptq`", examples=[1000]
+    )
     global_batch_size: Count = Field(32, description="sequences per optimizer step")
     micro_batch_size: Count = Field(8, description="sequences per forward; divides `global_batch_size`")
     learning_rate: PositiveFloat = Field(1e-5, description="peak learning rate")
@@ -233,15 +235,21 @@ class TargetConfig(Section):
     )
 
 
+Method = Literal["qat", "ptq"]
+
+
 class Arm(Section):
     """One arm of a study: the recipe's sections with its overrides applied.
 
     Attributes:
-        twin: name of the BF16 arm it is compared with; None for a BF16 arm, and where the study has no BF16 arm.
+        method: how it comes about: by training, or by calibration alone.
+        twin: name of the BF16 arm it is compared with, and under `ptq` made from, or START; None for a BF16 arm, and for one
+            that is trained where the study has no BF16 arm.
         qat: None for a BF16 arm.
     """
 
     name: str
+    method: Method = "qat"
     twin: str | None
     model: ModelConfig
     data: DataConfig
@@ -253,9 +261,14 @@ class Arm(Section):
     eval: EvalConfig
 
     @property
+    def trains(self) -> bool:
+        """Whether a step is trained for it."""
+        return self.method != "ptq"
+
+    @property
     def switch_step(self) -> int | None:
-        """First optimizer step (counted from 0) with fake quantization on; None for a BF16 arm."""
-        if self.qat is None:
+        """First optimizer step (counted from 0) with fake quantization on; None for an arm that never trains with it."""
+        if self.qat is None or not self.trains:
             return None
         return self.warmup.steps if self.qat.start_step is None else self.qat.start_step
 
@@ -270,6 +283,7 @@ class Arm(Section):
 
 START = "start"
 ARM_SECTIONS = ("model", "data", "train", "warmup", "qat", "export")
+ARM_KEYS = ("method", "twin")  # that stand beside them
 
 
 def _default_arms(valid: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -290,6 +304,8 @@ class Recipe(Section):
         default_factory=_default_arms,
         description="arm -> overrides of model, data, train, warmup, qat and export, deep-merged over the recipe; "
         "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
+        "`method: ptq` makes the arm from its twin by calibration alone (`twin: start`: from the model before training, the "
+        "default where there is no BF16 arm); "
         "default: `bf16`, without qat, and one named after `qat.format`",
     )
     export: Exports = Field(

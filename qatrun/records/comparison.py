@@ -5,6 +5,8 @@ Accuracies are shares of the items, in [0, 1]; fields ending in `_pp` are percen
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from qatrun.files import Record
@@ -114,10 +116,34 @@ class Cost(Record):
     peak_memory_bytes: int
 
 
+class OverPtq(Record):
+    """A trained arm against one of the same format that was calibrated alone, from the same twin. Intervals of both measures
+    hold together at 95 %, over seeds too where there are several.
+
+    Attributes:
+        formats: of both, in words.
+        accuracy_pp: of the trained arm minus that of the other, over the items of all tasks.
+        perplexity_percent: of the trained arm over that of the other, below 0 where training helps; None where they read
+            no common text, as then its interval.
+        answer: in words.
+    """
+
+    formats: str
+    qat: str
+    ptq: str
+    num_items: int
+    accuracy_pp: float
+    ci_accuracy_pp: Interval
+    perplexity_percent: float | None
+    ci_perplexity_percent: Interval | None
+    answer: str
+
+
 class Pair(Record):
     """An arm and its BF16 twin, compared.
 
     Attributes:
+        method: how the arm came about, "qat" or "ptq"; its twin is what it was made from then.
         loss_ape_percent: mean |loss of the arm - loss of the twin| / loss of the twin, in percent, over "all_steps" and
             "after_switch"; empty where training records are missing.
         perplexity: of held-out text: "start", "twin", "arm" and "arm_off", as far as they are known.
@@ -129,6 +155,7 @@ class Pair(Record):
 
     arm: str
     twin: str
+    method: Literal["qat", "ptq"] = "qat"
     comparison: ArmComparison
     loss_ape_percent: dict[str, float]
     perplexity: dict[str, float]
@@ -145,3 +172,4 @@ class StudyComparison(Record):
     study: str = ""
     verdict: Verdict | None
     pairs: list[Pair]
+    over_ptq: list[OverPtq] = Field(default_factory=list)

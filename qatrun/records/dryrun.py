@@ -16,6 +16,8 @@ class DryRunArm(Record):
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
         export: what it is written as in the end.
+        method: "qat", or "ptq" for an arm that no step is trained for.
+        calibration: how scales are found without training, in words.
         teacher: what it learns from beside the text, in words; None where nothing.
         runs: what of it the hardware that it is meant for runs natively, a line a scheme.
     """
@@ -32,6 +34,8 @@ class DryRunArm(Record):
     roles: list[str]
     memory_bytes: dict[str, int] | None
     export: list[str] = Field(default_factory=list)
+    method: str = "qat"
+    calibration: list[str] = Field(default_factory=list)
     teacher: str | None = None
     runs: list[str] = Field(default_factory=list)
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from qatrun.files import Record
-from qatrun.records.comparison import TrainingComparison
+from qatrun.records.comparison import OverPtq, TrainingComparison
 from qatrun.records.values import Interval, Verdict
 
 Answer = Literal["helps", "hurts", "no effect shown"]
@@ -126,3 +126,4 @@ class Seeds(Record):
     start: StartOfSeeds
     arms: dict[str, ArmOfSeeds]
     contrasts: list[Contrast] = Field(default_factory=list)
+    over_ptq: list[OverPtq] = Field(default_factory=list)

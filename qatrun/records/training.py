@@ -86,7 +86,7 @@ class Result(Record):
 class Match(TypedDict):
     """In what an arm must agree with its twin; model, warmup and all of `train` that decides a number are in it, too."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=0)]
     seed: int
     data_hash: str
 
@@ -101,14 +101,18 @@ class ArmResult(Record):
     """result.json of a trained arm; `perplexity` as of Result.
 
     Attributes:
+        method: "qat", or "ptq" for one that was made by calibration alone, whose `match` is that of what it was made from.
         weights: weights file or plan, relative to the arm's folder -> SHA-256 of what was scored.
+        made_from: of a "ptq" arm, `weights` of its twin; nothing where that is the start model.
     """
 
     arm: str
     twin: str | None
+    method: Literal["qat", "ptq"] = "qat"
     match: Annotated[Match, WrapValidator(_as_it_stands)]
     cost: Cost
     coverage: str | None
     perplexity: dict[str, float]
     sizes: dict[str, int]
     weights: dict[str, str] = Field(default_factory=dict)
+    made_from: dict[str, str] = Field(default_factory=dict)

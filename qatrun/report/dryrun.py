@@ -56,13 +56,15 @@ def _arm(arm: DryRunArm) -> RenderableType:
     lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
     if arm.teacher is not None:
         lines.append(arm.teacher)
-    if arm.switch_step is None:
+    if arm.method == "ptq":
+        lines = ["no step is trained"]
+    elif arm.switch_step is None:
         lines.insert(0, f"steps 1-{arm.steps} BF16, the first {arm.warmup_steps} in the shared trunk")
     else:
         lines.insert(0, f"steps 1-{arm.switch_step} BF16, switch, steps {arm.switch_step + 1}-{arm.steps} QAT")
-        lines += arm.roles
-        lines.append(arm.coverage or "coverage unknown")
-        lines += arm.runs
+    lines += arm.calibration
+    if arm.roles:
+        lines += [*arm.roles, arm.coverage or "coverage unknown", *arm.runs]
         if arm.export:
             lines.append(f"in the end exported as {', '.join(arm.export)}, proven equal and scored again")
     if arm.memory_bytes:

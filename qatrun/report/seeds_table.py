@@ -10,6 +10,7 @@ from rich.text import Text
 from qatrun.records.seeds import Answer, Seeds, TaskOfSeeds
 from qatrun.records.values import Verdict
 from qatrun.report.grid import Grid
+from qatrun.report.over_ptq import over_ptq_lines
 from qatrun.report.tables import VERDICT_STYLES, percent, plain_text, training_line, verdict_line
 from qatrun.text import interval
 
@@ -104,7 +105,7 @@ def _contrasts(summary: Seeds) -> Grid:
 
 
 def _footer(summary: Seeds) -> list[RenderableType]:
-    lines: list[RenderableType] = []
+    lines: list[RenderableType] = [Text(line) for line in over_ptq_lines(summary.over_ptq)]
     if summary.verdict is not None:
         lines.append(verdict_line(summary.verdict, "the worst of the arms and tasks"))
     lines += [training_line(name, arm.training) for name, arm in summary.arms.items() if arm.training is not None]

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from qatrun.records.comparison import Pair, PerplexityComparison, TaskComparison, TrainingComparison
+from qatrun.layout import START
+from qatrun.records.comparison import OverPtq, Pair, PerplexityComparison, TaskComparison, TrainingComparison
 from qatrun.records.scores import ScoredModel
 from qatrun.records.values import Verdict
 from qatrun.report.exported import match_lines
 from qatrun.report.grid import Grid
+from qatrun.report.over_ptq import over_ptq_lines
 from qatrun.text import interval, readable_size
 
 VERDICT_STYLES = {"within": "green", "inconclusive": "yellow", "exceeds": "red"}
@@ -27,22 +29,28 @@ def comparison_table(pair: Pair, alarms: int = 0) -> RenderableType:
     tasks, arm, twin = pair.comparison.tasks, pair.arm, pair.twin
     quantized = any(task.arm_off is not None for task in tasks)
     off = ("off",) if quantized else ()
-    scores = Grid(f"{arm} against {twin}", "task", "start", twin, arm, *off, "drop pp", "95% interval", "verdict")
+    start = ("start",) if twin != START else ()
+    title = f"{arm} against {twin}" + (", which it was calibrated from" if pair.method == "ptq" else "")
+    scores = Grid(title, "task", *start, twin, arm, *off, "drop pp", "95% interval", "verdict")
     evidence = Grid("", "task", "items", "rel.", "p", "flips", "|Δll|", "detects", "budget", "to settle")
     for task in tasks:
-        scores.add_row(*_score_cells(task, quantized))
+        cells = _score_cells(task, quantized)
+        scores.add_row(cells[0], *cells[1 if start else 2 :])
         for metric, values in task.others.items():
-            scores.add_row(*_other_cells(metric, values, quantized))
+            cells = _other_cells(metric, values, quantized)
+            scores.add_row(cells[0], *cells[1 if start else 2 :])
         evidence.add_row(*_evidence_cells(task))
     if (text := pair.comparison.perplexity) is not None:
-        scores.add_row(*_perplexity_cells(text, pair.perplexity.get("arm_off"), quantized))
+        cells = _perplexity_cells(text, pair.perplexity.get("arm_off"), quantized)
+        scores.add_row(cells[0], *cells[1 if start else 2 :])
         evidence.add_row(*_text_evidence_cells(text))
     return Group(*_verdicts(pair, alarms), Text(), scores, Text(), evidence, Text(), *_footer(pair))
 
 
-def comparison_text(pairs: Sequence[Pair]) -> str:
+def comparison_text(pairs: Sequence[Pair], over_ptq: Sequence[OverPtq]) -> str:
     """The same as plain text, for a file."""
-    return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")))
+    lines = [Text(line) for line in over_ptq_lines(over_ptq)]
+    return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")), *lines)
 
 
 def plain_text(*parts: RenderableType) -> str:
@@ -177,13 +185,14 @@ def _footer(pair: Pair) -> list[RenderableType]:
         names = {"all_steps": "all steps", "after_switch": "after the switch"}
         values = ", ".join(f"{value:.3f}% {names[key]}" for key, value in pair.loss_ape_percent.items())
         lines.append(Text(f"training loss APE: {values}"))
+    spent = {"twin": "training", "arm": "calibration" if pair.method == "ptq" else "training"}
     costs = [
-        f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most"
+        (spent[who], f"{name} {cost.seconds:.0f} s and {readable_size(cost.peak_memory_bytes)} at most")
         for who, name in (("twin", pair.twin), ("arm", pair.arm))
         if (cost := pair.cost.get(who)) is not None
     ]
-    if costs:
-        lines.append(Text(f"training: {', '.join(costs)}"))
+    for what in dict.fromkeys(of for of, _ in costs):
+        lines.append(Text(f"{what}: {', '.join(cost for of, cost in costs if of == what)}"))
     if pair.sizes:
         sizes = ", ".join(f"{key.removesuffix('_bytes')} {readable_size(size)}" for key, size in pair.sizes.items())
         coverage = f"{pair.coverage}; " if pair.coverage else ""

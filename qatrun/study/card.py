@@ -15,7 +15,7 @@ from qatrun.errors import DamagedFileError
 from qatrun.evaluate.scores import Scores
 from qatrun.export import EXPORTS
 from qatrun.files import read_json, replace_file
-from qatrun.layout import CARD_FILE, EXPORT_FILE, QUANTIZED, ArmFolder, StudyFolder
+from qatrun.layout import CARD_FILE, EXPORT_FILE, QUANTIZED, START, ArmFolder, StudyFolder
 from qatrun.recipe import Arm, Recipe, load_recipe
 from qatrun.records.comparison import StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
@@ -90,7 +90,8 @@ def card(study: StudyFolder, arm: Arm, place: Path, *, shown_as: Path | None = N
     folder, recipe = study.arm(arm.name), load_recipe(study.recipe)
     exported = read_json(place / EXPORT_FILE, Exported) if (place / EXPORT_FILE).is_file() else None
     off = arm.qat is not None and exported is None
-    scores = _optional_scores(folder.eval_off if off else folder.eval)
+    plain = folder.eval_off if arm.trains else study.arm(str(arm.twin)).eval  # calibration leaves it as it was
+    scores = _optional_scores(plain if off else folder.eval)
     title = f"{study.name}/{arm.name}" + (f" as {exported.format}" if exported else "")
     text = ModelCard.from_template(
         _metadata(title, arm, exported, scores),
@@ -133,17 +134,28 @@ def _metadata(title: str, arm: Arm, exported: Exported | None, scores: Scores | 
 
 
 def _about(arm: Arm, folder: ArmFolder, exported: Exported | None) -> str:
+    coverage = read_json(folder.result, ArmResult).coverage
+    if not arm.trains:
+        assert arm.qat is not None
+        of = f"arm `{arm.twin}` of this study" if arm.twin != START else f"{arm.model.path}"
+        how = arm.qat.calibrating
+        made = f"{of}, quantized after training ({coverage}): calibrated on {how.sequences} sequences"
+        made += "" if how.smooth is None else f", smoothed by {how.smooth:g}"
+        return _in_folder(made, exported)
     trained = f"{arm.model.path}, trained for {arm.train.steps:,} steps on {arm.data.train.path}"
     if arm.qat is None:
         return f"{trained} in BF16: the twin that quantized arms are compared with."
     aware = f"{trained}, the last {arm.train.steps - (arm.switch_step or 0):,} of them quantization-aware"
-    coverage = read_json(folder.result, ArmResult).coverage
+    return _in_folder(f"{aware} ({coverage})", exported)
+
+
+def _in_folder(made: str, exported: Exported | None) -> str:
     if exported is None:
         return (
-            f"{aware} ({coverage}). This folder holds the plain weights, quantizers off; `{QUANTIZED}/` holds the "
-            "quantized model that was scored."
+            f"{made}. This folder holds the plain weights, quantizers off; `{QUANTIZED}/` holds the quantized model that "
+            "was scored."
         )
-    return f"{aware} ({coverage}). {contents(exported)}. These are the codes and scales that were scored."
+    return f"{made}. {contents(exported)}. These are the codes and scales that were scored."
 
 
 def _scores(study: StudyFolder, arm: Arm, scores: Scores | None, *, off: bool) -> str:

@@ -1,7 +1,8 @@
 """`qatrun diagnose`: what a drop is made of, what broke, where, since when and what to change.
 
-Two more models are scored for each quantized arm, its twin quantized after training (PTQ) and the arm with fresh scales;
-`evaluate.attribution` holds the rule. What is scored already is not scored again.
+Two more models are scored for each arm that was trained with quantizers, its twin quantized after training (PTQ), unless the
+study has that as an arm, and the arm with fresh scales; `evaluate.attribution` holds the rule. What is scored already is not
+scored again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 from torch import Tensor
 
-from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.attribution import Models
@@ -26,22 +26,24 @@ from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.export import artifact
 from qatrun.files import read_json, write_json
-from qatrun.layout import ArmFolder, StudyFolder
+from qatrun.layout import START, ArmFolder, StudyFolder
 from qatrun.model import DTYPES
-from qatrun.quant import QuantPlan, calibrated_plan, finest_plan, freeze, input_histograms
+from qatrun.quant import QuantPlan, calibrated_plan, finest_plan, freeze
 from qatrun.ranks import world
-from qatrun.recipe import Arm, Recipe, load_recipe
-from qatrun.records.diagnosis import ArmDiagnosis, StudyDiagnosis, TensorRecord
+from qatrun.recipe import Arm, CalibrationConfig, Recipe, load_recipe
+from qatrun.records.diagnosis import ArmDiagnosis, Cause, Effect, StudyDiagnosis, TensorRecord
 from qatrun.records.training import ArmResult
 from qatrun.scheme import Slot
+from qatrun.study.calibrating import calibrated_alike
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.doneness import changed_weights
+from qatrun.study.doneness import changed_weights, scores_lost
+from qatrun.study.histograms import write_histograms
 from qatrun.study.joint import score_together
 from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.sentence import Said
 from qatrun.study.texts import study_texts
-from qatrun.study.variants import calibrated
+from qatrun.study.variants import calibrated, calibration_batches
 from qatrun.tokenizer import load_tokenizer
 
 
@@ -77,17 +79,20 @@ class _Diagnosis:
         """Score what is missing, and say what it shows."""
         mine, twin = self.folder.arm(self.arm.name), self.folder.arm(str(self.arm.twin))
         records = tensor_records(mine.path, self.recipe.monitor.alarms)
-        self._check_weights(mine, twin)
+        self._check_weights(mine, *(() if self.arm.twin == START else (twin,)))
         models = self._models(mine, twin, records)
         alarms = first_alarms(mine)
         limit = clipping_limit(self.recipe.monitor.alarms)
         clipped = any(record.clip_fraction > limit for record in records) or "saturation" in alarms
-        causes = found_causes(models.measures(), clipped=clipped)
+        causes = self._that_can_be(found_causes(models.measures(), clipped=clipped))
         findings = [name for name, cause in causes.items() if cause.answer == "found"]
-        effects, texts, since = models.effects(), models.text_effects(), _since(findings, records, alarms)
+        since, tasks = _since(findings, records, alarms), tuple(models.scores["twin"].tasks)
+        effects = self._that_are(models.effects())
+        texts = {name: of_text for name, of_text in models.text_effects().items() if name not in self._nothing}
         schemes = artifact.read_plan(mine.quantized).slots()
         said = Said(
-            twin=str(self.arm.twin),
+            twin="the start model" if self.arm.twin == START else str(self.arm.twin),
+            trained=self.arm.trains,
             learning_rate=self.arm.train.learning_rate,
             causes=causes,
             effects={effect.name: effect for effect in effects},
@@ -97,7 +102,6 @@ class _Diagnosis:
             scheme=schemes.get(Slot.parse(records[0].tensor)) if records else None,
             since=since,
         )
-        tasks = tuple(models.scores["twin"].tasks)
         return ArmDiagnosis(
             sentence=f"{self.arm.name}: {said}",
             findings=findings,
@@ -105,13 +109,28 @@ class _Diagnosis:
             texts=texts,
             known_text=_described(self.folder.start),
             effects=effects,
-            tasks={task: models.effects((task,)) for task in tasks},
+            tasks={task: self._that_are(models.effects((task,))) for task in tasks},
             accuracy={task: attribution.accuracies(models.scores, task) for task in tasks},
             perplexity={name: perplexity(nats) for name, nats in models.nats(attribution.HELD_OUT).items()},
             probe=_probe(mine, twin),
             worst_tensors=records[:SHOWN],
             since_step=since,
         )
+
+    def _that_can_be(self, causes: Mapping[str, Cause]) -> dict[str, Cause]:
+        """Where nothing was trained nothing was forgotten, and where no scale was carried along none is stale."""
+        of_training = () if self.arm.trains else ("saturation", "divergence")
+        of_twin = ("forgetting",) if self.arm.twin == START else ()
+        return {name: cause for name, cause in causes.items() if name not in (*of_training, *of_twin)}
+
+    def _that_are(self, effects: Sequence[Effect]) -> list[Effect]:
+        return [effect for effect in effects if effect.name not in self._nothing]
+
+    @property
+    def _nothing(self) -> tuple[str, ...]:
+        """Effects from a model to itself."""
+        of_training = () if self.arm.trains else ("ptq", "beyond ptq", "quantization")
+        return (*of_training, *(("training", "forgetting") if self.arm.twin == START else ()))
 
     def _check_weights(self, *folders: ArmFolder) -> None:
         """
@@ -124,14 +143,30 @@ class _Diagnosis:
 
     def _models(self, mine: ArmFolder, twin: ArmFolder, records: Sequence[TensorRecord]) -> Models:
         """What every model answered and read; those that a diagnosis needs beside the study's are scored here."""
-        places = {"start": self.folder.start.eval, "twin": twin.eval, "on": mine.eval, "off": mine.eval_off}
+        places = {"start": self.folder.start.eval, "twin": twin.eval, "on": mine.eval}
         plan = artifact.read_plan(mine.quantized)
         fitting, finest = calibrated_plan(plan), finest_plan(plan)
-        places["ptq"] = self._scored(twin, fitting, f"{self.arm.twin} quantized after training")
-        places["fresh"] = self._scored(mine, fitting, f"{self.arm.name} with fresh scales", (mine, records))
+        if self.arm.trains:
+            places["off"] = mine.eval_off
+            places["ptq"] = self._arm_of(twin, fitting) or self._scored(
+                twin, fitting, f"{self.arm.twin} quantized after training"
+            )
+            places["fresh"] = self._scored(mine, fitting, f"{self.arm.name} with fresh scales", (mine, records))
+        else:
+            places |= {"off": twin.eval, "ptq": mine.eval}
         texts = {name: load_texts(place) for name, place in places.items()}
         texts["finest"] = load_texts(self._scored(twin, finest, "", answers=False))
         return Models({name: Scores.load(place) for name, place in places.items()}, texts)
+
+    def _arm_of(self, twin: ArmFolder, plan: QuantPlan) -> Path | None:
+        """The scores of an arm of the study that is this twin under this plan, calibrated as `_scored` would; None where
+        there is none."""
+        for arm in self.recipe.arm_by_name.values():
+            folder = self.folder.arm(arm.name)
+            alike = calibrated_alike(self.folder, arm, twin, self.recipe.diagnose.calibration_sequences)
+            if alike and artifact.read_plan(folder.quantized) == plan and not scores_lost(folder):
+                return folder.eval
+        return None
 
     def _scored(
         self,
@@ -174,13 +209,12 @@ class _Diagnosis:
         *,
         answers: bool,
     ) -> None:
-        tokenizer = load_tokenizer(self.arm.model)
+        tokenizer, batch_size = load_tokenizer(self.arm.model), self.arm.train.micro_batch_size
         known = known_text(self.folder, self.recipe, self.display.on_warning)
         texts = study_texts(self.folder, self.recipe, self.arm, tokenizer, known)
-        data, batch_size = open_data(self.arm.data, tokenizer, self.arm.train.seed), self.arm.train.micro_batch_size
-        sequences = data.train.take(self.recipe.diagnose.calibration_sequences).input_ids
+        batches = calibration_batches(self.arm, self.recipe.diagnose.calibration_sequences)
         shown = texts[attribution.HELD_OUT].input_ids[:batch_size]
-        opened = partial(_open_calibrated, self.arm, weights, plan, sequences.split(batch_size), shown, histograms_of)
+        opened = partial(_open_calibrated, self.arm, weights, plan, batches, shown, histograms_of)
         score_together(
             opened,
             self.recipe.eval,
@@ -191,16 +225,6 @@ class _Diagnosis:
             at_most=self.recipe.diagnose.items,
         )
         gc.collect()
-
-
-def _write_histograms(
-    model: Any, plan: QuantPlan, input_ids: Tensor, folder: ArmFolder, records: Sequence[TensorRecord]
-) -> None:
-    slots = [(Slot.parse(record.tensor), record.scale) for record in records]
-    scales = {slot.linear: scale for slot, scale in slots if slot.role == "input" and scale is not None}
-    if scales:
-        tensors = input_histograms(model, input_ids, dict(list(scales.items())[:SHOWN]), plan)
-        write_json(folder.histograms, {"tensors": tensors})
 
 
 def _since(findings: Sequence[str], records: Sequence[TensorRecord], alarms: Mapping[str, int]) -> int | None:
@@ -232,9 +256,9 @@ def _open_calibrated(
     Args:
         shown: [num, seq_len], on which the histograms are of inputs.
     """
-    model = calibrated(arm, weights, plan, batches)
+    model = calibrated(arm, weights, plan, batches, CalibrationConfig())
     if histograms_of is not None and world().leads:
-        _write_histograms(model, plan, shown, *histograms_of)
+        write_histograms(model, plan, shown, *histograms_of)
     freeze(model, DTYPES[arm.model.compute_dtype])
     return model, load_tokenizer(arm.model)
 

@@ -59,6 +59,10 @@ def memory_bytes(
     return {
         "bf16 training": always + training(0, compute),
         "qat training": always + training(quantized_weights, 1 if codes else compute),
+        # Activations of one block at a time, and the logits: nothing waits for a backward.
+        "calibration": num_parameters * (parameter + cast)
+        + _activations(arm, config, compute) // config.num_hidden_layers
+        + _logits(num_logits, compute),
         "scoring": num_parameters * compute,
     }
 
@@ -88,8 +92,9 @@ def _logits(num: int, compute: int) -> int:
 def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> dict[str, int]:
     """Disk by phase: the checkpoints that trunk and arms keep while training, and the model folders they end in."""
     first = next(iter(arms.values()))
+    trained = [arm for arm in arms.values() if arm.trains]
     checkpoint = num_parameters * BYTES[first.model.param_dtype] * (1 + ADAMW_MOMENTS)
-    kept = checkpoint * first.train.keep_last * (len(arms) + (1 if first.warmup.steps else 0))
+    kept = checkpoint * first.train.keep_last * (len(trained) + (1 if trained and first.warmup.steps else 0))
     plain = sum(num_parameters * BYTES[arm.model.compute_dtype] for arm in arms.values())
     codes = sum(
         num_parameters * BYTES[arms[name].model.compute_dtype] - count * (BYTES[arms[name].model.compute_dtype] - 1)

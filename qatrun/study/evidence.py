@@ -35,6 +35,7 @@ from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, StartOfSeeds, StartTask, TaskOfSeeds, TextOfSeeds
 from qatrun.records.training import ArmResult, MetricsRow, Result
 from qatrun.records.values import Verdict
+from qatrun.study.over_ptq import over_ptq
 from qatrun.study.records import losses
 from qatrun.text import interval
 
@@ -54,6 +55,7 @@ def summarize(name: str, recipe: Recipe, studies: Mapping[int, StudyFolder]) -> 
         verdict=paired.worst_verdict(arm.verdict for arm in arms.values()),
         start=evidence.of_start(),
         arms=arms,
+        over_ptq=over_ptq(recipe, evidence.studies),
         contrasts=[evidence.of_contrast(question, *pair) for question, pair in recipe.contrasts.items()],
     )
 
@@ -103,7 +105,7 @@ class _Evidence:
             task: self._of_tasks(name, twin, [task], self.recipe.budget[task], verdicts.get(task))
             for task in self._tasks
         }
-        gaps = [] if twin is None else self._loss_gaps(name, twin)
+        gaps = [] if twin in (None, START) else self._loss_gaps(name, str(twin))
         return ArmOfSeeds(
             twin=twin,
             label=None,

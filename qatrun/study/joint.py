@@ -12,18 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qatrun.data import Batch, PackedStream
 from qatrun.evaluate.harness import score
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import score_texts
 from qatrun.followers import together
+from qatrun.layout import ArmFolder
 from qatrun.model import DTYPES, load_model, on_device, without_weights
-from qatrun.quant import ResumableState, attach
+from qatrun.quant import QuantPlan, ResumableState, attach, find_folds, folded, smooth, statistics
 from qatrun.ranks import world
-from qatrun.recipe import EvalConfig, ModelConfig
+from qatrun.recipe import Arm, CalibrationConfig, EvalConfig, ModelConfig
 from qatrun.records.scores import TextScores
 from qatrun.records.training import Outcome
 from qatrun.study.display import SILENT, Display, ScoringDisplay
+from qatrun.study.variants import calibrated, computing_as
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.loop import train
 from qatrun.train.segment import Segment, Watched
@@ -72,6 +76,8 @@ def _train(
     stream, display = own
     source, dtype = segment.arm.model, segment.arm.model.param_dtype
     model = load_model(source, DTYPES[dtype]) if world().leads else without_weights(source, DTYPES[dtype])
+    if world().leads and segment.calibration is not None:
+        _smooth_at_start(model, segment)
     tokenizer, teacher = load_tokenizer(source), None
     if (taught := segment.arm.teacher) is not None:
         compute = DTYPES[taught.compute_dtype]
@@ -89,6 +95,18 @@ def _train(
     return (model if world().size == 1 else _whole(model, segment)), outcome
 
 
+def _smooth_at_start(model: Any, segment: Segment) -> None:
+    """Smooth the weights that an arm starts from, as its calibration says."""
+    how = segment.arm.qat.calibrating if segment.arm.qat is not None else CalibrationConfig()
+    if how.smooth is None or segment.plan is None or segment.calibration is None:
+        return
+    smoothed_on = on_device(model)
+    device = next(smoothed_on.parameters()).device
+    with computing_as(segment.arm, smoothed_on):
+        batches = [batch.to(device) for batch in segment.calibration]
+        smooth(smoothed_on, folded(find_folds(smoothed_on), segment.plan.schemes), batches, how.smooth)
+
+
 def _whole(sharded: Any, segment: Segment) -> Any:
     """A model that several processes trained as one would have trained it, where it is needed; else None."""
     scales = None if segment.plan is None else ResumableState(sharded.quant_state).state_dict()
@@ -100,6 +118,22 @@ def _whole(sharded: Any, segment: Segment) -> Any:
     if segment.plan is not None and scales is not None:
         ResumableState(attach(model, segment.plan)).load_state_dict(scales)
     return model
+
+
+def calibrate_together(
+    arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor], held_out: Tensor
+) -> tuple[Any, Tensor]:
+    """A model that is made by calibration alone, see `variants.calibrated`, and the `quant.statistics` of its tensors on
+    held-out text, [batch, seq_len]."""
+    return together(partial(_calibrate, arm, folder, plan, batches, held_out), None, None)
+
+
+def _calibrate(
+    arm: Arm, folder: ArmFolder, plan: QuantPlan, batches: Sequence[Tensor], held_out: Tensor, _: None
+) -> tuple[Any, Tensor]:
+    model = calibrated(arm, folder, plan, batches, arm.qat.calibrating if arm.qat else CalibrationConfig())
+    with computing_as(arm, model):
+        return model, statistics(model, held_out.to(next(model.parameters()).device)).cpu()
 
 
 def score_together(

@@ -12,7 +12,7 @@ from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts
 from qatrun.export import artifact
 from qatrun.files import read_json
-from qatrun.layout import EVAL, RESULT_FILE, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
+from qatrun.layout import EVAL, RESULT_FILE, START, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
 from qatrun.records.comparison import Pair
@@ -36,6 +36,7 @@ def compare_arms(
     """Compare two scored folders.
 
     Args:
+        twin: what the arm is compared with: its BF16 twin, or the start model.
         start: the model before training, where its scores are known.
         budgets: as `evaluate.comparison.compare` has them.
         anyway: compare although they differ in more than quantization; the differences are kept in the result.
@@ -47,10 +48,12 @@ def compare_arms(
     twin_scores, arm_scores = Scores.load(twin.eval), Scores.load(arm.eval)
     of_twin, of_arm = _record(twin), _record(arm)
     of_start = read_json(start.result, Result) if start is not None and start.result.is_file() else None
+    from_start = of_arm is not None and of_arm.twin == START and start is not None and twin.path == start.path
     # Scores that a record speaks of are not left out because they are gone.
     off_scores = Scores.load(arm.eval_off) if arm.eval_off.is_dir() or _perplexity(of_arm, "off") else None
     start_scores = Scores.load(start.eval) if start is not None and (start.eval.is_dir() or of_start) else None
-    problems = setting_mismatches(twin_scores, arm_scores) + _training_mismatches(of_twin, of_arm)
+    problems = setting_mismatches(twin_scores, arm_scores)
+    problems += [] if from_start else _training_mismatches(of_twin, of_arm)
     problems += [Problem(f"{text}: its scores are of other weights") for text in _changed(twin, arm)]
     if problems and not anyway:
         raise MismatchError([Problem(f"{twin.path.name} and {arm.path.name} do not match:"), *problems])
@@ -59,15 +62,16 @@ def compare_arms(
         raise InputError(Problem(f"no budget for {', '.join(unknown)}", "budget"))
     perplexity = {
         "start": _perplexity(of_start, "on"),
-        "twin": _perplexity(of_twin, "on"),
+        "twin": _perplexity(of_start if from_start else of_twin, "on"),
         "arm": _perplexity(of_arm, "on"),
         "arm_off": _perplexity(of_arm, "off"),
     }
     return Pair(
         arm=arm.path.name,
         twin=twin.path.name,
+        method="qat" if of_arm is None else of_arm.method,
         comparison=compare(
-            None if start_scores is None else Scored(start_scores, _texts(start)),
+            None if start_scores is None or from_start else Scored(start_scores, _texts(start)),
             Scored(twin_scores, _texts(twin)),
             Scored(arm_scores, _texts(arm)),
             off_scores,

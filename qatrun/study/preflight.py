@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +16,13 @@ from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
+from qatrun.layout import START
 from qatrun.model import architecture, check_model, text_config
 from qatrun.quant import (
     Coverage,
     QuantPlan,
     Survey,
+    calibrated_plan,
     coverage,
     make_plan,
     survey,
@@ -30,7 +32,7 @@ from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes
-from qatrun.study.schemes import export_problems, on_hardware, scheme_warnings, schemes_text
+from qatrun.study.schemes import calibration_lines, export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
 from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
 from qatrun.tokenizer import load_tokenizer
@@ -52,6 +54,7 @@ class Preflight:
         problems: what stands in the way; empty where the recipe can run here and now.
         warnings: what can be run, but is hardly meant.
         processes: that are to train together.
+        calibrations: arm -> how its scales are found without training, in words; those that have none are left out.
         runs: arm -> what of it the target's hardware runs natively, a line a scheme.
     """
 
@@ -67,6 +70,7 @@ class Preflight:
     warnings: list[Problem]
     processes: int
     runs: Mapping[str, list[str]]
+    calibrations: Mapping[str, list[str]] = field(default_factory=dict)
 
     def dry_run(self) -> DryRun:
         """What of it is shown."""
@@ -95,7 +99,7 @@ class Preflight:
             num_quantized = covered.quantized_weights if covered else 0
             sizes = self.num_parameters, num_quantized, self.config, self.processes, self.teachers.get(name)
             memory = memory_bytes(arm, *sizes)
-            memory = {phase: size for phase, size in memory.items() if covered is not None or phase != "qat training"}
+            memory = {phase: size for phase, size in memory.items() if phase in _phases(arm)}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
             name=name,
@@ -108,6 +112,8 @@ class Preflight:
             tokens=tokens_per_step * arm.train.steps,
             coverage=str(covered) if covered is not None else None,
             roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
+            method=arm.method,
+            calibration=self.calibrations.get(name, []),
             memory_bytes=memory,
             export=list(arm.export) if arm.qat is not None else [],
             teacher=teacher_text(arm),
@@ -133,6 +139,7 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
     warnings: list[Problem] = []
     plans: dict[str, QuantPlan | None] = {}
     coverages: dict[str, Coverage] = {}
+    calibrations: dict[str, list[str]] = {}
     models: dict[str, nn.Module | None] = {}
     tokenizers: dict[str, Any] = {}
     checked_data: set[tuple[str, str]] = set()
@@ -151,9 +158,13 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         if model is not None and qat is not None:
             seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
             plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
+            if plan is not None and not arm.trains:
+                plan = calibrated_plan(plan, keeps_unscaled=True)
         plans[name] = plan
         if model is not None and plan is not None:
             coverages[name] = coverage(model, plan, surveys[key])
+            if lines := list(calibration_lines(arm, plan, model)):
+                calibrations[name] = lines
             problems += [_named(problem, name, recipe) for problem in export_problems(arm, plan, model)]
             odd = [*scheme_warnings(arm, plan, model, surveys[key])]
             warnings += [_named(problem, name, recipe) for problem in odd]
@@ -174,7 +185,10 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         warnings += [_named(problem, name, recipe) for problem in found]
     problems += [*_start_problems(arms), *_twin_problems(arms)]
     problems += [
-        _named(problem, name, recipe) for name, arm in arms.items() for problem in _sharing_problems(arm, processes)
+        _named(problem, name, recipe)
+        for name, arm in arms.items()
+        if arm.trains
+        for problem in _sharing_problems(arm, processes)
     ]
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
@@ -192,8 +206,16 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         problems=list(dict.fromkeys(problems)),
         warnings=list(dict.fromkeys(warnings)),
         processes=processes,
+        calibrations=calibrations,
         runs=runs,
     )
+
+
+def _phases(arm: Arm) -> tuple[str, ...]:
+    """What an arm takes memory for."""
+    if not arm.trains:
+        return ("calibration", "scoring")
+    return ("bf16 training", *(("qat training",) if arm.qat is not None else ()), "scoring")
 
 
 TRACKER_PACKAGES = {
@@ -249,15 +271,18 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
     for name, arm in arms.items():
         if arm.twin is None:
             continue
-        of_arm, of_twin = _comparable_settings(arm), _comparable_settings(arms[arm.twin])
+        # The start model is scored on the first arm's text.
+        twin = arms[next(iter(arms)) if arm.twin == START else arm.twin]
+        of_arm, of_twin = (_comparable_settings(each, trained=arm.trains) for each in (arm, twin))
         differing = [key for key in of_arm if of_arm[key] != of_twin[key]]
         if differing:
             message = f"its twin '{arm.twin}' has other {', '.join(differing)}: name a twin that does not, or add one"
             yield Problem(message, f"arms.{name}.twin")
 
 
-def _comparable_settings(arm: Arm) -> dict[str, Any]:
-    return {**matched_settings(arm), "data": arm.data.model_dump()}
+def _comparable_settings(arm: Arm, *, trained: bool) -> dict[str, Any]:
+    settings = matched_settings(arm) if trained else {"model": arm.model.model_dump(mode="json")}
+    return {**settings, "data": arm.data.model_dump()}
 
 
 def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:

@@ -52,7 +52,7 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
                 overshoot=float(overshoots.max()) if len(overshoots) else 0.0,
                 typical_overshoot=float(np.median(overshoots)) if len(overshoots) else None,
                 sqnr_db=float(measured[-1]) if len(measured) else None,
-                since_step=int(clips[0]) if len(clips) else None,
+                since_step=int(clips[0]) or None if len(clips) else None,  # 0: nothing was trained
                 scale=float(rows["scale"][-1]) if not np.isnan(rows["scale"][-1]) else None,
             )
         )

@@ -134,6 +134,9 @@ def _lags(scaling: Scaling) -> bool:
 def _against_resolution(arm: Arm, plan: QuantPlan, tensors: list[TensorRecord]) -> Iterator[Remedy]:
     qat = arm.qat
     assert qat is not None
+    easier = {"input": "mse", "smooth": 0.5}
+    if not arm.trains and not qat.schemes["input"].per_row and qat.calibrating.smooth is None:
+        yield Remedy("inputs smoothed by 0.5, scaled for the least error", {"qat": {"calibration": easier}})
     if coarse := {role: granularity for schemes in qat.all_schemes for role, granularity in _coarse(schemes).items()}:
         words = " and ".join(f"{granularity} {role}s" for role, granularity in coarse.items())
         yield Remedy(words, _in_all_modules(qat, _finer))

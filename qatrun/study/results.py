@@ -13,7 +13,7 @@ from typing import Any
 from qatrun.evaluate.paired import worst_verdict
 from qatrun.files import replace_file, write_json
 from qatrun.layout import StudyFolder
-from qatrun.records.comparison import ArmComparison, Pair, StudyComparison, TaskComparison
+from qatrun.records.comparison import ArmComparison, OverPtq, Pair, StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
 from qatrun.records.values import Verdict
@@ -33,6 +33,7 @@ class StudyResult:
     Attributes:
         pairs: one comparison for each quantized arm that has a twin; none of a study over seeds, whose seeds have them.
         summary: what is in seeds.json; None of a study of one seed that asks no contrasts.
+        over_ptq: every trained arm against one of its formats that was calibrated alone.
         diagnosis: what is in diagnosis.json; None where nothing was diagnosed, and of a study over seeds.
         page: report.html.
     """
@@ -40,6 +41,7 @@ class StudyResult:
     folder: Path
     pairs: tuple[Pair, ...]
     summary: Seeds | None = None
+    over_ptq: Sequence[OverPtq] = ()
     diagnosis: StudyDiagnosis | None = None
     page: Path | None = None
 
@@ -68,12 +70,29 @@ def alarms_raised(folder: StudyFolder) -> dict[str, int]:
 
 def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
     """comparison.json, comparison.csv with one row for each arm and task, and comparison.txt for the eye."""
-    record = StudyComparison(study=folder.name, verdict=result.verdict, pairs=list(result.pairs))
+    record = StudyComparison(
+        study=folder.name, verdict=result.verdict, pairs=list(result.pairs), over_ptq=list(result.over_ptq)
+    )
     write_json(folder.comparison, record)
     replace_file(folder.comparison.with_suffix(".csv"), comparison_csv(result.pairs).encode())
+    write_over_ptq(folder, result.over_ptq)
     ranking = plain_text(overview(result.ranked), "") if result.pairs else ""
     contrasts = seeds_text(result.summary) if result.summary is not None else ""
-    replace_file(folder.comparison.with_suffix(".txt"), (ranking + comparison_text(result.pairs) + contrasts).encode())
+    text = ranking + comparison_text(result.pairs, result.over_ptq) + contrasts
+    replace_file(folder.comparison.with_suffix(".txt"), text.encode())
+
+
+def write_over_ptq(folder: StudyFolder, found: Sequence[OverPtq]) -> None:
+    """qat_ptq.csv, a row for each; nothing where there is none."""
+    rows = []
+    for each in found:
+        row = each.to_dict()
+        for name in ("ci_accuracy_pp", "ci_perplexity_percent"):
+            low, high = row.pop(name) or (None, None)
+            row |= {f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    if rows:
+        replace_file(folder.over_ptq, _csv_text(list(rows[0]), rows).encode())
 
 
 def comparison_csv(pairs: Sequence[Pair]) -> str:

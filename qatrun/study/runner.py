@@ -24,7 +24,7 @@ from qatrun.study.evidence import summarize
 from qatrun.study.page import write_page
 from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
-from qatrun.study.results import StudyResult, write_summary
+from qatrun.study.results import StudyResult, write_over_ptq, write_summary
 from qatrun.study.single import run_single
 
 
@@ -96,6 +96,7 @@ def _run_all(checked: Preflight, folder: StudyFolder, display: Display, trackers
     summary = summarize(folder.name, replica_recipe(recipe, seeds[0]), studies)
     replace_file(folder.comparison.with_suffix(".txt"), seeds_text(summary).encode())
     write_summary(folder, summary)
+    write_over_ptq(folder, summary.over_ptq)
     return StudyResult(folder.path, (), summary)
 
 

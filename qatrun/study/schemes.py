@@ -11,7 +11,18 @@ from qatrun.errors import Problem
 from qatrun.export import EXPORTS
 from qatrun.export.linears import merged_problems
 from qatrun.formats import Role
-from qatrun.quant import Coverage, QuantPlan, Survey, idle_assignments, kinds, named_linears
+from qatrun.layout import START
+from qatrun.quant import (
+    Coverage,
+    QuantPlan,
+    Survey,
+    find_folds,
+    folded,
+    idle_assignments,
+    kinds,
+    named_linears,
+)
+from qatrun.quant.linears import described
 from qatrun.recipe import Arm, QatConfig
 from qatrun.scheme import Scheme
 
@@ -39,6 +50,22 @@ def _role_text(role: Role, scheme: Scheme) -> str:
         f"amax to {scheme.target_amax:g}" if scheme.symmetric else f"range to {scheme.target_amax:g} steps (asymmetric)"
     )
     return f"{role} {scheme.format} {scheme.granularity}, {onto}, {how}"
+
+
+def calibration_lines(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[str]:
+    """How the scales of an arm are found without training; nothing where they are not."""
+    if arm.qat is None or (arm.trains and arm.qat.init != "ptq"):
+        return
+    how = arm.qat.calibrating
+    what = "the start model" if arm.twin == START or arm.trains else arm.twin
+    by = "the largest value" if how.input == "absmax" else "the least mean square error of inputs"
+    yield f"calibration of {what}: {how.sequences} sequences of {arm.data.seq_len} tokens, scales by {by}"
+    if how.smooth is None:
+        return
+    smoothed = {name for fold in folded(find_folds(model), plan.schemes) for name in fold.readers}
+    left = {name: "what makes their input cannot be scaled" for name in plan.linears if name not in smoothed}
+    text = f"inputs of {len(plan.linears) - len(left)} of {len(plan.linears)} linears smoothed by {how.smooth:g}"
+    yield text + (f"; not: {described(left)}" if left else "")
 
 
 def export_problems(arm: Arm, plan: QuantPlan, model: nn.Module) -> Iterator[Problem]:

@@ -34,7 +34,8 @@ class ArmSegments:
 
 
 def plan_segments(arms: Mapping[str, Arm], plans: Mapping[str, QuantPlan | None], folder: Path) -> list[ArmSegments]:
-    """The segments of each arm, in the order of the arms; arms that share a trunk hold the same one."""
+    """The segments of each arm that trains, in the order of the arms; arms that share a trunk hold the same one."""
+    arms = {name: arm for name, arm in arms.items() if arm.trains}
     keys = _trunk_keys(arms)
     trunks = {
         key: _trunk_segment(key, [arms[name] for name in arms if keys[name] == key], plans, folder)
@@ -124,10 +125,13 @@ def _arm_segment(arm: Arm, plan: QuantPlan | None, trunk: Segment | None, folder
         switch_step=arm.train.steps if arm.switch_step is None else arm.switch_step,
         trunk=trunk.folder if trunk else None,
         twin=folder / arm.twin if arm.twin is not None else None,
-        identity=_digest(
-            [_settings(arm), arm.qat.model_dump(mode="json") if arm.qat is not None else None, *_rounds([arm.qat])]
-        ),
+        identity=_digest([_settings(arm), None if arm.qat is None else _trained_with(arm.qat), *_rounds([arm.qat])]),
     )
+
+
+def _trained_with(qat: QatConfig) -> dict[str, Any]:
+    """What of the section training depends on."""
+    return qat.model_dump(mode="json", exclude=None if qat.init == "ptq" else {"calibration"})
 
 
 def _rounds(qats: Iterable[QatConfig | None]) -> list[int]:

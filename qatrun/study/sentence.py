@@ -21,12 +21,14 @@ class Said:
 
     Attributes:
         twin: name of the arm's BF16 twin; `learning_rate` is the arm's.
+        trained: whether the arm was, else it is the twin, calibrated.
         alarms: kind -> step of the first.
         worst: quantized tensors, those that clip most first; `scheme` is that of the first, where it is known.
         since: the step that first showed the first cause.
     """
 
     twin: str
+    trained: bool
     learning_rate: float
     causes: Mapping[str, Cause]
     effects: Mapping[str, Effect]
@@ -47,7 +49,8 @@ class Said:
         hidden = self._with("not shown")
         if not anything:
             costs = f"quantization costs {self._cost('whole')} against {self.twin}"
-            costs += f", training {self._cost('training')} against the start model"
+            if "training" in self.texts or "training" in self.effects:
+                costs += f", training {self._cost('training')} against the start model"
             yield f"nothing was found: {costs}" if hidden else f"nothing broke: {costs}"
         if hidden:
             yield f"not shown: {listed(f'{name} ({_could_hide(self.causes[name])})' for name in hidden)}"
@@ -87,10 +90,8 @@ class Said:
         measured = [record for record in self.worst if record.sqnr_db is not None]
         coarsest = min(measured, key=lambda record: record.sqnr_db or math.inf, default=None)
         where = "" if coarsest is None else f"worst {coarsest.tensor} keeps {coarsest.sqnr_db:.1f} dB: "
-        return (
-            f"the grid is too coarse: quantization costs {_seen(cause)}, and even fitting scales {self._cost('ptq')}; "
-            f"{where}{advice.RESOLUTION}"
-        )
+        even = f", and even fitting scales {self._cost('ptq')}" if self.trained else ""
+        return f"the grid is too coarse: quantization costs {_seen(cause)}{even}; {where}{advice.RESOLUTION}"
 
     def _divergence(self, cause: Cause) -> str:
         return (

@@ -19,11 +19,12 @@ from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.layout import ArmFolder, StudyFolder
 from qatrun.model import DTYPES, save_model
-from qatrun.quant import freeze
+from qatrun.quant import QuantPlan, freeze
 from qatrun.recipe import Arm, EvalConfig
 from qatrun.records.comparison import Cost
 from qatrun.records.environment import Environment
-from qatrun.records.training import ArmResult, Outcome, Result
+from qatrun.records.training import ArmResult, Match, Outcome, Result
+from qatrun.study.calibrating import Source, calibrate_arm, is_of_other_weights
 from qatrun.study.card import write_cards
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
@@ -33,6 +34,7 @@ from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
 from qatrun.study.joint import Opener, open_plain, score_together, train_together
 from qatrun.study.known_text import KnownText, known_text
+from qatrun.study.over_ptq import over_ptq
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.records import read_losses
@@ -40,6 +42,7 @@ from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.study.stages import planned_stages
 from qatrun.study.texts import study_texts
+from qatrun.study.variants import calibration_batches
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.checkpoint import has_checkpoint
@@ -54,7 +57,10 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     study.keep_known_text()
     study.score_start_model()
     for segments in segments_of_arms:
-        study.train_arm(segments)
+        study.finish_arm(segments.own.arm, segments)
+    for arm in checked.arms.values():
+        if not arm.trains:  # once what it is made from is there
+            study.finish_arm(arm, None)
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
@@ -88,12 +94,16 @@ class _Study:
         """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
         self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
-    def train_arm(self, segments: ArmSegments) -> None:
-        """Train an arm, its trunk first, export and score it; what is there already, and whole, is left as it is."""
-        arm, folder = segments.own.arm, ArmFolder(segments.own.folder)
+    def finish_arm(self, arm: Arm, segments: ArmSegments | None) -> None:
+        """Train an arm, its trunk first, or calibrate it where it has no segments; export and score it. What is there
+        already, and whole, is left as it is."""
+        folder = self.folder.arm(arm.name)
         record = finished(folder, self.display)
+        if record is not None and segments is None and is_of_other_weights(record, Source.of(arm, self.folder)):
+            self.display.on_warning(f"{arm.name}: made again, because {arm.twin} was")
+            record = None
         if record is None:
-            record = self._train_and_export(segments, folder)
+            record = self._calibrate(arm, folder) if segments is None else self._train_and_export(segments, folder)
         elif not (lost := scores_lost(folder)):
             self.display.note(f"{arm.name}: done already")
             export_trained(arm, folder, self.recipe.eval, self.display)
@@ -111,10 +121,24 @@ class _Study:
         if trunk is not None and not has_checkpoint(folder.checkpoints):
             self._train_trunk(trunk)
         model, outcome = self._train(own, keep=True)
-        sizes = self._export(model, load_tokenizer(arm.model), own, folder)
+        sizes = self._export(model, arm, own.plan, folder)
         del model
         gc.collect()
-        return self._record(own, outcome, sizes, weights_of(folder))
+        match: Any = {**matched_settings(arm), "data_hash": outcome.data_hash}
+        cost = Cost(seconds=outcome.seconds, peak_memory_bytes=outcome.peak_memory_bytes)
+        return self._record(arm, match, cost, sizes)
+
+    def _calibrate(self, arm: Arm, folder: ArmFolder) -> ArmResult:
+        """Without a step of training; the record of the arm, without perplexities."""
+        check_inputs(self.folder, self.recipe)
+        source, plan = Source.of(arm, self.folder), self.checked.plans[arm.name]
+        assert plan is not None
+        model, cost = calibrate_arm(arm, source, plan, folder, self.display)
+        sizes = self._export(model, arm, plan, folder)
+        del model
+        gc.collect()
+        record = self._record(arm, source.match, cost, sizes)
+        return record.model_copy(update={"method": arm.method, "made_from": source.weights})
 
     def _train_trunk(self, trunk: Segment) -> None:
         """Train a trunk unless that is done; once more where its checkpoints are damaged, which gives the same."""
@@ -139,7 +163,7 @@ class _Study:
             for name, arm in self.checked.arms.items()
             if arm.twin is not None
         )
-        result = StudyResult(self.folder.path, pairs)
+        result = StudyResult(self.folder.path, pairs, over_ptq=over_ptq(self.recipe, [self.folder]))
         write_comparison(self.folder, result)
         matches = {name: read_json(self.folder.arm(name).result, ArmResult).match for name in self.checked.arms}
         arms = {name: {"seed": match["seed"], "data_hash": match["data_hash"]} for name, match in matches.items()}
@@ -160,6 +184,9 @@ class _Study:
         check_inputs(self.folder, self.recipe)
         tokenizer = load_tokenizer(arm.model)
         data = open_data(arm.data, tokenizer, arm.train.seed)
+        if segment.quantizes and arm.qat is not None and arm.qat.init == "ptq":
+            batches = calibration_batches(arm, arm.qat.calibrating.sequences)
+            segment = replace(segment, calibration=batches)
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         twin = {} if arm.twin is None else read_losses(self.folder.arm(arm.twin))
         self.display.begin_training(segment.name, first_step, segment.last_step, twin)
@@ -175,28 +202,31 @@ class _Study:
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
         return Watched(known.input_ids[: probe.sequences], held_out_nll=nll), None if probe.items is None else few
 
-    def _export(self, model: Any, tokenizer: Any, segment: Segment, folder: ArmFolder) -> dict[str, int]:
+    def _export(self, model: Any, arm: Arm, plan: QuantPlan | None, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""
-        dtype = DTYPES[segment.arm.model.compute_dtype]
+        dtype, tokenizer = DTYPES[arm.model.compute_dtype], load_tokenizer(arm.model)
         with filled_folder(folder.path):
             save_model(model, tokenizer, folder.path, dtype)
         sizes = {"plain_bytes": artifact.size_bytes(folder.path)}
-        if segment.plan is not None:
+        if plan is not None:
             freeze(model, dtype)
-            artifact.save(model, tokenizer, segment.plan, folder.quantized)
+            artifact.save(model, tokenizer, plan, folder.quantized)
             sizes["quantized_bytes"] = artifact.size_bytes(folder.quantized)
         shown = ", ".join(f"{name.removesuffix('_bytes')} {readable_size(size)}" for name, size in sizes.items())
-        self.display.note(f"{segment.name}: saved to {folder.path} ({shown})")
+        self.display.note(f"{arm.name}: saved to {folder.path} ({shown})")
         return sizes
 
     def _score_arm(self, arm: Arm, folder: ArmFolder, texts: Mapping[str, Batch]) -> dict[str, float]:
-        """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and off."""
+        """Score what was saved, read back. Returns perplexities with quantizers on (or of a BF16 arm) and, where that is not
+        what its twin has been scored as, off."""
         plain = arm.model.model_copy(update={"path": str(folder.path), "revision": None})
         values: dict[str, float] = {}
         state, place, what = "on", folder.eval, arm.name
         if arm.qat is not None:
             opened = partial(artifact.load, folder.path, trust_remote_code=arm.model.trust_remote_code)
             values["on"] = self._score(opened, texts, folder.eval, f"{arm.name}, quantizers on")
+            if not arm.trains:
+                return values
             state, place, what = "off", folder.eval_off, f"{arm.name}, quantizers off"
         return values | {state: self._score(partial(open_plain, plain, arm.model.compute_dtype), texts, place, what)}
 
@@ -209,19 +239,15 @@ class _Study:
         self.display.note(f"{what}: {', '.join([*accuracies, f'perplexity {found:.4g}'])}")
         return found
 
-    def _record(
-        self, segment: Segment, outcome: Outcome, sizes: Mapping[str, int], weights: Mapping[str, str]
-    ) -> ArmResult:
-        arm = segment.arm
+    def _record(self, arm: Arm, match: Match, cost: Cost, sizes: Mapping[str, int]) -> ArmResult:
         covered = self.checked.coverages.get(arm.name)
-        match: Any = {**matched_settings(arm), "data_hash": outcome.data_hash}
         return ArmResult(
             arm=arm.name,
             twin=arm.twin,
             match=match,
-            cost=Cost(seconds=outcome.seconds, peak_memory_bytes=outcome.peak_memory_bytes),
+            cost=cost,
             coverage=str(covered) if covered is not None else None,
             perplexity={},
             sizes=dict(sizes),
-            weights=dict(weights),
+            weights=weights_of(self.folder.arm(arm.name)),
         )

@@ -28,8 +28,11 @@ def _stages(recipe: Recipe, arms: Mapping[str, Arm], segments: Sequence[ArmSegme
         states = ("",) if arm.qat is None else (", quantizers on", ", quantizers off")
         for state in states:
             yield Stage("scoring", f"{arm.name}{state}", 1)
+    for name, arm in arms.items():
+        if not arm.trains:
+            yield Stage("scoring", f"{name}, quantizers on", 1)
     if recipe.diagnose.at_end:
         for name, arm in arms.items():
-            if arm.twin is not None:
+            if arm.twin is not None and arm.trains:
                 yield Stage("scoring", f"{arm.twin} quantized after training", 1)
                 yield Stage("scoring", f"{name} with fresh scales", 1)

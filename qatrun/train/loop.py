@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qatrun.data import Batch, PackedStream
 from qatrun.errors import CheckpointError, Interrupted, NonFiniteError, SourceError
 from qatrun.layout import CHECKPOINTS, METRICS_FILE
 from qatrun.numerics import bfloat16_products
-from qatrun.quant import Mode, QuantState, ResumableState
+from qatrun.quant import Mode, QuantState, ResumableState, calibrate
 from qatrun.ranks import world
 from qatrun.records.training import Outcome
 from qatrun.train.checkpoint import Checkpoint, latest_checkpoint
@@ -168,9 +169,20 @@ class Session:
             if trunk is None:
                 raise CheckpointError(f"{self.segment.trunk} holds no whole checkpoint to branch from")
             self._restore(trunk, from_trunk=True)
+        if own is None and self.segment.calibration is not None:
+            self._calibrate(self.segment.calibration)
         self._open_metrics()
         for text in self.monitor.start(self.step):
             self.listener.on_warning(text)
+
+    def _calibrate(self, batches: Sequence[Tensor]) -> None:
+        """Give the first step its scales; the weights are smoothed already, see `study.joint`."""
+        model, qat = self.stepper.model, self.segment.arm.qat
+        assert qat is not None
+        with self.stepper.autocast():
+            least_error = qat.calibrating.input == "mse"
+            calibrate(model, [batch.to(self.accelerator.device) for batch in batches], least_error=least_error)
+        model.train()
 
     def _latest_checkpoint(self, folder: Path) -> Checkpoint | None:
         checkpoint, warnings = latest_checkpoint(folder / CHECKPOINTS)

@@ -43,6 +43,8 @@ class Segment:
         switch_step: first step with fake quantization, or a trunk's branch point.
         trunk: folder of the segment it starts from, or None for the pretrained model.
         twin: that of the arm that trains the same without quantizers; None for a trunk and where there is no such arm.
+        calibration: [batch, seq_len] token ids each, that the scales of the first step come from, and the smoothing of the
+            weights; None: the scales come from the trunk's history, or there is none.
         identity: hash of everything that decides the outcome; a checkpoint of another identity is refused.
     """
 
@@ -56,6 +58,7 @@ class Segment:
     trunk: Path | None
     identity: str
     twin: Path | None = None
+    calibration: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
