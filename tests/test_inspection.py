@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from builders import tiny_llama
 from tiny_world import run_qatrun, write_world
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from qatrun.numerics import fake_quantize
-from qatrun.quant.inspection import Spread, asymmetric
+from qatrun.quant import survey
+from qatrun.quant.inspection import Spread, asymmetric, spreads
 from qatrun.scheme import Scaling, Scheme, Slot
 from qatrun.study.inspecting import _inspected
 
@@ -90,6 +93,20 @@ def test_a_zero_point_is_advised_where_values_lie_on_one_side() -> None:
     assert found.asymmetric_sqnr_db == pytest.approx(decibels(x, x_hat), abs=0.3)
     assert any(f"symmetric: false}}, zero-point {zero}: +" in text for text in found.advice)
     assert inspected(x, "a:weight").zero_point is None
+
+
+def test_experts_are_tensors_of_their_own() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 101}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **more, use_cache=False)).eval()
+    by_rows = {"input": BY_TOKEN, "weight": replace(BY_TOKEN, granularity="per_channel")}
+    *_, found = spreads(model, survey(model), [torch.arange(32).view(2, 16)], by_rows)
+    experts = "model.layers.0.mlp.experts"
+    for index in range(4):
+        weight = model.get_parameter(f"{experts}.down_proj")[index].detach()
+        assert found[Slot(f"{experts}.down_proj.{index}", "weight")].amax == float(weight.abs().max())
+    assert found[Slot(f"{experts}.gate_up_proj.0", "input")].num_values == 32 * 32
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_llama, token_ids
+from builders import VOCAB_SIZE, tiny_llama, token_ids
 from tiny_world import run_qatrun, write_world
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from qatrun.errors import InputError
-from qatrun.quant import QuantPlan, attach, calibrate, make_plan
+from qatrun.quant import QuantPlan, attach, calibrate, coverage, make_plan
 from qatrun.quant.calibration import calibrated_plan
 from qatrun.quant.sensitivity import (
     Cost,
@@ -73,7 +74,7 @@ def test_one_backward_is_half_of_gradient_times_error_squared() -> None:
 def test_one_at_a_time_is_the_divergence_of_a_model_with_only_those() -> None:
     model, ids = tiny_llama(), token_ids(3)
     plan = attached(model, ids)
-    groups = input_groups(plan)
+    groups = {name: group.modules for name, group in input_groups(model, plan).items()}
     assert groups["model.layers.0.self_attn.q_proj"] == tuple(
         f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v")
     )
@@ -90,6 +91,33 @@ def test_one_at_a_time_is_the_divergence_of_a_model_with_only_those() -> None:
     assert sums[:, 1].tolist() == pytest.approx(rise.tolist(), rel=1e-6)
 
 
+def tiny_mixture() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": VOCAB_SIZE}
+    return AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **more, use_cache=False)).eval()
+
+
+def test_the_experts_of_a_module_are_a_group_by_the_names_of_their_parameters() -> None:
+    model, ids = tiny_mixture(), token_ids(3)
+    plan = attached(model, ids)
+    groups = input_groups(model, plan)
+    experts = groups["model.layers.1.mlp.experts"]
+    assert experts.modules == ("model.layers.1.mlp.experts",)
+    assert experts.names == ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
+    assert experts.num_weights == 4 * (32 * 32 + 32 * 16)
+    assert sum(group.num_weights for group in groups.values()) == coverage(model, plan).quantized_weights
+    one = costs_by_one_backward(model, [each for group in groups.values() for each in group.modules], ids, ids)
+    exact = dict(costs_one_at_a_time(model, {name: group.modules for name, group in groups.items()}, ids, ids))
+    for cost in (one["model.layers.1.mlp.experts"], exact["model.layers.1.mlp.experts"]):
+        assert cost.nats > 0
+        assert 1e-6 < cost.noise / cost.signal < 1e-2
+    ignored = make_plan(tiny_mixture(), QatConfig(modules=[{"match": list(experts.names), "format": None}]))
+    assert set(plan.linears) - set(ignored.linears) == {
+        f"{name}.{index}" for name in experts.names for index in range(4)
+    }
+
+
 @torch.no_grad()
 def plant(model: Any, block: int) -> None:
     """Two channels of the input of a block's MLP 64 times as large, and read as much less: the same function."""
@@ -104,7 +132,7 @@ def test_planted_outliers_are_found_first_by_both(block: int) -> None:
     model, ids = tiny_llama(), token_ids(4)
     plant(model, block)
     plan = attached(model, ids)
-    groups = input_groups(plan)
+    groups = {name: group.modules for name, group in input_groups(model, plan).items()}
     one = costs_by_one_backward(model, plan.linears, ids, ids)
     by_backward = {name: sum(one[linear].nats for linear in linears) for name, linears in groups.items()}
     by_divergence = {name: cost.nats for name, cost in costs_one_at_a_time(model, groups, ids, ids)}
@@ -233,6 +261,8 @@ def test_what_other_settings_found_is_not_thrown_away_unasked(world: Path) -> No
     ran = run_qatrun(*SEARCH, "--exact", output, cwd=world)
     assert ran.code == 2
     assert "was found with other settings: exact (False -> True); --overwrite it" in ran.err
+    (world / "other/settings.json").write_text("{")
+    assert "settings.json (damaged)" in run_qatrun(*SEARCH, "--exact", output, cwd=world).err
     assert run_qatrun(*SEARCH, "--exact", output, "--overwrite", cwd=world).code == 0
 
 

@@ -102,7 +102,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
     for name, linear in _modules_of(model, FakeQuantLinear).items():
         replace_linears(model, {name: QuantizedLinear.from_trained(linear, dtype)})
     for module in _modules_of(model, FakeQuantExperts).values():
-        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.linears()}
+        trained = {linear.name: QuantizedLinear.from_trained(linear, dtype) for linear in module.all_linears()}
         module.take_off()
         replace_linears(model, trained)
     delattr(model, STATE_NAME)

@@ -136,7 +136,7 @@ class FakeQuantExperts(_ExpertsModule):
             for experts, of_experts in quants.items()
         }
 
-    def linears(self) -> Iterator[ExpertLinear]:
+    def all_linears(self) -> Iterator[ExpertLinear]:
         """Of all its parameters."""
         for linears in self.quants.values():
             yield from linears
@@ -148,9 +148,11 @@ class FakeQuantExperts(_ExpertsModule):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """As the module's own."""
-        state = next(self.linears()).quant.state
-        takes_part = state.mode is Mode.QUANTIZE or (state.mode is Mode.OBSERVE and self.training)
-        y: Tensor = (self._by_expert if takes_part else super().forward)(hidden_states, *routing)
+        state = next(self.all_linears()).quant.state
+        if state.mode is Mode.QUANTIZE or (state.mode is Mode.OBSERVE and self.training):
+            by_expert: Tensor = self._by_expert(hidden_states, *routing)
+            return by_expert
+        y: Tensor = super().forward(hidden_states, *routing)
         return y
 
     def _linears(self, leaf: str) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -183,9 +185,9 @@ class QuantizedExperts(_ExpertsModule):
         if not isinstance(frozen, nn.ModuleList):
             yield from super()._linears(leaf)
             return
-        linears: Any = frozen
-        for linear, bias in zip(linears, self._biases(leaf), strict=True):
-            yield partial(linear.product, bias=bias)
+        for linear, bias in zip(frozen, self._biases(leaf), strict=True):
+            product: Callable[..., Tensor] = linear.product  # type: ignore[assignment]  # of a QuantizedLinear
+            yield partial(product, bias=bias)
 
 
 _CLASSES: dict[tuple[type[_ExpertsModule], type[nn.Module]], type[_ExpertsModule]] = {}

@@ -182,8 +182,8 @@ def make_plan(model: nn.Module, wanted: Wanted, seen: Survey | None = None) -> Q
         problems.append(Problem(f"nothing is left to quantize after ignore and skip_blocks{cannot}", key="qat.targets"))
     if problems:
         raise InputError(problems)
-    first_reader = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
-    groups = {name: ({**seen.first_reader, **first_reader})[name] for name in schemes}
+    of_experts = {linear: each.linears[0] for each in experts.values() for linear in each.linears}
+    groups = {name: of_experts.get(name) or seen.first_reader[name] for name in schemes}
     return QuantPlan(schemes, groups, wanted.saves_codes)
 
 

@@ -88,10 +88,10 @@ def to_grid(
     if scheme.block is not None:  # each block is a row
         x, inv_scale = x.unflatten(-1, (-1, scheme.block)), inv_scale.unsqueeze(-1)
     seen = quantize(x, inv_scale, grid, scheme.limit, zero=zero, values=values, codes=codes, blocked=blocked)
-    if scheme.block is not None:
-        on_grid, as_codes = (None if part is None else part.flatten(-2) for part in (seen.values, seen.codes))
-        seen = seen._replace(values=on_grid, codes=as_codes)
-    return QTensor(grid, seen.values, seen.codes, scale, seen.blocked, zero), seen
+    made, made_codes = (
+        part if part is None or scheme.block is None else part.flatten(-2) for part in (seen.values, seen.codes)
+    )
+    return QTensor(grid, made, made_codes, scale, seen.blocked, zero), seen
 
 
 def holds_back(scheme: Scheme, takes_gradient: bool) -> bool:

@@ -8,11 +8,13 @@ backward over the text for all linears together, where the second takes a forwar
 constant share of the size (ModelOpt's AutoQuantize scores layers so).
 
 What is kept or quantized together is an input group, the linears that read one tensor (q/k/v, gate/up): engines fuse them.
+The experts of a module that holds them in 3-D parameters are one, too. Costs are of modules: a linear, or such experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatrun.quant.attach import attached_state
+from qatrun.quant.expert_weights import experts_of_linears
 from qatrun.quant.plan import QuantPlan
-from qatrun.quant.state import Mode
+from qatrun.quant.state import Mode, QuantState
 
 LOGITS_AT_ONCE = 2**22  # that are compared in float64
 
@@ -43,42 +46,64 @@ class Cost:
     noise: float
 
 
-def input_groups(plan: QuantPlan) -> dict[str, tuple[str, ...]]:
-    """First reader of a tensor -> the plan's linears that read it."""
-    groups: dict[str, list[str]] = {}
-    for name in plan.linears:
-        groups.setdefault(plan.input_group[name], []).append(name)
-    return {linears[0]: tuple(linears) for linears in groups.values()}
+@dataclass(frozen=True)
+class Group:
+    """What is quantized or kept together.
+
+    Attributes:
+        modules: whose outputs show what it costs.
+        names: of its linears and parameters of experts, as patterns know them.
+    """
+
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    num_weights: int
+
+
+def input_groups(model: nn.Module, plan: QuantPlan) -> dict[str, Group]:
+    """The groups of a plan by the name of the first module."""
+    experts = experts_of_linears(model)
+    members: dict[str, list[str]] = {}
+    for linear in plan.linears:
+        key = experts[linear].owner if linear in experts else plan.input_group[linear]
+        members.setdefault(key, []).append(linear)
+    groups: dict[str, Group] = {}
+    for linears in members.values():
+        of = {linear: experts.get(linear) for linear in linears}
+        modules = dict.fromkeys(linear if each is None else each.owner for linear, each in of.items())
+        names = dict.fromkeys(linear if each is None else f"{each.owner}.{each.leaf}" for linear, each in of.items())
+        num_weights = sum(
+            model.get_parameter(f"{linear}.weight").numel() if each is None else math.prod(each.shape)
+            for linear, each in of.items()
+        )
+        groups[next(iter(modules))] = Group(tuple(modules), tuple(names), num_weights)
+    return groups
 
 
 @contextmanager
-def quantizing(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
-    """Only these of an attached model's linears quantize; the others compute as before it was attached."""
+def quantizing(model: nn.Module, modules: Iterable[str]) -> Iterator[None]:
+    """Only these of an attached model's modules quantize; the others compute as before it was attached."""
+    state = attached_state(model)
 
-    def quantized(module: Any, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        return _quantized(module, args)
+    def quantized(module: nn.Module, args: Any, kwargs: Any, _: Tensor) -> Tensor:
+        return _computed(module, state, Mode.QUANTIZE, args, kwargs)
 
-    handles = [model.get_submodule(name).register_forward_hook(quantized) for name in linears]
-    try:
-        with attached_state(model).computing(Mode.OFF):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(model, dict.fromkeys(modules, quantized)), state.computing(Mode.OFF):
+        yield
 
 
-def costs_by_one_backward(model: Any, linears: Iterable[str], input_ids: Tensor, labels: Tensor) -> dict[str, Cost]:
-    """Of each of these linears of an attached, calibrated model; its gradients are left as they were.
+def costs_by_one_backward(model: Any, modules: Iterable[str], input_ids: Tensor, labels: Tensor) -> dict[str, Cost]:
+    """Of each of these modules of an attached, calibrated model; its gradients are left as they were.
 
     Args:
         input_ids: [num, seq_len], on the model's device.
         labels: the same shape, not shifted.
     """
-    found: dict[str, Tensor] = {}  # [3] float64: nats, signal, noise
+    state, found = attached_state(model), dict[str, Tensor]()  # [3] float64: nats, signal, noise
 
-    def watch(name: str, module: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
         with torch.no_grad():
-            change = _quantized(module, args) - y
+            change = _computed(module, state, Mode.QUANTIZE, args, kwargs) - y
         energies = torch.stack([_energy(y.detach()), _energy(change)])
         found[name] = found.get(name, 0.0) + torch.cat([energies.new_zeros(1), energies])
 
@@ -87,33 +112,38 @@ def costs_by_one_backward(model: Any, linears: Iterable[str], input_ids: Tensor,
 
         y.requires_grad_().register_hook(weigh)  # the graph begins with the first
 
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in linears]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # of weights no gradient is wanted
     try:
-        with attached_state(model).computing(Mode.OFF), torch.enable_grad():
+        hooks = {name: partial(watch, name) for name in modules}
+        with _hooked(model, hooks), state.computing(Mode.OFF), torch.enable_grad():
             logits = model(input_ids=input_ids, use_cache=False).logits
             predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             F.cross_entropy(predictions, targets, reduction="sum").backward()
     finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_()
     return {name: Cost(*values.tolist()) for name, values in found.items()}
 
 
 @torch.no_grad()
 def costs_one_at_a_time(
-    model: Any, groups: Mapping[str, tuple[str, ...]], input_ids: Tensor, labels: Tensor
+    model: Any, groups: Mapping[str, Iterable[str]], input_ids: Tensor, labels: Tensor
 ) -> Iterator[tuple[str, Cost]]:
-    """The KL of each group of linears, one after the other; arguments as of `costs_by_one_backward`."""
+    """The KL of each group of modules, one after the other; arguments as of `costs_by_one_backward`."""
     if not groups:
         return
+    state = attached_state(model)
     with quantizing(model, ()):
         plain = model(input_ids=input_ids, use_cache=False).logits
-    for name, linears in groups.items():
-        with quantizing(model, linears), _measuring_noise(model, linears) as energies:
+    for name, modules in groups.items():
+        energies = torch.zeros(2, dtype=torch.float64, device=plain.device)
+
+        def measure(module: nn.Module, args: Any, kwargs: Any, y: Tensor, into: Tensor = energies) -> None:
+            without = _computed(module, state, Mode.OFF, args, kwargs)
+            into += torch.stack([_energy(without), _energy(y - without)])
+
+        with quantizing(model, modules), _hooked(model, dict.fromkeys(modules, measure)):
             quantized = model(input_ids=input_ids, use_cache=False).logits
         yield name, Cost(float(divergences(plain, quantized, labels)[:, 0].sum()), *energies.tolist())
 
@@ -142,26 +172,20 @@ def divergences(plain: Tensor, quantized: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _measuring_noise(model: nn.Module, linears: Iterable[str]) -> Iterator[Tensor]:
-    """[2] float64: signal and noise of these linears' outputs, filled in while they quantize."""
-    energies = torch.zeros(2, dtype=torch.float64)
-
-    def measure(module: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-        plain = module.plain_class.forward(module, *args)
-        energies.add_(torch.stack([_energy(plain), _energy(y - plain)]).cpu())
-
-    handles = [model.get_submodule(name).register_forward_hook(measure) for name in linears]
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on modules by name, for as long as the block lasts."""
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     try:
-        yield energies
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _quantized(module: Any, args: tuple[Tensor, ...]) -> Tensor:
-    """What a linear gives when it quantizes, whatever the others do; its hooks are not asked."""
-    with module.quant.state.computing(Mode.QUANTIZE):
-        y: Tensor = type(module).forward(module, *args)
+def _computed(module: nn.Module, state: QuantState, mode: Mode, args: Any, kwargs: Any) -> Tensor:
+    """What a module gives in that mode, whatever the others do; its hooks are not asked."""
+    with state.computing(mode):
+        y: Tensor = type(module).forward(module, *args, **kwargs)
     return y
 
 

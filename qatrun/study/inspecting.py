@@ -14,7 +14,7 @@ from qatrun.errors import InputError, Problem
 from qatrun.files import content_sha256, write_json
 from qatrun.formats import Role, get_format
 from qatrun.layout import HISTOGRAMS_FILE, StudyFolder
-from qatrun.model import DTYPES, load_model, on_device, text_config
+from qatrun.model import DTYPES, architecture, check_model, load_model, on_device, text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import survey
 from qatrun.quant.inspection import LOG2_EDGES, Spread, asymmetric, spreads
@@ -68,8 +68,12 @@ def inspect_model(
     get_format(format_name)
     model_config = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model_config)
-    model: Any = load_model(model_config, DTYPES["float32"])
-    context = getattr(text_config(model), "max_position_embeddings", None) or seq_len
+    empty = architecture(model_config)
+    check_model(model_config, empty)
+    seen = survey(empty)
+    if not seen.first_reader.keys() - seen.unfit.keys():
+        raise InputError(f"{path}: it has no linear that can be quantized")
+    context = getattr(text_config(empty), "max_position_embeddings", None) or seq_len
     source = Source(path=data, text_column=text_column)
     length = min(seq_len, context if context > 0 else seq_len)
     try:
@@ -77,10 +81,7 @@ def inspect_model(
     except InputError as error:
         raise InputError([Problem(f"--data {problem.message}") for problem in error.problems]) from None
     assert ids is not None
-    seen = survey(model)
-    if not seen.first_reader.keys() - seen.unfit.keys():
-        raise InputError(f"{path}: it has no linear that can be quantized")
-    folder = output or Path(f"{Path(path).resolve().name}-inspect-{format_name}")
+    folder = output or Path(f"{Path(path).resolve().name.replace(':', '-')}-inspect-{format_name}")
     settings = {
         "model": path,
         "data": data,
@@ -93,8 +94,8 @@ def inspect_model(
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         found: Mapping[Slot, Spread] = {}
         display.begin_scoring(f"reading {data}")
+        model: Any = on_device(load_model(model_config, DTYPES["float32"]))
         batches = [batch.to(model.device) for batch in ids.split(AT_ONCE)]
-        model = on_device(model)
         with bfloat16_products():
             schemes: dict[Role, Scheme] = {role: _scheme(role, format_name) for role in ("input", "weight")}
             by_rows = {role: _by_rows(role, scheme) for role, scheme in schemes.items()}

@@ -26,6 +26,7 @@ class Part:
     """An input group as it was scored.
 
     Attributes:
+        linears: as a recipe names them.
         cost: nats a token.
     """
 

@@ -31,7 +31,7 @@ def keeping_recipe(folder: Path, recipe: Recipe, found: Sensitivity, overrides: 
     tree["name"] = f"{recipe.name}-keep"
     qat = recipe.arm_by_name[found.arm].qat
     assert qat is not None
-    given = [module.model_dump(mode="json") for module in getattr(qat, "modules", ())]
+    given = [module.model_dump(mode="json") for module in qat.modules]
     own = [{"match": group.linears, "format": None} for group in found.groups if group.kept]
     section: Any = {"qat": {"modules": [*own, *given]}}
     if sum(arm.qat is not None for arm in recipe.arm_by_name.values()) > 1:

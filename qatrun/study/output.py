@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qatrun.errors import InputError
+from qatrun.errors import DamagedFileError, InputError
 from qatrun.files import read_json, write_json, writing
 from qatrun.layout import CSV_FOLDER, LOCK_FILE, PAGE_FILE, PARTIAL, StudyFolder
 from qatrun.study.claim import locked
@@ -58,11 +58,13 @@ def _refuse(folder: Path, settings: Mapping[str, Any], own: tuple[str, ...], *, 
 
 
 def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    file = folder / SETTINGS_FILE
-    before = flat(read_json(file, dict)) if file.is_file() else None
-    after = flat(settings)
-    if before is None or before == after:
+    file, after = folder / SETTINGS_FILE, flat(settings)
+    if not file.is_file():
         return []
+    try:
+        before = flat(read_json(file, dict))
+    except DamagedFileError:
+        return [f"{SETTINGS_FILE} (damaged)"]
     return [
         f"{key} ({before.get(key, 'not given')} -> {after.get(key, 'not given')})"
         for key in sorted(before.keys() | after.keys())

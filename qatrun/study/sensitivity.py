@@ -7,7 +7,7 @@ training text -> calibrated scales -> a cost for each group -> the choice -> hel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from qatrun.evaluate.paired import Rate
 from qatrun.evaluate.text import perplexity
 from qatrun.files import read_rows, replace_file, write_json
 from qatrun.layout import StudyFolder
-from qatrun.model import DTYPES, load_model, on_device
+from qatrun.model import DTYPES, load_model, on_device, text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, attach, calibrate
 from qatrun.quant.calibration import calibrated_plan
@@ -50,7 +50,7 @@ from qatrun.train.metrics import RowsFile
 RESULT, COSTS, CURVE, FRAGMENT = "sensitivity.json", "costs.jsonl", "curve.svg", "keep.yaml"
 OWN = (RESULT, COSTS, CURVE, FRAGMENT)
 ALL = "all together"  # as a group of costs.jsonl
-AT_ONCE = 4  # sequences of a batch at most: what is lost by a stop, and held in memory
+AT_ONCE, LOGITS_AT_ONCE = 4, 2**27  # sequences of a batch, and their logits: what a stop loses, and memory holds
 
 
 def find_sensitivity(
@@ -84,7 +84,8 @@ def find_sensitivity(
     chosen = _arm(recipe, arm)
     wanted = keeping.parse_budget(budget or f"{recipe.budget['perplexity'] or 1.0}%")
     checked = preflight(recipe)
-    if problems := [each for each in checked.problems if not each.key.startswith(("eval.", "export"))]:
+    asked_elsewhere = {"eval", "export"}  # of what a search does not do
+    if problems := [each for each in checked.problems if not asked_elsewhere & set(each.key.split("."))]:
         raise InputError(problems)
     plan = checked.plans[chosen.name]
     assert plan is not None
@@ -100,7 +101,13 @@ def find_sensitivity(
     }
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         search = _Search(chosen, plan, folder, display, exact=exact, sequences=sequences)
-        found = search.result(wanted, source)
+        try:
+            found = search.result(wanted, source)
+        except KeyboardInterrupt:
+            display.on_warning(
+                "stopped by Ctrl-C: costs found so far are saved, and the same command goes on from there"
+            )
+            raise
         _write(folder, recipe, found, overrides)
     return folder, found
 
@@ -121,12 +128,14 @@ class _Search:
         self, arm: Arm, plan: QuantPlan, folder: Path, display: ScoringDisplay, *, exact: bool, sequences: int
     ) -> None:
         self.arm, self.plan, self.folder, self.display, self.exact = arm, plan, folder, display, exact
-        self.groups = input_groups(plan)
         data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
         self.text, self.held_out = data.train.take(sequences), data.valid
-        self.at_once = min(AT_ONCE, arm.train.micro_batch_size)
         self.model = on_device(load_model(arm.model, DTYPES[arm.model.param_dtype]))
+        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(self.model).vocab_size)
+        self.at_once = max(1, min(AT_ONCE, arm.train.micro_batch_size, room))
         attach(self.model, calibrated_plan(plan))
+        self.groups = input_groups(self.model, plan)
+        self.modules = [name for group in self.groups.values() for name in group.modules]
         with bfloat16_products():
             calibrate(self.model, (batch.input_ids for batch in self._batches(self.text)))
 
@@ -140,13 +149,13 @@ class _Search:
         groups = keeping.ranked(parts, together / total if total else 1.0)
         curve = keeping.curve_of(groups)
         self.display.begin_scoring("what the choice costs")
-        everything = self._measured(self.plan.linears)
+        everything = self._measured(self.modules)
         number = keeping.num_kept(curve, budget)
         if budget.unit != "bits" and _spent(everything, budget) <= budget.value:
             number = 0  # whatever the estimate says
         groups = [group.model_copy(update={"kept": place < number}) for place, group in enumerate(groups)]
-        kept = {name for group in groups if group.kept for name in group.linears}
-        choice = self._measured([name for name in self.plan.linears if name not in kept]) if kept else None
+        kept = {name for group in groups if group.kept for name in self.groups[group.name].modules}
+        choice = self._measured([name for name in self.modules if name not in kept]) if kept else None
         return Sensitivity(
             recipe=recipe,
             arm=self.arm.name,
@@ -174,13 +183,11 @@ class _Search:
         if not all(math.isfinite(value) for values in sums.values() for value in values):
             raise NonFiniteError("the model's logits are NaN or infinite on the training text")
         num_tokens = self.text.num_targets
-        weights = {name: self.model.get_submodule(name).weight.numel() for name in self.plan.linears}
         parts = {}
-        for group, linears in self.groups.items():
-            of_group = [sums[group]] if self.exact else [sums[name] for name in linears]
+        for name, group in self.groups.items():
+            of_group = [sums[name]] if self.exact else [sums[module] for module in group.modules]
             nats, signal, noise = (sum(values) for values in zip(*of_group, strict=True))
-            cost = Cost(nats / num_tokens, signal, noise)
-            parts[group] = keeping.Part(linears, sum(weights[name] for name in linears), cost)
+            parts[name] = keeping.Part(group.names, group.num_weights, Cost(nats / num_tokens, signal, noise))
         return parts, sums[ALL][0] / num_tokens
 
     def _rows(self) -> list[CostRow]:
@@ -188,10 +195,10 @@ class _Search:
         file = self.folder / COSTS
         batches = list(self._batches(self.text))
         rows = read_rows(file, CostRow, skip_damaged=True) if file.is_file() else []
-        names = [*(self.groups if self.exact else self.plan.linears), ALL]
+        names = [*(self.groups if self.exact else self.modules), ALL]
         done = {number: {row["name"] for row in rows if row["batch"] == number} for number in range(len(batches))}
         self.display.begin_scoring(
-            f"what quantizing each of {len(names) - 1} {'groups' if self.exact else 'linears'} costs"
+            f"what quantizing each of {len(names) - 1} {'groups' if self.exact else 'modules'} costs"
         )
         with closing(RowsFile(file, rows)) as kept:
             for number, batch in enumerate(batches):
@@ -207,25 +214,25 @@ class _Search:
 
     def _costs(self, batch: Batch, missing: Sequence[str]) -> Iterator[tuple[str, Cost]]:
         ids, labels = batch.input_ids, batch.labels
-        everything = {ALL: self.plan.linears} if ALL in missing else {}
+        everything = {ALL: tuple(self.modules)} if ALL in missing else {}
         if self.exact:
-            alone = {name: linears for name, linears in self.groups.items() if name in missing}
+            alone = {name: group.modules for name, group in self.groups.items() if name in missing}
             yield from costs_one_at_a_time(self.model, alone | everything, ids, labels)
             return
-        if linears := [name for name in self.plan.linears if name in missing]:
-            yield from costs_by_one_backward(self.model, linears, ids, labels).items()
+        if modules := [name for name in self.modules if name in missing]:
+            yield from costs_by_one_backward(self.model, modules, ids, labels).items()
         yield from costs_one_at_a_time(self.model, everything, ids, labels)
 
     @torch.no_grad()
-    def _measured(self, linears: Iterable[str]) -> MeasuredCost:
-        """With these linears quantized, on held-out text."""
+    def _measured(self, modules: Collection[str]) -> MeasuredCost:
+        """With these modules quantized, on held-out text."""
         found: list[Tensor] = []
         sizes: list[Tensor] = []
         num_sequences = len(self.held_out.input_ids)
         for batch in self._batches(self.held_out):
             with quantizing(self.model, ()):
                 plain = self.model(input_ids=batch.input_ids, use_cache=False).logits
-            with quantizing(self.model, linears):
+            with quantizing(self.model, modules):
                 quantized = self.model(input_ids=batch.input_ids, use_cache=False).logits
             found.append(divergences(plain, quantized, batch.labels))
             sizes.append((batch.labels[:, 1:] != IGNORE_INDEX).sum(1).cpu())

@@ -48,9 +48,9 @@ def _linears_table(planned: Sequence[tuple[ArmContent, QuantPlan]]) -> Table:
         is_mixed = len(set(texts.values())) > 1
         for name, text in texts.items():
             alike.setdefault((_NUMBER.sub("*", name, count=1), text if is_mixed else None), []).append(name)
-        for (kind, shown), names in alike.items():
+        for (kind, where_mixed), names in alike.items():
             blocks = [number for name in names if (number := block(name)) is not None]
-            arms_of.setdefault((kind, len(names), ranges(blocks), shown), []).append(arm.name)
+            arms_of.setdefault((kind, len(names), ranges(blocks), where_mixed), []).append(arm.name)
     rows = [(*row, ", ".join(arms)) for row, arms in arms_of.items()]
     return table(
         ("quantized linears", "number", "blocks", "scheme, where they differ", "arms"), rows, "Linears", "coverage"
