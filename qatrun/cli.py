@@ -372,6 +372,54 @@ def fix(
 
 
 @app.command()
+def advise(
+    model_or_recipe: Annotated[
+        str,
+        argument("MODEL_OR_RECIPE", "A model folder or hub id, with --data; or a recipe.", completion.recipes),
+    ],
+    set_: SetOption = None,
+    data: Annotated[str | None, place("PATH", "For a model: text to calibrate and measure on.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="CHIP", help="What it is to be served on; default: the recipe's target.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="What may be lost: nats a token (0.01) or perplexity (1%); default: the recipe's for perplexity.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, path_option("Folder to write; default: beside the studies.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away what other settings found there.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Measure what each format costs by calibration alone, say whether training is worth it, and write the recipe."""
+    chosen = None if hardware is None else known(hardware, HARDWARE_NAMES, "--hardware")
+    terminal.quiet_libraries()
+    from qatrun.report import TerminalDisplay
+    from qatrun.report.advice import advice_table
+    from qatrun.study import advise as give_advice
+    from qatrun.study import recipe_to_advise
+
+    loaded, source = recipe_to_advise(model_or_recipe, data, set_ or ())
+    with TerminalDisplay(err) as display:
+        folder, found = give_advice(
+            loaded,
+            display,
+            source=source,
+            hardware=chosen,
+            budget=budget,
+            output=output,
+            overwrite=overwrite,
+        )
+    if json_:
+        out.print_data(found.to_dict())
+        return
+    out.print(advice_table(found))
+    out.out(f"\nthe page: {folder / 'report.html'}\nthe recipe: {folder / found.recipe}")
+
+
+@app.command()
 def sensitivity(
     recipe: RecipeArgument,
     set_: SetOption = None,

@@ -9,6 +9,7 @@ the result is reported where it was written.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -280,3 +281,13 @@ def _shown_tag(node: Node) -> str:
 def _line(node: Node) -> int:
     line: int = node.start_mark.line
     return line + 1
+
+
+def as_yaml(tree: Any) -> str:
+    """Plain data as a file has it, keys in their order."""
+    written = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
+    yaml.dump(tree, written)
+    return written.getvalue()

@@ -7,7 +7,6 @@ overrides applied; the loader resolves them. Rules that need more than one key a
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,11 +23,11 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from ruamel.yaml import YAML
 
 from qatrun.hardware import HARDWARE_NAMES
 from qatrun.paths import expand_path
 from qatrun.recipe.distill import START_MODEL, DistillConfig
+from qatrun.recipe.document import as_yaml
 from qatrun.recipe.monitor import DiagnoseConfig, MonitorConfig
 from qatrun.recipe.qat import Count, QatConfig, Section, is_null
 from qatrun.serving import EXPORT_NAMES
@@ -372,12 +371,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, as YAML that loads back equal."""
-        text = io.StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
-        yaml.dump(self.model_dump(mode="json"), text)
-        return text.getvalue()
+        return as_yaml(self.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from qatrun.lazy import lazy_names
 from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
+    from qatrun.study.advising import advise, recipe_to_advise
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
     from qatrun.study.housekeeping import clean, list_studies, spare_files
@@ -23,6 +24,7 @@ else:
     __getattr__ = lazy_names(
         __name__,
         {
+            "qatrun.study.advising": ("advise", "recipe_to_advise"),
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
             "qatrun.study.housekeeping": ("clean", "list_studies", "spare_files"),
@@ -38,6 +40,7 @@ else:
 
 __all__ = [
     "StudyResult",
+    "advise",
     "alarms_raised",
     "clean",
     "compare_named",
@@ -52,6 +55,7 @@ __all__ = [
     "named_study",
     "preflight",
     "ranked_arms",
+    "recipe_to_advise",
     "report_study",
     "run",
     "run_study",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from qatrun.recipe import Recipe
-from qatrun.recipe.document import Document, deep_merge, with_override
+from qatrun.recipe.document import Document, as_yaml, deep_merge, with_override
 from qatrun.records.sensitivity import Sensitivity
 
 
@@ -36,10 +33,6 @@ def keeping_recipe(folder: Path, recipe: Recipe, found: Sensitivity, overrides: 
     section: Any = {"qat": {"modules": [*own, *given]}}
     if sum(arm.qat is not None for arm in recipe.arm_by_name.values()) > 1:
         section = {"arms": {found.arm: section}}
-    written = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml annotates it as None
-    yaml.dump(deep_merge(tree, section), written)
     said = "\n".join(f"# {line}" for line in found.answer.split("; "))
-    return f"# {recipe.name}, {found.arm}: by qatrun sensitivity, {found.method}\n{said}\n{written.getvalue()}"
+    by = f"# {recipe.name}, {found.arm}: by qatrun sensitivity, {found.method}"
+    return f"{by}\n{said}\n{as_yaml(deep_merge(tree, section))}"
