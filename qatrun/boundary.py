@@ -27,7 +27,7 @@ from typing import Any
 
 import typer
 
-from qatrun.errors import QatrunError, SourceError
+from qatrun.errors import Interrupted, QatrunError, SourceError
 from qatrun.layout import RECIPE_FILE
 
 INTERRUPTED = 130
@@ -108,6 +108,8 @@ def _verdict(error: BaseException) -> tuple[str, int]:
         error = error.__cause__
     if isinstance(error, SourceError):
         return f"{error}{_kept()}", error.exit_code
+    if isinstance(error, Interrupted) and _study_to_resume():
+        return f"{error}: go on with {_again.get()}", error.exit_code
     if isinstance(error, QatrunError):
         return str(error), error.exit_code
     if isinstance(error, OSError):

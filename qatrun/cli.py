@@ -28,7 +28,6 @@ from qatrun.options import (
     path_option,
     place,
 )
-from qatrun.records.values import VERDICTS
 from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
 
 if TYPE_CHECKING:
@@ -289,6 +288,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare an arm with its BF16 twin, item by item; or every arm of a study with its own, ranked."""
+    from qatrun.records.values import VERDICTS
     from qatrun.report import comparison_table
     from qatrun.report.overview import overview
     from qatrun.report.total import marked_up

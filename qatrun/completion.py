@@ -8,11 +8,12 @@ from pathlib import Path
 import typer
 
 from qatrun.layout import StudyFolder, newest_study
-from qatrun.recipe.shipped import shipped_recipes
 
 
 def recipes(incomplete: str) -> list[str]:
     """Shipped names, and YAML files here."""
+    from qatrun.recipe.shipped import shipped_recipes  # `--help` has no use for it
+
     found = [recipe.name for recipe in shipped_recipes()] + [file.name for file in Path.cwd().glob("*.yaml")]
     return _beginning(found, incomplete)
 

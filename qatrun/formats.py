@@ -72,6 +72,13 @@ NOT_HERE = {
 }
 
 
+def nearest(name: str) -> str:
+    """What to say of a format that is none: why it is not here, or the nearest that is."""
+    if why := NOT_HERE.get(name.lower()):
+        return f": {why} (one of {', '.join(FORMATS)})"
+    return suggestion(name, FORMATS)
+
+
 def get_format(name: str) -> Format:
     """The format of that name.
 
@@ -79,8 +86,5 @@ def get_format(name: str) -> Format:
         InputError: no such format; the message names the nearest one.
     """
     if name not in FORMATS:
-        near = suggestion(name, FORMATS)
-        if name.lower() in NOT_HERE:
-            near = f": {NOT_HERE[name.lower()]} (one of {', '.join(FORMATS)})"
-        raise InputError(Problem(f"unknown format '{name}'{near}"))
+        raise InputError(Problem(f"unknown format '{name}'{nearest(name)}"))
     return FORMATS[name]

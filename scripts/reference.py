@@ -184,7 +184,7 @@ def _as_typed(parameter: Any) -> str:
 
 def _with_list_of_verbs(readme: str) -> str:
     """The README with the lines between its markers written anew."""
-    lines = "".join(f"    qatrun {name:<9} {verb.help}\n" for name, verb in verbs().items())
+    lines = "".join(f"    qatrun {name:<11} {' '.join(verb.help.split())}\n" for name, verb in verbs().items())
     marked = f"<!-- verbs, by make reference -->\n\n{lines}\n<!-- end -->"
     return re.sub(r"<!-- verbs.*?<!-- end -->", lambda _: marked, readme, count=1, flags=re.DOTALL)
 

@@ -124,6 +124,6 @@ def test_a_log_holds_no_control_characters_and_numbers_of_every_segment(trained_
     log = (trained_world / "tiny.log").read_text(encoding="utf-8")
     assert all(character.isprintable() or character == "\n" for character in log)
     for segment in ("trunk", "bf16", "hif8"):
-        assert f"\ntraining {segment} step " in log
+        assert f"training {segment} step " in log
     assert "\nhif8: saved to runs/tiny/hif8 (plain 87.2 KiB, quantized " in log
     assert log.endswith("\nall of it: runs/tiny\n")

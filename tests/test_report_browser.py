@@ -148,7 +148,7 @@ def test_the_pointer_reads_what_the_csv_says(browser: Any, pages: dict[str, Path
 
 
 def test_on_a_phone_one_can_find_ones_way_and_sees_the_verdict(browser: Any, pages: dict[str, Path]) -> None:
-    with Opened(browser, pages["broken"], 390) as opened:
+    with Opened(browser, pages["healthy"], 390) as opened:
         link = opened.tab.locator("nav a", has_text="Scores")
         link.click()
         top = opened.tab.evaluate("document.querySelector('#scores').getBoundingClientRect().top")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from studies import SHORT, checksums, read
-from tiny_world import RUINED_ARM, one_thread, run_qatrun, write_world
+from tiny_world import RUINED_ARM, begun, one_thread, run_qatrun, write_world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qatrun
@@ -92,7 +92,7 @@ def test_an_arm_and_its_twin_are_the_trunk_and_then_the_same_data(trained_world:
     study = trained_world / "runs/tiny"
     (trunk,) = study.glob("trunk-*")
     of_trunk, twin, arm = (read_metrics(folder / "metrics.jsonl") for folder in (trunk, study / "bf16", study / "hif8"))
-    assert (trained_world / "tiny.log").read_text(encoding="utf-8").splitlines().count("training trunk") == 1
+    assert begun((trained_world / "tiny.log").read_text(encoding="utf-8")).count("training trunk") == 1
     assert [row["step"] for row in of_trunk] == list(range(1, 11))
     assert of_trunk == twin[:10] == arm[:10]
     assert [row["phase"] for row in twin] == ["bf16"] * 40
@@ -163,7 +163,7 @@ def test_arms_of_another_learning_rate_have_a_trunk_and_a_twin_of_their_own(worl
     assert ran.code == 0, ran.err
     study = world / "runs/rates"
     assert len(list(study.glob("trunk-*"))) == 2
-    assert ran.out.splitlines().count("training trunk") == 2
+    assert begun(ran.out).count("training trunk") == 2
     pairs = {pair["arm"]: pair["twin"] for pair in read(study / "comparison.json")["pairs"]}
     assert pairs == {"hif8": "bf16", "hif8-low": "low"}
     matches = {arm: read(study / arm / "result.json")["match"] for arm in ("bf16", "hif8", "low", "hif8-low")}

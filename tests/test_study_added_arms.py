@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from studies import checksums, read
-from tiny_world import Ran, run_qatrun
+from tiny_world import Ran, begun, run_qatrun
 
 from qatrun.recipe import load_recipe
 
@@ -27,8 +27,7 @@ def test_an_added_arm_is_trained_and_nothing_else(world: Path) -> None:
     ran = train(world, *wider, "--set", "budget.demo_facts=2", "--set", "contrasts.x=[wide, hif8]", "--resume")
     assert ran.code == 0, ran.err
     # The first trunk saw no more than a window of 4.
-    segments = ("training trunk", "training bf16", "training hif8", "training wide")
-    assert [line for line in ran.out.splitlines() if line in segments] == ["training trunk", "training wide"]
+    assert begun(ran.out) == ["training trunk", "training wide"]
     assert before.items() <= trained(world / "runs/tiny").items()
     comparison = read(world / "runs/tiny/comparison.json")
     assert [pair["arm"] for pair in comparison["pairs"]] == ["hif8", "wide"]

@@ -112,7 +112,7 @@ def test_a_study_interrupted_again_and_again_ends_like_one_that_was_not(world: P
             interrupt_at(patch, segment, step, lambda number=number: signal.raise_signal(number))
             ran = run_qatrun("train", "tiny.yaml", "--resume", cwd=world)
         assert ran.code == 3
-        assert ran.err == f"{signal.Signals(number).name} at step {step} of {segment}; saved\n"
+        assert ran.err == f"{signal.Signals(number).name} at step {step} of {segment}; saved: go on with --resume\n"
         assert not (world / "runs/tiny/comparison.json").exists()
     refused = run_qatrun("train", "tiny.yaml", cwd=world)
     choices = "--resume to go on with it, --overwrite to throw it away, or another name"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,3 +124,8 @@ def write_world(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "likes.yaml").write_text(TASK.replace("ITEMS", "items.jsonl"), encoding="utf-8")
     (folder / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+
+
+def begun(log: str) -> list[str]:
+    """The segments that a log says were begun, in order: `training trunk`, without the time and which stage it is."""
+    return re.findall(r"^\d\d:\d\d:\d\d (?:\d+ of \d+: )?(training \S+)(?: \(about .*\))?$", log, re.MULTILINE)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from qatrun.formats import nearest
 from qatrun.recipe.document import Document, KeyPath, Mistake
 from qatrun.recipe.qat import Section
 from qatrun.recipe.schema import Recipe
@@ -133,7 +134,10 @@ def _message(model: type[Section], details: ErrorDetails) -> str:
         return unknown_key(str(key), _fields_at(model, tuple(above)))
     if kind == "literal_error":
         *_, (_, field) = _walk(model, _path(details))
-        return f"unknown {details['loc'][-1]} {shown(got)}{suggestion(str(got), literal_choices(field.annotation))}"
+        near = suggestion(str(got), literal_choices(field.annotation))
+        return (
+            f"unknown {details['loc'][-1]} {shown(got)}{nearest(str(got)) if details['loc'][-1] == 'format' else near}"
+        )
     if kind == "missing":
         return "required, but missing"
     if kind in ("too_short", "string_too_short"):

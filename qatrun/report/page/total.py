@@ -67,7 +67,7 @@ def waterfall_figure(content: StudyContent, found: Sequence[Total]) -> Figure | 
     indices = {arm.name: arm.index for arm in content.arms}
     best = known[0]
     title = (
-        f"{printable(best.pair.arm)} ships {percent(best.arm)} % of the {percent(best.start)} % that the start model had: "
+        f"{printable(best.pair.arm)} ships with {percent(best.arm)} %, the start model had {percent(best.start)} %: "
         f"training {signed(-(best.training_pp or 0.0))} pp, quantization {signed(-best.quantization_pp)} pp"
     )
     rows = [
