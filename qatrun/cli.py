@@ -108,8 +108,7 @@ def ptq(
     processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
-    """Quantize the start model as each arm of a recipe says, by calibration alone; score, compare and diagnose what comes
-    out, in a study of its own."""
+    """Make a recipe's quantized arms from the start model by calibration alone, as a study of its own."""
     from qatrun.recipe import calibrated_alone, load_recipe
 
     loaded = calibrated_alone(load_recipe(recipe, set_ or ()))

@@ -44,6 +44,7 @@ _SECTIONS: tuple[tuple[str, str], ...] = (
     ("QatConfig", "qat"),
     ("ScalingConfig", "qat.scaling, and scaling of a role"),
     ("RoleConfig", "qat.weight, qat.input, qat.grad_output"),
+    ("CalibrationConfig", "qat.calibration"),
     ("SkipBlocks", "qat.skip_blocks"),
     ("ModuleConfig", "qat.modules, each entry"),
     ("TargetConfig", "target"),

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from qatrun.quant import Mode, QuantState
 
@@ -40,6 +48,16 @@ def tiny_gpt2(**settings: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False, **settings)
     ).eval()
+
+
+def tiny_mixtral(**settings: Any) -> MixtralForCausalLM:
+    """Two blocks of four experts, two to a token; float32, in eval mode, the same weights at every call."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, use_cache=False, **settings))
+    return model.eval()
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

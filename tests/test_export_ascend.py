@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_llama
-from exports import CHANNEL, POWERS, TOKEN, Mixed, frozen_arm
+from exports import CHANNEL, POWERS, TOKEN, frozen_arm, mixed
 from safetensors.torch import load_file
 from tiny_world import run_qatrun
 from torch import Tensor
@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         QatConfig(format="fp8_e4m3"),
         "ascend-v1 is INT8 here, and this is fp8_e4m3 (--to compressed-tensors, or train int8)",
     ),
-    "ascend-v1 of a mixed arm": ("ascend-v1", Mixed(), "ascend-v1 is INT8 here, and this is fp8_e4m3"),
+    "ascend-v1 of a mixed arm": ("ascend-v1", mixed(), "ascend-v1 is INT8 here, and this is fp8_e4m3"),
     "ascend-v1 of a part": (
         "ascend-v1",
         QatConfig(format="int8", ignore=("*.1.mlp.up_proj",)),

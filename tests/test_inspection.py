@@ -76,7 +76,7 @@ def test_advice_fits_what_is_wrong() -> None:
     rare[0, 0] = 25.0
     found = inspected(rare)
     assert found.best_amax < 15
-    assert any(text.startswith("a scale for amax ") for text in found.advice)
+    assert any(text.startswith("calibration: {input: mse}, amax ") for text in found.advice)
 
 
 def test_a_zero_point_is_advised_where_values_lie_on_one_side() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from builders import VOCAB_SIZE, tiny_gpt2, tiny_llama
+from builders import VOCAB_SIZE, tiny_gpt2, tiny_llama, tiny_mixtral
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from worlds import in_world
@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "gpt2": {"make": "gpt2"},
+    "mixture": {"make": "mixtral"},
 }
 
 
@@ -65,7 +66,7 @@ def trained(
     learning_rate: float = 1e-2,
 ) -> dict[str, Tensor]:
     """What a few steps of micro-batches of 2 come to, in the world at hand."""
-    model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[make]()
+    model = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral}[make]()
     train = TrainConfig(
         steps=STEPS, global_batch_size=num_sequences, micro_batch_size=2, gradient_checkpointing=checkpointing
     )

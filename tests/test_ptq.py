@@ -9,6 +9,7 @@ import pytest
 import torch
 from studies import checksums, read
 from tiny_world import begun, run_qatrun, write_world
+from worlds import cli_in_world
 
 import qatrun
 from qatrun.evaluate.scores import Scores
@@ -48,7 +49,9 @@ def test_a_calibrated_arm_stands_beside_trained_ones(world: Path) -> None:
     assert float(row["accuracy_pp"]) == against["accuracy_pp"]
     line = f"QAT against PTQ, hif8: {against['answer']}: hif8 against p "
     assert line in " ".join(ran.out.split())
-    assert line in (study / "report.html").read_text(encoding="utf-8")
+    assert 'id="over-ptq"' in (study / "report.html").read_text(encoding="utf-8")
+    (shown,) = csv.DictReader((study / "report/qat-against-ptq.csv").open(encoding="utf-8"))
+    assert (shown["QAT arm"], shown["PTQ arm"], float(shown["accuracy pp"])) == ("hif8", "p", against["accuracy_pp"])
     ours, theirs = (Scores.load(study / arm / "eval").tasks for arm in ("hif8", "p"))
     items = sum(task.num_items for task in ours.values())
     difference = sum(int(ours[name].items.correct.sum()) - int(theirs[name].items.correct.sum()) for name in ours)
@@ -91,19 +94,27 @@ def test_a_recipe_by_calibration_alone(tmp_path: Path) -> None:
     comparison = read(study / "comparison.json")
     assert [(pair["arm"], pair["twin"]) for pair in comparison["pairs"]] == [("hif8", "start"), ("int8", "start")]
     task = comparison["pairs"][0]["comparison"]["tasks"][0]
-    start = Scores.load(study / "start/eval")
-    assert (task["start"], task["twin"]) == (None, start.tasks["likes"].accuracy)
+    start = Scores.load(study / "start/eval").tasks["likes.yaml"].accuracy
+    assert (task["start"], task["twin"]) == (start, start)
+    assert "training:" not in (study / "comparison.txt").read_text(encoding="utf-8")
     assert set(comparison["pairs"][0]["perplexity"]) == {"start", "twin", "arm"}
     diagnosis = read(study / "diagnosis.json")["arms"]["int8"]
     assert set(diagnosis["causes"]) == {"input", "resolution"}
     assert "forg" not in diagnosis["sentence"]
-    assert "training" not in diagnosis["sentence"].replace("training text", "")
+    assert "against the start model" not in diagnosis["sentence"]
     # What was scored is what is saved.
     model, _ = qatrun.load(study / "int8")
     assert not torch.isnan(model(torch.tensor([[3, 4, 5]])).logits).any()
     refused = run_qatrun(*options, cwd=tmp_path)
     assert refused.code == 2
     assert "holds a study that is finished" in refused.err
+    # Two processes, which score together, make the same.
+    both = cli_in_world(2, *options, "--set", "name=two", cwd=tmp_path)
+    assert both.codes() == [0, 0], both.log()
+    of_two = tmp_path / "runs/two-ptq"
+    for arm in ("hif8", "int8"):
+        assert read(of_two / arm / "result.json")["weights"] == read(study / arm / "result.json")["weights"]
+    assert read(of_two / "comparison.json")["verdict"] == comparison["verdict"]
 
 
 def test_an_arm_is_made_again_where_its_twin_was(world: Path) -> None:

@@ -42,7 +42,7 @@ def _recipe(**sections: Any) -> Recipe:
 
 def test_these_recipes_ship() -> None:
     expected = ["ablation-openpangu-1b", "ablation", "demo", "llama-3.2-1b-fp8", "local-model", "openpangu-1b-hif8"]
-    assert [*expected, "qad", "qwen3-0.6b-hif8", "serve-fp8", "smollm2-135m-int8"] == SHIPPED
+    assert [*expected, "ptq", "qad", "qwen3-0.6b-hif8", "serve-fp8", "smollm2-135m-int8"] == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -51,7 +51,7 @@ def test_shipped_recipe_loads_by_name_and_path(name: str) -> None:
     assert recipe.name == name
     assert recipe == load_recipe(recipes_dir() / f"{name}.yaml")
     twins = [arm.twin for arm in recipe.arm_by_name.values()]
-    assert twins == [None, "bf16"] or name.startswith(("ablation", "qad", "serve"))
+    assert twins == [None, "bf16"] or name.startswith(("ablation", "ptq", "qad", "serve"))
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes(), ids=SHIPPED)

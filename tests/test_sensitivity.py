@@ -233,6 +233,15 @@ def test_it_goes_on_where_it_was_stopped(world: Path) -> None:
     assert (stopped / "sensitivity.json").read_text() == (whole / "sensitivity.json").read_text()
 
 
+def test_it_is_of_the_calibration_that_the_recipe_has(world: Path) -> None:
+    """Smoothing folds the planted channels away."""
+    costs = []
+    for name, more in (("plain", ()), ("smooth", ("--set=qat.calibration={smooth: 0.5}",))):
+        assert run_qatrun(*SEARCH, *more, f"--output={name}", cwd=world).code == 0
+        costs.append(json.loads((world / name / "sensitivity.json").read_text())["everything"]["nats"])
+    assert costs[1] < costs[0] / 3
+
+
 MISTAKES = {
     "--budget=much": "--budget much: must be nats a token (0.002), a rise of perplexity (1%) or the average bits of a",
     "--arm=int9": "--arm int9: no such quantized arm (did you mean 'int8'?)",

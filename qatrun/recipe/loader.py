@@ -171,10 +171,10 @@ def _resolved_arm(name: str, given: dict[str, Any], document: Document, mistakes
     """The arm with its overrides applied. Mistakes in what it shares are found once more, at the same place."""
     overrides = Document(given, document.places_below(("arms", name)))
     mistakes.extend(_keys_no_arm_may_have(overrides))
-    merged = merge(document.only((*ARM_SECTIONS, "monitor", "eval")), overrides.only(ARM_SECTIONS))
+    merged = merge(document.only((*ARM_SECTIONS, "method", "monitor", "eval")), overrides.only(ARM_SECTIONS))
     of_arm = {key: overrides.tree[key] for key in ARM_KEYS if key in overrides.tree}
     merged.tree |= {"name": name, "twin": None, **of_arm}
-    merged.places |= {(key,): overrides.place((key,)) for key in ARM_KEYS}
+    merged.places |= {(key,): overrides.place((key,)) for key in ("twin", *of_arm)}
     arm, found, bad_paths = validate(Arm, merged)
     mistakes.extend(found)
     mistakes.extend(_located(arm_findings(arm), merged, bad_paths))

@@ -39,10 +39,6 @@ def arm_findings(arm: Arm) -> Iterator[Finding]:
     yield from _batch_findings(arm)
     if arm.trains:
         yield from _phase_findings(arm)
-    elif arm.qat is None:
-        yield _finding(
-            "a BF16 arm has nothing to calibrate: give it a qat section, or leave method out", "method", "qat"
-        )
     for name in ("train", "valid", "probe"):
         if (source := getattr(arm.data, name)) is not None:
             yield from _source_findings(f"data.{name}", source)

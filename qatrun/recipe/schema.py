@@ -262,8 +262,8 @@ class Arm(Section):
 
     @property
     def trains(self) -> bool:
-        """Whether a step is trained for it."""
-        return self.method != "ptq"
+        """Whether a step is trained for it, as for every BF16 arm."""
+        return self.method != "ptq" or self.qat is None
 
     @property
     def switch_step(self) -> int | None:
@@ -288,7 +288,8 @@ ARM_KEYS = ("method", "twin")  # that stand beside them
 
 def _default_arms(valid: dict[str, Any]) -> dict[str, dict[str, Any]]:
     qat = valid.get("qat")
-    return {"bf16": {"qat": None}} | ({} if qat is None else {qat.format: {}})
+    trained = {"bf16": {"qat": None}} if valid.get("method") != "ptq" or qat is None else {}
+    return trained | ({} if qat is None else {qat.format: {}})
 
 
 class Recipe(Section):
@@ -300,13 +301,18 @@ class Recipe(Section):
     train: TrainConfig = Field(description="the training loop")
     warmup: WarmupConfig = Field(WarmupConfig(), description="the BF16 phase before the switch")
     qat: QatConfig | None = Field(QatConfig(), description="what is quantized and how; null: nothing")
+    method: Method = Field(
+        "qat",
+        description="how quantized arms come about: `qat`: they are trained; `ptq`: by calibration alone, from their "
+        "twin; an arm may have its own",
+    )
     arms: Annotated[dict[ArmName, Overrides], Field(min_length=1)] = Field(
         default_factory=_default_arms,
         description="arm -> overrides of model, data, train, warmup, qat and export, deep-merged over the recipe; "
         "`twin: <arm>` names the BF16 arm to compare with (default: the only one); "
-        "`method: ptq` makes the arm from its twin by calibration alone (`twin: start`: from the model before training, the "
-        "default where there is no BF16 arm); "
-        "default: `bf16`, without qat, and one named after `qat.format`",
+        "under `method: ptq` that is what it is made from, and `twin: start` is the model before training (the default "
+        "where there is no BF16 arm); "
+        "default: `bf16`, without qat, where anything is trained, and one named after `qat.format`",
     )
     export: Exports = Field(
         (),

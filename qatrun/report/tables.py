@@ -163,7 +163,7 @@ def _verdicts(pair: Pair, alarms: int) -> list[RenderableType]:
     comparison = pair.comparison
     more = f"conditional on {comparison.conditional_on}"
     lines: list[RenderableType] = [verdict_line(comparison.verdict, more, alarms)]
-    if comparison.training is not None:
+    if comparison.training is not None and pair.twin != START:
         lines.append(training_line(pair.arm, comparison.training))
     return lines
 

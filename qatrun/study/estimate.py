@@ -89,6 +89,13 @@ def _logits(num: int, compute: int) -> int:
     return num * (compute + 8) if num <= CHUNKED_FROM else 2 * num * compute + 12 * CHUNK
 
 
+def phases(arm: Arm) -> tuple[str, ...]:
+    """What an arm takes memory for."""
+    if not arm.trains:
+        return ("calibration", "scoring")
+    return ("bf16 training", *(("qat training",) if arm.qat is not None else ()), "scoring")
+
+
 def disk_bytes(arms: Mapping[str, Arm], num_parameters: int, quantized_weights: Mapping[str, int]) -> dict[str, int]:
     """Disk by phase: the checkpoints that trunk and arms keep while training, and the model folders they end in."""
     first = next(iter(arms.values()))

@@ -178,9 +178,10 @@ def _advice(tensor: TensorInspection) -> list[str]:
     if tensor.sqnr_db is None or _kept(tensor) >= ENOUGH:
         return []
     key = "input: {granularity: per_token}" if tensor.role == "input" else "weight: {granularity: per_channel}"
+    clipped = tensor.best_sqnr_db if tensor.role == "input" else None  # of a weight no key says so
     ways = {
         key: tensor.row_sqnr_db,
-        f"a scale for amax {tensor.best_amax:.3g}, clipping {100 * tensor.best_clips:.2g} %": tensor.best_sqnr_db,
+        f"calibration: {{input: mse}}, amax {tensor.best_amax:.3g} clips {100 * tensor.best_clips:.2g} %": clipped,
         f"input: {{symmetric: false}}, zero-point {tensor.zero_point}": tensor.asymmetric_sqnr_db,
     }
     gains = {way: value - tensor.sqnr_db for way, value in ways.items() if value is not None}
@@ -188,7 +189,7 @@ def _advice(tensor: TensorInspection) -> list[str]:
     if tensor.role == "input" and tensor.num_outliers and tensor.num_outliers <= tensor.num_channels / 10:
         channels = ", ".join(map(str, tensor.outliers)) + (" ..." if tensor.num_outliers > LISTED else "")
         ratio = f"{tensor.outlier_ratio:.0f}x the median"
-        said.insert(0, f"outlier channels {channels}, {ratio}: fold them into what comes before")
+        said.insert(0, f"outlier channels {channels}, {ratio}: calibration: {{smooth: 0.5}}")
     return said
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qatrun.errors import InputError
 from qatrun.quant.sensitivity import Cost
-from qatrun.records.sensitivity import Budget, CurvePoint, GroupCost, Unit
+from qatrun.records.sensitivity import Budget, CurvePoint, GroupCost, MeasuredCost, Unit
 
 BITS, KEPT_BITS = 8, 16  # of a weight, quantized and in BF16
 # A curve is flat where the best quarter of the weights, kept, still leaves so much of the cost. Measured: INT8 with four
@@ -114,6 +114,45 @@ def num_kept(curve: Sequence[CurvePoint], budget: Budget) -> int:
         return max(point.num_kept for point in curve if point.bits <= budget.value + 1e-9)
     limit = budget.value if budget.unit == "nats" else math.log1p(budget.value / 100)
     return next(point.num_kept for point in curve if point.nats <= limit)  # with all kept nothing is left
+
+
+def spent(measured: MeasuredCost, budget: Budget) -> float:
+    """What was measured in the unit of the budget; beside one of bits, nats."""
+    return measured.perplexity_percent if budget.unit == "percent" else measured.nats
+
+
+def answer(
+    groups: Sequence[GroupCost],
+    curve: Sequence[CurvePoint],
+    budget: Budget,
+    everything: MeasuredCost,
+    choice: MeasuredCost | None,
+) -> str:
+    """What to do, in a sentence or two."""
+    whole = f"with everything quantized {_costs_in_words(everything)}"
+    number = sum(group.kept for group in groups)
+    if choice is None:
+        if budget.unit == "bits":
+            return f"nothing is kept: the first in line takes {curve[1].bits:.2f} bits a weight; {whole}"
+        return f"nothing to keep: {whole}, within the budget of {in_words(budget)}"
+    point, named = curve[number], in_words(budget)
+    said = (
+        f"keep {number} of {len(groups)} groups in BF16, {100 * point.share:.0f} % of the weights, {point.bits:.2f} bits a "
+        f"weight: {_costs_in_words(choice)}; {whole}"
+    )
+    if budget.unit != "bits" and spent(choice, budget) > budget.value:
+        said += f"; measured it is above the budget of {named}"
+    if is_flat(curve):
+        said = (
+            "nothing is worth keeping for itself: the curve is flat, no few linears carry the cost, and scales for each "
+            f"channel and token, or another format, do more for less; for the budget of {named} {said}"
+        )
+    return said
+
+
+def _costs_in_words(measured: MeasuredCost) -> str:
+    interval = "" if measured.nats_ci95 is None else " [{:.5f}, {:.5f}]".format(*measured.nats_ci95)
+    return f"{measured.nats:.5f} nats a token{interval}, perplexity {measured.perplexity_percent:+.2f} %"
 
 
 def _decibels(cost: Cost) -> float | None:

@@ -71,7 +71,7 @@ def compare_arms(
         twin=twin.path.name,
         method="qat" if of_arm is None else of_arm.method,
         comparison=compare(
-            None if start_scores is None or from_start else Scored(start_scores, _texts(start)),
+            None if start_scores is None else Scored(start_scores, _texts(start)),
             Scored(twin_scores, _texts(twin)),
             Scored(arm_scores, _texts(arm)),
             off_scores,

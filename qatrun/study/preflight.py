@@ -31,7 +31,7 @@ from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
 from qatrun.study.environment import runs_on
-from qatrun.study.estimate import disk_bytes, memory_bytes
+from qatrun.study.estimate import disk_bytes, memory_bytes, phases
 from qatrun.study.schemes import calibration_lines, export_problems, on_hardware, scheme_warnings, schemes_text
 from qatrun.study.segments import matched_settings
 from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
@@ -99,7 +99,7 @@ class Preflight:
             num_quantized = covered.quantized_weights if covered else 0
             sizes = self.num_parameters, num_quantized, self.config, self.processes, self.teachers.get(name)
             memory = memory_bytes(arm, *sizes)
-            memory = {phase: size for phase, size in memory.items() if phase in _phases(arm)}
+            memory = {phase: size for phase, size in memory.items() if phase in phases(arm)}
         tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
         return DryRunArm(
             name=name,
@@ -209,13 +209,6 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         calibrations=calibrations,
         runs=runs,
     )
-
-
-def _phases(arm: Arm) -> tuple[str, ...]:
-    """What an arm takes memory for."""
-    if not arm.trains:
-        return ("calibration", "scoring")
-    return ("bf16 training", *(("qat training",) if arm.qat is not None else ()), "scoring")
 
 
 TRACKER_PACKAGES = {

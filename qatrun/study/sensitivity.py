@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,10 @@ from qatrun.errors import InputError, NonFiniteError, Problem
 from qatrun.evaluate.paired import Rate
 from qatrun.evaluate.text import perplexity
 from qatrun.files import read_rows, replace_file, write_json
-from qatrun.layout import StudyFolder
-from qatrun.model import DTYPES, load_model, on_device, text_config
+from qatrun.layout import START, ArmFolder, StudyFolder
+from qatrun.model import architecture, text_config
 from qatrun.numerics import bfloat16_products
-from qatrun.quant import QuantPlan, attach, calibrate
+from qatrun.quant import QuantPlan
 from qatrun.quant.calibration import calibrated_plan
 from qatrun.quant.sensitivity import (
     Cost,
@@ -33,8 +32,8 @@ from qatrun.quant.sensitivity import (
     input_groups,
     quantizing,
 )
-from qatrun.recipe import Arm, Recipe
-from qatrun.records.sensitivity import Budget, CostRow, GroupCost, MeasuredCost, Sensitivity
+from qatrun.recipe import Arm, CalibrationConfig, Recipe
+from qatrun.records.sensitivity import Budget, CostRow, MeasuredCost, Sensitivity
 from qatrun.report.page.sensitivity_page import curve_svg, sensitivity_document
 from qatrun.study import keeping
 from qatrun.study.display import ScoringDisplay
@@ -43,6 +42,7 @@ from qatrun.study.keeping_recipe import keeping_recipe
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
 from qatrun.study.preflight import preflight
+from qatrun.study.variants import calibrated
 from qatrun.text import suggestion
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.metrics import RowsFile
@@ -94,6 +94,7 @@ def find_sensitivity(
         "model": chosen.model.model_dump(mode="json"),
         "data": chosen.data.model_dump(mode="json"),
         "plan": plan.to_dict(),
+        "calibration": _calibration(chosen).model_dump(mode="json"),
         "seed": chosen.train.seed,
         "exact": exact,
         "sequences": sequences,
@@ -121,6 +122,11 @@ def _arm(recipe: Recipe, name: str | None) -> Arm:
     return recipe.arm_by_name[name or quantized[0]]
 
 
+def _calibration(arm: Arm) -> CalibrationConfig:
+    assert arm.qat is not None
+    return arm.qat.calibrating
+
+
 class _Search:
     """One model, attached and calibrated, with the text that its groups are scored on and that the choice is measured on."""
 
@@ -130,14 +136,18 @@ class _Search:
         self.arm, self.plan, self.folder, self.display, self.exact = arm, plan, folder, display, exact
         data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
         self.text, self.held_out = data.train.take(sequences), data.valid
-        self.model = on_device(load_model(arm.model, DTYPES[arm.model.param_dtype]))
-        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(self.model).vocab_size)
+        plain = arm.model.model_copy(update={"compute_dtype": arm.model.param_dtype})  # so that only quantization shows
+        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(architecture(plain)).vocab_size)
         self.at_once = max(1, min(AT_ONCE, arm.train.micro_batch_size, room))
-        attach(self.model, calibrated_plan(plan))
+        self.model = calibrated(
+            arm.model_copy(update={"model": plain}),
+            ArmFolder(Path(START)),
+            calibrated_plan(plan, keeps_unscaled=True),
+            self.text.input_ids.split(self.at_once),
+            _calibration(arm),
+        )
         self.groups = input_groups(self.model, plan)
         self.modules = [name for group in self.groups.values() for name in group.modules]
-        with bfloat16_products():
-            calibrate(self.model, (batch.input_ids for batch in self._batches(self.text)))
 
     def result(self, budget: Budget, recipe: str) -> Sensitivity:
         with bfloat16_products():
@@ -151,8 +161,8 @@ class _Search:
         self.display.begin_scoring("what the choice costs")
         everything = self._measured(self.modules)
         number = keeping.num_kept(curve, budget)
-        if budget.unit != "bits" and _spent(everything, budget) <= budget.value:
-            number = 0  # whatever the estimate says
+        if budget.unit != "bits":  # whether anything is to be kept at all, the measurement decides
+            number = 0 if keeping.spent(everything, budget) <= budget.value else max(1, number)
         groups = [group.model_copy(update={"kept": place < number}) for place, group in enumerate(groups)]
         kept = {name for group in groups if group.kept for name in self.groups[group.name].modules}
         choice = self._measured([name for name in self.modules if name not in kept]) if kept else None
@@ -170,7 +180,7 @@ class _Search:
             everything=everything,
             choice=choice,
             flat=keeping.is_flat(curve),
-            answer=_answer(groups, curve, budget, everything, choice),
+            answer=keeping.answer(groups, curve, budget, everything, choice),
             fragment=FRAGMENT if kept else None,
         )
 
@@ -256,44 +266,6 @@ class _Search:
 
 def _percent(nats: float) -> float:
     return 100 * (perplexity(nats) - 1)
-
-
-def _spent(measured: MeasuredCost, budget: Budget) -> float:
-    return measured.perplexity_percent if budget.unit == "percent" else measured.nats
-
-
-def _answer(
-    groups: Sequence[GroupCost],
-    curve: Sequence[Any],
-    budget: Budget,
-    everything: MeasuredCost,
-    choice: MeasuredCost | None,
-) -> str:
-    """What to do, in a sentence or two."""
-    whole = f"with everything quantized {_costs_in_words(everything)}"
-    number = sum(group.kept for group in groups)
-    if choice is None:
-        if budget.unit == "bits":
-            return f"nothing is kept: the first in line takes {curve[1].bits:.2f} bits a weight; {whole}"
-        return f"nothing to keep: {whole}, within the budget of {keeping.in_words(budget)}"
-    point, named = curve[number], keeping.in_words(budget)
-    said = (
-        f"keep {number} of {len(groups)} groups in BF16, {100 * point.share:.0f} % of the weights, {point.bits:.2f} bits a "
-        f"weight: {_costs_in_words(choice)}; {whole}"
-    )
-    if budget.unit != "bits" and _spent(choice, budget) > budget.value:
-        said += f"; measured it is above the budget of {named}"
-    if keeping.is_flat(curve):
-        said = (
-            "nothing is worth keeping for itself: the curve is flat, no few linears carry the cost, and scales for each "
-            f"channel and token, or another format, do more for less; for the budget of {named} {said}"
-        )
-    return said
-
-
-def _costs_in_words(measured: MeasuredCost) -> str:
-    interval = "" if measured.nats_ci95 is None else " [{:.5f}, {:.5f}]".format(*measured.nats_ci95)
-    return f"{measured.nats:.5f} nats a token{interval}, perplexity {measured.perplexity_percent:+.2f} %"
 
 
 def _write(folder: Path, recipe: Recipe, found: Sensitivity, overrides: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ def _data(world: Path, rng: random.Random) -> tuple[list[str], str]:
         file.rename(world / name)
         recipe = world / "tiny.yaml"
         recipe.write_text(recipe.read_text().replace("path: text.jsonl", f"path: {name}"))
-    return rng.choice((["check", "tiny.yaml"], _train(rng))), f"{name}: {done}"
+    return rng.choice((["check", "tiny.yaml"], _train(rng), ["inspect", "model", "--data", name])), f"{name}: {done}"
 
 
 def _model(world: Path, rng: random.Random) -> tuple[list[str], str]:
@@ -112,7 +112,10 @@ def _model(world: Path, rng: random.Random) -> tuple[list[str], str]:
     else:
         done, name = any_fault(file, rng), f"model/{file.name}"
     return rng.choice(
-        (["check", "tiny.yaml"], _train(rng), ["eval", "model", *_TASK], ["init", "model"])
+        (
+            *(["check", "tiny.yaml"], _train(rng), ["eval", "model", *_TASK], ["init", "model"]),
+            *(["sensitivity", "tiny.yaml"], ["inspect", "model", "--data", "text.jsonl"]),
+        )
     ), f"{name}: {done}"
 
 
@@ -169,6 +172,10 @@ def _command(world: Path, rng: random.Random) -> tuple[list[str], str]:
         ["compare", "bf16", "hif8", "--study", path, "--output-dir", more],
         ["compare", "bf16", "hif8", "--budget", f"{more}={number}"],
         ["diagnose", path],
+        ["sensitivity", path],
+        ["sensitivity", "tiny.yaml", "--budget", number, "--output", output],
+        ["inspect", path, "--data", more],
+        ["inspect", "model", "--data", "text.jsonl", "--sequences", number, "--output", output],
         ["report", path, "--output-dir", more],
         ["init", path, "--output", output],
         ["train", path, "--resume"],

@@ -6,6 +6,7 @@ from qatrun.records.seeds import ArmOfSeeds, Seeds
 from qatrun.report.page import seeds
 from qatrun.report.page.content import SeedsContent
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Document, Point, Section, Verdict
+from qatrun.report.page.over_ptq import over_ptq_section
 from qatrun.report.page.study_page import environment_section, figures_section, page_meta, recipe_section
 from qatrun.report.page.table import printable, sentence_case
 
@@ -17,6 +18,7 @@ def seeds_document(content: SeedsContent) -> Document:
     figures = [seeds.drop_figure(arms, numbers), seeds.accuracy_figure(arms, numbers)]
     contrast, damage = seeds.contrasts_figure(found), seeds.damage_figure(arms, numbers)
     sections = (
+        *over_ptq_section(found.over_ptq),
         figures_section("contrasts", "Contrasts", [contrast], "The study names no contrasts between arms."),
         Section(
             "arms",

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from qatrun.records.comparison import OverPtq
 from qatrun.records.environment import Environment
 from qatrun.report.exported import contents, holds, proofs
-from qatrun.report.over_ptq import over_ptq_lines
 from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.coverage import coverage_section
@@ -18,6 +16,7 @@ from qatrun.report.page.document import Chip, Document, Point, Section
 from qatrun.report.page.figure import Figure
 from qatrun.report.page.heatmap import heatmap_figure
 from qatrun.report.page.histograms import histogram_figure
+from qatrun.report.page.over_ptq import over_ptq_section
 from qatrun.report.page.scales import scale_figure
 from qatrun.report.page.seeds import contrasts_figure
 from qatrun.report.page.table import printable, sentence_case, signed, table
@@ -219,29 +218,6 @@ def _scores_section(content: StudyContent) -> Section:
     )
     changed = tuple(printable(f"{text}: these scores are of other weights.") for text in content.changed)
     return Section("scores", "Scores", (figure,), tables, (*changed, *notes))
-
-
-def over_ptq_section(found: Sequence[OverPtq]) -> Iterator[Section]:
-    """Whether training beat calibration alone; nothing where a study does not ask it."""
-    if not found:
-        return
-    columns = (
-        *("formats", "QAT arm", "PTQ arm", "answer", "items", "accuracy pp", "low pp", "high pp"),
-        *("perplexity %", "low %", "high %"),
-    )
-    rows = [
-        (
-            *(each.formats, each.qat, each.ptq, each.answer, each.num_items),
-            *(each.accuracy_pp, *each.ci_accuracy_pp),
-            *(each.perplexity_percent, *(each.ci_perplexity_percent or (None, None))),
-        )
-        for each in found
-    ]
-    title = "QAT arm minus PTQ arm; intervals of both measures hold together at 95%"
-    points = tuple(Point(printable(line)) for line in over_ptq_lines(found))
-    yield Section(
-        "over-ptq", "QAT against PTQ", tables=(table(columns, rows, title, "qat-against-ptq"),), points=points
-    )
 
 
 def _contrasts_section(content: StudyContent) -> tuple[Section, ...]:

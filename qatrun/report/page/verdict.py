@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from qatrun.layout import START
 from qatrun.records.diagnosis import ArmDiagnosis
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Point, Verdict
@@ -96,7 +97,7 @@ def _twin_of(content: StudyContent, name: str) -> str | None:
 
 def _training_chip(content: StudyContent) -> tuple[Chip, ...]:
     """Where what training lost is not surely small."""
-    lost = [pair.comparison.training for pair in content.pairs]
+    lost = [pair.comparison.training for pair in content.pairs if pair.twin != START]
     verdicts = {each.verdict for each in lost if each is not None}
     if "exceeds" in verdicts:
         return (Chip("Training lost too much", "bad"),)
