@@ -157,14 +157,17 @@ def differences(one: Path, other: Path) -> list[str]:
     """Files that are not the same, or that only one study has."""
     files = {path.relative_to(study) for study in (one, other) for path in study.rglob("*") if path.is_file()}
     compared = sorted(file for file in files if file.name not in OF_THE_CLOCK | OF_THE_PLACE)
-    return [str(file) for file in compared if _content(one / file) != _content(other / file)]
+    return [str(file) for file in compared if _content(one, file) != _content(other, file)]
 
 
-def _content(file: Path) -> str:
-    if not file.is_file():
+def _content(study: Path, file: Path) -> str:
+    if not (study / file).is_file():
         return "missing"
+    content = (study / file).read_bytes()
+    if file.suffix == ".md":  # a card says how the model of this place is opened
+        content = content.replace(bytes(study.parent), b"")
     read = READERS.get(file.suffix, lambda content: hashlib.sha256(content).hexdigest())
-    return read(file.read_bytes())
+    return read(content)
 
 
 def _without_clock(value: Any) -> Any:

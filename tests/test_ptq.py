@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import tiny_llama
 from studies import checksums, read
 from tiny_world import begun, run_qatrun, write_world
 from worlds import cli_in_world
 
 import qatrun
 from qatrun.evaluate.scores import Scores
-from qatrun.recipe import calibrated_alone, load_recipe, parse_recipe
+from qatrun.quant import make_plan
+from qatrun.recipe import QatConfig, calibrated_alone, load_recipe, parse_recipe
+from qatrun.study.remedies import remedies
 
 PTQ = "arms.p={method: ptq}"
 SMOOTHED = "arms.s={method: ptq, qat: {format: int8, calibration: {input: mse, smooth: 0.5, sequences: 16}}}"
@@ -21,7 +24,9 @@ SMOOTHED = "arms.s={method: ptq, qat: {format: int8, calibration: {input: mse, s
 
 def test_a_calibrated_arm_stands_beside_trained_ones(world: Path) -> None:
     study = world / "runs/tiny"
-    before = {name: digest for name, digest in checksums(study).items() if name.startswith(("bf16/", "hif8/", "trunk"))}
+    trained = ("bf16/", "hif8/", "trunk")
+    before = {name: digest for name, digest in checksums(study).items() if name.startswith(trained)}
+    before = {name: digest for name, digest in before.items() if not name.endswith("README.md")}  # which has the recipe
     options = ("train", "tiny.yaml", "--resume", "--set", PTQ, "--set", SMOOTHED, "--set", "export=[hif8]")
     options = (*options, "--set", "arms.s.export=[compressed-tensors]")
     ran = run_qatrun(*options, cwd=world)
@@ -177,3 +182,14 @@ def test_a_recipe_that_trains_nothing_needs_no_steps(tmp_path: Path) -> None:
     )
     (arm,) = load_recipe(tmp_path / "tiny.yaml").arm_by_name.values()
     assert (arm.twin, arm.trains, arm.switch_step) == ("start", False, None)
+
+
+def test_what_is_tried_first_where_the_grid_of_a_calibrated_arm_is_too_coarse() -> None:
+    recipe = {"name": "r", "model": {"path": "m"}, "data": {"train": {"path": "t"}}, "train": {"steps": 0}}
+    recipe |= {"method": "ptq", "qat": {"format": "int8"}, "eval": {"tasks": {"arc_challenge": 0}}}
+    fitted = {"calibration": {"input": "mse", "smooth": 0.5}}
+    arms = parse_recipe(recipe | {"arms": {"p": {}, "fitted": {"qat": fitted}}}).arm_by_name
+    plan = make_plan(tiny_llama(), QatConfig(format="int8"))
+    first, *others = remedies("resolution", arms["p"], plan, [])
+    assert first.overrides == {"qat": fitted}
+    assert [each.text for each in remedies("resolution", arms["fitted"], plan, [])] == [each.text for each in others]

@@ -70,9 +70,9 @@ def test_no_such_recipe(path_or_name: str, expected: str) -> None:
 
 def test_a_mapping_made_in_python_has_no_line() -> None:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe({"name": "x", "model": {"path": "m"}, "data": {"train": {"path": "d"}}, "train": {"steps": 0}})
+        parse_recipe({"name": "x", "model": {"path": "m"}, "data": {"train": {"path": "d"}}, "train": {"steps": -1}})
     assert str(caught.value).splitlines() == [
-        "train.steps -- must be at least 1 (got 0)",
+        "train.steps -- must be at least 0 (got -1)",
         "eval -- required, but missing",
     ]
 

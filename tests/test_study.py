@@ -198,7 +198,12 @@ def test_a_study_of_bf16_alone_has_nothing_to_compare(world: Path) -> None:
     options = ("--set", "name=plain", "--set", "qat=null", "--set", "arms={bf16: {}}", *SHORT)
     ran = run_qatrun("train", "tiny.yaml", *options, "--fail-on-verdict", "--strict", cwd=world)
     assert ran.code == 0, ran.err
-    assert read(world / "runs/plain/comparison.json") == {"study": "plain", "verdict": None, "pairs": []}
+    assert read(world / "runs/plain/comparison.json") == {
+        "study": "plain",
+        "verdict": None,
+        "pairs": [],
+        "over_ptq": [],
+    }
     assert (world / "runs/plain/comparison.csv").read_text() == ""
 
 

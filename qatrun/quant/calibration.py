@@ -66,7 +66,8 @@ def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState
         for quantizer in [module.quant.of["input"]]
         if not quantizer.scheme.per_row and quantizer.scheme.scaling.type != "none"
     }
-    errors = {index: torch.zeros(len(SHRUNK), dtype=torch.float64) for index in quantizers}
+    device = state.scales.scale.device
+    errors = {index: torch.zeros(len(SHRUNK), dtype=torch.float64, device=device) for index in quantizers}
 
     def measure(quantizer: Quantizer, _module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
@@ -74,7 +75,7 @@ def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState
         for number, factor in enumerate(_factors(quantizer.scheme)):
             shrunk = scale * factor
             on_x, _ = to_grid(x, quantizer.scheme, (shrunk, inverse_scale(shrunk), zero), torch.float32)
-            errors[quantizer.index][number] += float((x.float() - on_x.dequantized()).square().sum())
+            errors[quantizer.index][number] += (x.float() - on_x.dequantized()).square().sum()
 
     handles = [
         module.register_forward_pre_hook(partial(measure, quantizer)) for module, quantizer in quantizers.values()
@@ -88,7 +89,7 @@ def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState
     factors = torch.ones(len(state.scales.names))
     for index, (_, quantizer) in quantizers.items():
         factors[index] = _factors(quantizer.scheme)[int(errors[index].argmin())]
-    return factors.to(state.scales.scale.device)
+    return factors.to(device)
 
 
 def _factors(scheme: Scheme) -> Sequence[float]:

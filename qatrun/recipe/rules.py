@@ -61,7 +61,7 @@ def _batch_findings(arm: Arm) -> Iterator[Finding]:
 def _phase_findings(arm: Arm) -> Iterator[Finding]:
     steps, warmup = arm.train.steps, arm.warmup.steps
     if not steps:
-        yield _finding("must be at least 1 for an arm that trains; others have method: ptq (got 0)", "train.steps")
+        yield _finding("must be at least 1 (got 0)", "train.steps")
         return
     if arm.train.lr_warmup_steps > steps:
         message = f"lr_warmup_steps {arm.train.lr_warmup_steps} is more than train.steps {steps}"

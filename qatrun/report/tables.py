@@ -47,7 +47,7 @@ def comparison_table(pair: Pair, alarms: int = 0) -> RenderableType:
     return Group(*_verdicts(pair, alarms), Text(), scores, Text(), evidence, Text(), *_footer(pair))
 
 
-def comparison_text(pairs: Sequence[Pair], over_ptq: Sequence[OverPtq]) -> str:
+def comparison_text(pairs: Sequence[Pair], over_ptq: Sequence[OverPtq] = ()) -> str:
     """The same as plain text, for a file."""
     lines = [Text(line) for line in over_ptq_lines(over_ptq)]
     return plain_text(*(part for pair in pairs for part in (comparison_table(pair), "")), *lines)

@@ -206,7 +206,8 @@ def _made(study: StudyFolder, recipe: Recipe, arm: Arm, folder: ArmFolder) -> st
 
 def _facts(study: StudyFolder, arm: Arm, folder: ArmFolder) -> Iterator[str]:
     record = read_json(folder.result, ArmResult)
-    yield f"- data that was consumed: SHA-256 {record.match['data_hash']}, seed {arm.train.seed}"
+    if record.match["steps"]:
+        yield f"- data that was consumed: SHA-256 {record.match['data_hash']}, seed {arm.train.seed}"
     for name, checksum in record.weights.items():
         yield f"- {name}: SHA-256 {checksum}"
     environment: Any = _optional(study.environment, Environment)
