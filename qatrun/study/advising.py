@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,7 @@ from qatrun.layout import START, ArmFolder, StudyFolder
 from qatrun.model import DTYPES, architecture, load_model, on_device, text_config
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan, calibrated_plan, coverage, make_plan, survey
-from qatrun.recipe import Arm, ModelConfig, Recipe, load_recipe, parse_recipe, shipped_recipes
+from qatrun.recipe import Arm, Recipe, load_recipe, parse_recipe, shipped_recipes
 from qatrun.recipe.document import as_yaml
 from qatrun.recipe.shipped import TEMPLATE
 from qatrun.records.advice import Advice, Candidate, ScoredRow
@@ -48,7 +49,6 @@ from qatrun.train.metrics import RowsFile
 RESULT, MEASURED, RECIPE = "advice.json", "measured.jsonl", "advised.yaml"
 OWN = (RESULT, MEASURED, RECIPE)
 PLAIN, HELD_OUT = "plain", "held-out"
-CONTEXT = 512  # tokens of a sequence, of a model that comes without a recipe
 
 
 def recipe_to_advise(model_or_recipe: str, data: str | None, overrides: Sequence[str]) -> tuple[Recipe, str]:
@@ -66,12 +66,14 @@ def recipe_to_advise(model_or_recipe: str, data: str | None, overrides: Sequence
     if data is None:
         near = "" if Path(model_or_recipe).exists() else suggestion(model_or_recipe, names, "")
         raise InputError(f"{model_or_recipe} is no recipe{near}; a model needs a text to be measured on: --data PATH")
-    name = Path(model_or_recipe).resolve().name.replace(":", "-")
-    context = getattr(text_config(architecture(ModelConfig(path=model_or_recipe))), "max_position_embeddings", None)
-    length = min(CONTEXT, context) if context and context > 0 else CONTEXT
-    own = {"name": name, "model.path": model_or_recipe, "data.train.path": data, "data.seq_len": length}
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_or_recipe).resolve().name).strip("._-") or "model"
+    own = {"name": name, "model.path": model_or_recipe, "data.train.path": data}
     settings = [f"{key}={json.dumps(value)}" for key, value in own.items()]
-    return load_recipe(TEMPLATE, [*settings, *overrides]), model_or_recipe
+    recipe = load_recipe(TEMPLATE, [*settings, *overrides])
+    context = getattr(text_config(architecture(recipe.model)), "max_position_embeddings", None)
+    if context is not None and 0 < context < recipe.data.seq_len:
+        recipe = load_recipe(TEMPLATE, [*settings, f"data.seq_len={context}", *overrides])
+    return recipe, model_or_recipe
 
 
 def advise(
