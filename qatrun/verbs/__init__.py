@@ -1,0 +1,1 @@
+"""The verbs of the command line, in rooms: parse, call, print. Nothing heavy is imported before one needs it."""

@@ -1,0 +1,74 @@
+"""What verbs have in common: where they print, how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from qatrun import ranks, terminal
+from qatrun.errors import InputError
+from qatrun.launch import run_in_processes
+
+if TYPE_CHECKING:
+    from qatrun.study import StudyResult
+
+out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
+
+
+def say(text: str) -> None:
+    own = ranks.started()
+    err.out(text if own.leads else f"process {own.rank} of {own.size}: {text}")
+
+
+def in_processes(asked: str | None) -> None:
+    """Go on in this process, or run the command in so many others."""
+    code = run_in_processes(asked)
+    if code is not None:
+        raise typer.Exit(code)
+
+
+def print_result(result: StudyResult) -> None:
+    """What a study ended in."""
+    from qatrun.report import comparison_table
+    from qatrun.report.over_ptq import over_ptq_lines
+    from qatrun.report.overview import overview
+    from qatrun.report.seeds_table import seeds_table
+
+    ranked = result.ranked
+    if ranked:
+        out.print()
+        out.print(overview(ranked))
+    for line in over_ptq_lines(result.over_ptq):
+        out.print(f"\n{line}", markup=False)
+    if result.diagnosis is not None:
+        for arm in result.diagnosis.arms.values():
+            out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
+    for total in ranked:
+        out.print()
+        out.print(comparison_table(total.pair, total.alarms))
+    if result.summary is not None:
+        out.print()
+        out.print(seeds_table(result.summary))
+    out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
+    if not result.pairs and result.summary is None:
+        out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+
+
+@contextmanager
+def located(recipe: str, overrides: list[str] | None) -> Iterator[None]:
+    """Give problems that model and data showed the file and line of their key."""
+    from qatrun.recipe import locate
+
+    try:
+        yield
+    except InputError as error:
+        raise InputError(locate(error.problems, recipe, overrides or ())) from error
+
+
+def exit_by_verdict(verdict: str | None, strict: bool) -> None:
+    code = {"exceeds": 1, "inconclusive": 4 if strict else 0}.get(verdict or "within", 0)
+    if code:
+        raise typer.Exit(code)
