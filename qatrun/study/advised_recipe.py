@@ -59,7 +59,9 @@ def advised_tree(
     training = arm if arm.train.steps else load_recipe(TEMPLATE)
     shared = {"model": arm.model, "data": arm.data, "train": training.train, "warmup": training.warmup, "qat": qat}
     shared |= {"monitor": arm.monitor, "eval": recipe.eval, "diagnose": recipe.diagnose}
-    tree = {key: section.model_dump(mode="json", exclude_defaults=True) for key, section in shared.items()}
+    tree: dict[str, Any] = {
+        key: section.model_dump(mode="json", exclude_defaults=True) for key, section in shared.items()
+    }
     dropped = ("init", "weight", "input", "calibration", "modules", *(() if trains else ("start_step",)))
     tree["qat"] = {key: value for key, value in tree["qat"].items() if key not in dropped} | own
     arms: dict[str, Any] = {kind.format: {}}
