@@ -67,7 +67,7 @@ def recipe_to_advise(model_or_recipe: str, data: str | None, overrides: Sequence
         near = "" if Path(model_or_recipe).exists() else suggestion(model_or_recipe, names, "")
         raise InputError(f"{model_or_recipe} is no recipe{near}; a model needs a text to be measured on: --data PATH")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_or_recipe).resolve().name).strip("._-") or "model"
-    own = {"name": name, "model.path": model_or_recipe, "data.train.path": data}
+    own = {"name": name, "model.path": model_or_recipe, "data.train.path": data, "budget": {}}  # of any tasks
     settings = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     recipe = load_recipe(TEMPLATE, [*settings, *overrides])
     context = getattr(text_config(architecture(recipe.model)), "max_position_embeddings", None)
