@@ -232,7 +232,7 @@ def test_a_study_of_one_seed_answers_contrasts_too(finished: Path) -> None:
         assert found["drop_ci95_pp"] == found["drop_ci95_items_pp"] == pytest.approx(task["ci95_pp"])
         assert (found["sd"], found["drop_ci95_seeds_pp"], found["verdict"]) == (None, None, task["verdict"])
     text = (study / "comparison.txt").read_text(encoding="utf-8")
-    assert "\nhif8 against bf16\n" in text
+    assert "\nhif8 against bf16" in text
     assert "quantization" in text.split("contrasts: ")[1]
     assert "One training seed" in text
 
