@@ -197,7 +197,10 @@ PLANTED = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("method", [(), ("--exact",)], ids=["one backward", "exact"])
-def test_the_verb_finds_the_fault_and_writes_a_recipe_that_mends_it(world: Path, method: tuple[str, ...]) -> None:
+def test_the_verb_finds_the_fault_and_writes_a_recipe_that_mends_it(
+    world: Path, method: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # names are folded where it is narrow
     output = Path(f"found{len(method)}")
     ran = run_qatrun(*SEARCH, *method, "--budget=9.8bits", f"--output={output}", cwd=world)
     assert ran.code == 0, ran.err

@@ -76,6 +76,8 @@ def _activations(arm: Arm, config: Any, saved_input: int) -> int:
     tokens = arm.train.micro_batch_size * arm.data.seq_len
     hidden: int = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    if not isinstance(intermediate, int):  # each layer has its own
+        intermediate = max(intermediate)
     of_hidden, of_intermediate = 4 * parameter + 4 * compute + 3 * saved_input, 3 * compute + saved_input
     layer: int = tokens * (of_hidden * hidden + of_intermediate * intermediate)
     layers: int = config.num_hidden_layers
