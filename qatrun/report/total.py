@@ -59,6 +59,17 @@ class Total:
         return 100 * (self.twin - self.arm)
 
     @property
+    def perplexity(self) -> float | None:
+        """Of what ships, on held-out text."""
+        text = self.pair.comparison.perplexity
+        return text.arm if text else self.pair.perplexity.get("arm")
+
+    @property
+    def size_bytes(self) -> float | None:
+        """Of the weights that ship."""
+        return self.pair.sizes.get("quantized_bytes", self.pair.sizes.get("plain_bytes"))
+
+    @property
     def answer(self) -> str:
         """The verdict, and what stands against it."""
         alarms = f", {self.alarms} alarm{'s' if self.alarms > 1 else ''}" if self.alarms else ""
@@ -144,14 +155,13 @@ def ranked_rows(ranked: Sequence[Total]) -> list[tuple[str, ...]]:
 
 
 def _row(total: Total) -> tuple[str, ...]:
-    pair, text, training = total.pair, total.pair.comparison.perplexity, total.pair.comparison.training
-    size = pair.sizes.get("quantized_bytes", pair.sizes.get("plain_bytes"))
+    pair, training, size = total.pair, total.pair.comparison.training, total.size_bytes
     return (
         *(pair.arm, pair.format, _percent(total.arm)),
         "-" if total.lost_pp is None else f"{total.lost_pp:+.2f}",
         "-" if training is None else interval(training.ci95_pp),
         f"{total.quantization_pp:+.2f}",
-        _perplexity(text.arm if text else pair.perplexity.get("arm")),
+        _perplexity(total.perplexity),
         "-" if size is None else readable_size(size),
         total.answer,
     )
@@ -203,14 +213,13 @@ def tiles(total: Total) -> list[tuple[str, str, str]]:
     pair, text = total.pair, total.pair.comparison.perplexity
     before, after = pair.sizes.get("plain_bytes"), pair.sizes.get("quantized_bytes")
     start = text.start if text else pair.perplexity.get("start")
-    arm = text.arm if text else pair.perplexity.get("arm")
     found = [
         (
             "accuracy",
             f"{_percent(total.start)} → {_percent(total.arm)} %",
             "start → shipped" if total.lost_pp is None else f"{-total.lost_pp:+.2f} pp, all tasks".replace("-", "−"),
         ),
-        ("perplexity", f"{_perplexity(start)} → {_perplexity(arm)}", "held-out text"),
+        ("perplexity", f"{_perplexity(start)} → {_perplexity(total.perplexity)}", "held-out text"),
     ]
     if before and after:
         found.append(("size", f"{readable_size(before)} → {readable_size(after)}", f"{before / after:.1f}× smaller"))

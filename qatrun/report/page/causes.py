@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qatrun.records.diagnosis import ArmDiagnosis, TextEffect
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, arm_keys
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, printable, signed, signed_range, table
+from qatrun.report.page.table import Table, Written, bounds, printable, signed, signed_range, table
 
 OF_START = (
     "training",
@@ -62,8 +62,8 @@ def causes_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table:
     rows = [
         (
             *(name, cause, found.answer, look.what, " and ".join(look.effects)),
-            *(" and ".join(signed(value, 3) for value in look.values), look.threshold, look.unit),
-            " and ".join(signed_range(interval, 3) for interval in look.intervals),
+            *(_each([Written(signed(value, 3), {"": value}) for value in look.values]), look.threshold, look.unit),
+            _each([bounds(interval, 3) for interval in look.intervals]),
         )
         for name, arm in diagnosed.items()
         for cause, found in arm.causes.items()
@@ -72,6 +72,16 @@ def causes_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table:
     ]
     columns = ("arm", "cause", "answer", "seen on", "effect", "value", "limit", "unit", "interval")
     return table(columns, rows, "Causes: found, ruled out, or not shown; intervals hold together at 95%", "causes")
+
+
+def _each(found: Sequence[Written]) -> Written:
+    """What decides a look, one for each of its effects."""
+    numbers = {
+        f"{place or ''} {key}".strip(): number
+        for place, each in zip((0, *range(2, len(found) + 1)), found, strict=False)
+        for key, number in each.numbers.items()
+    }
+    return Written(" and ".join(map(str, found)), numbers)
 
 
 def _text_mark(arm: str, name: str, effect: TextEffect, index: int) -> Mark:

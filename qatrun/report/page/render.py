@@ -14,36 +14,11 @@ from markupsafe import Markup, escape
 from qatrun.report.page.document import Document
 from qatrun.report.page.glossary import GLOSSARY, explained
 from qatrun.report.page.heatmap import DARK, LIGHT
-from qatrun.report.page.scores import VARIANTS
 from qatrun.report.page.table import printable, shown
 from qatrun.report.page.theme import NUM_ARM_COLORS, arm_glyph
 
-# Columns of words, and those of numbers that are written out as text.
-LEFT_ALIGNED = {
-    *("arm", "arms", "twin", "task", "score", "metric", "verdict", "effect", "from", "to", "kind", "alarm", "tensor"),
-    *("worst tensor", "findings", "quantized linears", "blocks", "role", "format", "granularity", "scaling"),
-    *(
-        "clipped at",
-        "contrast",
-        "a",
-        "b",
-        "answer",
-        "key",
-        "item",
-        "right answer",
-        "the last one kept",
-        "advice",
-        "keep",
-    ),
-}
 MOST_PACKED = 120_000  # characters of a CSV file inside the page
 LONG_TEXT = {"answer", "findings", "item", "seen on", "advice"}
-NUMERIC_TEXT = {
-    *("start", "BF16 twin", "on", "off", "drop pp", "95% interval", "flips", "relative drop %", "McNemar p"),
-    *("detects pp", "mean |Δll|", "accuracy % mean", "sd", "sd pp", "loss APE %", "perplexity", *VARIANTS.values()),
-    *("|x| / scale from", "to", "lost pp", "quant. pp", "size", "start %", "BF16 twin %", "shipped %"),
-}
-
 _WITHIN_NAMES = re.compile(r"(?<=\w[._:/])(?=[^\W\d])")
 
 
@@ -66,8 +41,6 @@ def render(document: Document) -> str:
         policy=policy,
         heat={"light": LIGHT, "dark": DARK},
         num_colors=NUM_ARM_COLORS,
-        left=LEFT_ALIGNED,
-        numeric=NUMERIC_TEXT,
         long=LONG_TEXT,
         glossary=GLOSSARY,
     )

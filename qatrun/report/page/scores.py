@@ -10,7 +10,19 @@ from qatrun.records.diagnosis import ArmDiagnosis, Effect
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, Key, arm_keys
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, percent, printable, signed, signed_range, table
+from qatrun.report.page.table import (
+    Table,
+    Written,
+    bounds,
+    difference,
+    estimate,
+    percent,
+    printable,
+    signed,
+    signed_range,
+    table,
+    written,
+)
 
 VARIANTS = {
     "start": "start",
@@ -65,9 +77,8 @@ def scores_figure(content: StudyContent) -> Figure | None:
 def effects_table(content: StudyContent) -> Table:
     """The parts of every arm's drop, a row an effect over all tasks and one for each task."""
     columns = (
-        *("arm", "effect", "task", "from", "to", "drop pp", "low pp", "high pp"),
-        *("log-likelihood shift", "log-likelihood low", "log-likelihood high"),
-        *("answer text shift a token", "answer text low", "answer text high", "log-perplexity shift"),
+        *("arm", "effect", "task", "from", "to", "drop pp", "log-likelihood shift", "answer text shift a token"),
+        "log-perplexity shift",
     )
     rows = [_effect_row(name, "all", effect) for name, arm in content.diagnosed.items() for effect in arm.effects]
     rows += [
@@ -97,9 +108,10 @@ def _drop_mark(pair: Pair, task: TaskComparison, index: int) -> Mark:
 
 def _effect_row(arm: str, task: str, effect: Effect) -> tuple[Any, ...]:
     return (
-        *(arm, effect.name, task, effect.source, effect.target, effect.drop_pp, *effect.ci95_pp),
-        *(effect.loglikelihood, *effect.ci95_loglikelihood),
-        *(effect.text_loglikelihood, *effect.ci95_text_loglikelihood, effect.log_perplexity),
+        *(arm, effect.name, task, effect.source, effect.target, estimate(effect.drop_pp, effect.ci95_pp)),
+        estimate(effect.loglikelihood, effect.ci95_loglikelihood, 3),
+        estimate(effect.text_loglikelihood, effect.ci95_text_loglikelihood, 3),
+        difference(effect.log_perplexity, 4),
     )
 
 
@@ -110,7 +122,7 @@ def score_table(content: StudyContent) -> Table:
         (
             *(pair.arm, task.task, task.verdict),
             *(percent(accuracy) for accuracy in (task.start, task.twin, task.arm, task.arm_off)),
-            *(signed(task.drop_pp), signed_range(task.ci95_pp), task.budget_pp),
+            *(difference(task.drop_pp), bounds(task.ci95_pp), task.budget_pp),
         )
         for pair, task in _compared(content)
     ]
@@ -128,12 +140,9 @@ def score_table(content: StudyContent) -> Table:
     rows += [
         (
             *(pair.arm, "held-out perplexity", text.verdict),
-            *(
-                None if value is None else f"{value:.3f}"
-                for value in (text.start, text.twin, text.arm, pair.perplexity.get("arm_off"))
-            ),
-            *(f"{signed(text.rise_percent)} %", f"{signed_range(text.ci95_percent)} %"),
-            None if text.budget_percent is None else f"{text.budget_percent:g} %",
+            *(written(value, ".3f") for value in (text.start, text.twin, text.arm, pair.perplexity.get("arm_off"))),
+            *(difference(text.rise_percent, unit=" %"), bounds(text.ci95_percent, unit=" %")),
+            None if text.budget_percent is None else Written(f"{text.budget_percent:g} %", {"": text.budget_percent}),
         )
         for pair in content.pairs
         if (text := pair.comparison.perplexity) is not None
@@ -150,10 +159,13 @@ def evidence_table(content: StudyContent) -> Table:
     rows = [
         (
             *(pair.arm, task.task, task.metric, task.num_fewshot, task.num_items),
-            f"{task.flips_to_wrong}↓ {task.flips_to_right}↑",
-            None if task.drop_relative_percent is None else signed(task.drop_relative_percent),
-            *(f"{task.mcnemar_p:.2g}", f"{task.mean_abs_delta_loglikelihood:.3f}"),
-            *(f"{task.detectable_drop_pp:.2f}", task.items_to_settle),
+            Written(
+                f"{task.flips_to_wrong}↓ {task.flips_to_right}↑",
+                {"to wrong": task.flips_to_wrong, "to right": task.flips_to_right},
+            ),
+            difference(task.drop_relative_percent),
+            *(written(task.mcnemar_p, ".2g"), written(task.mean_abs_delta_loglikelihood, ".3f")),
+            *(written(task.detectable_drop_pp, ".2f"), task.items_to_settle),
         )
         for pair, task in _compared(content)
     ]
@@ -181,8 +193,8 @@ def cost_table(content: StudyContent) -> Table:
         rows.append(
             (
                 pair.arm,
-                *(pair.perplexity.get(key) for key in ("start", "twin", "arm", "arm_off")),
-                pair.loss_ape_percent.get("after_switch"),
+                *(written(pair.perplexity.get(key), ".3f") for key in ("start", "twin", "arm", "arm_off")),
+                written(pair.loss_ape_percent.get("after_switch"), ".3f"),
                 *(None if value is None else round(value, 1) for value in seconds),
                 *(None if value is None else round(value / 2**20, 1) for value in num_bytes),
             )
@@ -198,8 +210,11 @@ def variants_table(diagnosed: Mapping[str, ArmDiagnosis]) -> Table:
             (name, f"{task} %", *(percent(found.get(key)) for key in VARIANTS)) for task, found in arm.accuracy.items()
         ]
         rows += [
-            (name, label, *(found.get(variant) for variant in VARIANTS))
-            for found, label in ((arm.perplexity, "held-out perplexity"), (arm.probe, "forgetting probe, nats"))
+            (name, label, *(written(found.get(variant), form) for variant in VARIANTS))
+            for found, label, form in (
+                (arm.perplexity, "held-out perplexity", ".3f"),
+                (arm.probe, "forgetting probe, nats", ".4f"),
+            )
             if found
         ]
     return table(

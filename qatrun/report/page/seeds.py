@@ -11,7 +11,7 @@ from qatrun.records.seeds import ArmOfSeeds, Contrast, Seeds, TaskOfSeeds
 from qatrun.report.page.curves import logarithmic
 from qatrun.report.page.figure import Figure, Layout, Plot, arm_keys, canvas, draw
 from qatrun.report.page.forest import Group, Mark, forest_figure
-from qatrun.report.page.table import Table, percent, printable, signed, signed_range, table
+from qatrun.report.page.table import Table, bounds, difference, percent, printable, signed, signed_range, table, written
 from qatrun.report.page.theme import MUTED, arm_color, arm_marker
 
 ALL = "all_tasks"
@@ -176,11 +176,10 @@ def arms_table(arms: Mapping[str, ArmOfSeeds], seeds: Sequence[int]) -> Table:
         interval, drop = pooled.drop_ci95_pp, pooled.drop_mean_pp
         rows.append(
             (
-                *(name, arm.twin, f"{100 * pooled.mean:.2f}", percent(pooled.sd)),
-                None if drop is None else signed(drop),
-                signed_range(interval) if interval else None,
-                f"{np.mean(apes):.3g}" if apes else None,
-                f"{np.mean(arm.perplexity):.4g}" if arm.perplexity else None,
+                *(name, arm.twin, percent(pooled.mean), percent(pooled.sd), difference(drop)),
+                bounds(interval) if interval else None,
+                written(float(np.mean(apes)), ".3g") if apes else None,
+                written(float(np.mean(arm.perplexity)), ".4g") if arm.perplexity else None,
                 _findings_text(arm, len(seeds)),
             )
         )

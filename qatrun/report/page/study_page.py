@@ -19,7 +19,7 @@ from qatrun.report.page.histograms import histogram_figure
 from qatrun.report.page.over_ptq import over_ptq_section
 from qatrun.report.page.scales import scale_figure
 from qatrun.report.page.seeds import contrasts_figure
-from qatrun.report.page.table import printable, sentence_case, signed, table
+from qatrun.report.page.table import difference, printable, sentence_case, table
 from qatrun.report.page.tensors import TensorStats
 from qatrun.report.page.total import ranked, ranking_table, total_tiles, waterfall_figure
 from qatrun.report.page.verdict import study_verdict
@@ -100,7 +100,9 @@ def _flips_section(content: StudyContent) -> Iterator[Section]:
     """Items that quantization turned; nothing where none did, or their answers are not there."""
     if content.flips:
         columns = ("arm", "task", "flip", "item", "right answer", "shift, nats")
-        rows = [(f.arm, f.task, "↓" if f.to_wrong else "↑", f.item, f.answer, signed(f.shift)) for f in content.flips]
+        rows = [
+            (f.arm, f.task, "↓" if f.to_wrong else "↑", f.item, f.answer, difference(f.shift)) for f in content.flips
+        ]
         note = (
             "Items that the twin answers right and the arm wrong (↓) or the other way round (↑), those first whose right "
             "answer lost or gained most. Their texts are shown where they are the demo's own; else the item is named."

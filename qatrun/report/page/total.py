@@ -9,9 +9,22 @@ from typing import Any
 from qatrun.records.values import Verdict
 from qatrun.report.page.content import StudyContent
 from qatrun.report.page.figure import Figure, Key, Layout, Plot, canvas, draw
-from qatrun.report.page.table import Table, percent, printable, sentence_case, signed, table
+from qatrun.report.page.table import (
+    Cell,
+    Table,
+    Written,
+    bounds,
+    difference,
+    percent,
+    printable,
+    sentence_case,
+    signed,
+    table,
+    written,
+)
 from qatrun.report.page.theme import BAD, GOOD, INK, MUTED, WARN, arm_color
-from qatrun.report.total import COLUMNS, LEGEND, Total, ranked_rows, tiles, totals
+from qatrun.report.total import COLUMNS, LEGEND, Total, tiles, totals
+from qatrun.text import readable_size
 
 BAR_PX = 30
 
@@ -50,13 +63,23 @@ def total_tiles(best: Total) -> tuple[Tile, ...]:
 
 
 def ranking_table(found: Sequence[Total]) -> Table:
-    """Every arm, the best first."""
-    return table(_reordered(COLUMNS), map(_reordered, ranked_rows(found)), sentence_case(LEGEND), "ranking")
+    """Every arm, the best first, below the start model; the verdict beside the arm, where a phone shows it."""
+    text = found[0].pair.comparison.perplexity
+    start = percent(found[0].start), written(text.start if text else None, ".3f")
+    rows: list[tuple[Cell, ...]] = [("start", None, None, start[0], None, None, None, start[1], None)]
+    rows += [_ranked(total) for total in found]
+    return table((COLUMNS[0], COLUMNS[-1], *COLUMNS[1:-1]), rows, sentence_case(LEGEND), "ranking")
 
 
-def _reordered(row: Sequence[str]) -> tuple[str, ...]:
-    """The verdict beside the arm, where a phone shows it."""
-    return (row[0], row[-1], *row[1:-1])
+def _ranked(total: Total) -> tuple[Cell, ...]:
+    pair, training = total.pair, total.pair.comparison.training
+    size = total.size_bytes
+    return (
+        *(pair.arm, total.answer, pair.format, percent(total.arm), difference(total.lost_pp)),
+        None if training is None else bounds(training.ci95_pp),
+        *(difference(total.quantization_pp), written(total.perplexity, ".3f")),
+        None if size is None else Written(readable_size(size), {"bytes": size}),
+    )
 
 
 def waterfall_figure(content: StudyContent, found: Sequence[Total]) -> Figure | None:
