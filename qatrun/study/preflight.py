@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from qatrun.data import check_data
+from qatrun.data import check_data, count_tokens
 from qatrun.errors import InputError, Problem
 from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
@@ -72,10 +72,16 @@ class Preflight:
     runs: Mapping[str, list[str]]
     calibrations: Mapping[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def can_train(self) -> bool:
+        """Whether nothing but benchmarks stands in the way."""
+        return all(problem.key.startswith("eval.") for problem in self.problems)
+
     def dry_run(self) -> DryRun:
         """What of it is shown."""
         quantized = {name: covered.quantized_weights for name, covered in self.coverages.items()}
         known = self.config is not None
+        text_tokens = self._text_tokens() if self.can_train else {}
         return DryRun(
             name=self.recipe.name,
             folder=str(Path(self.recipe.output_dir) / self.recipe.name),
@@ -83,7 +89,7 @@ class Preflight:
             seeds=None if self.recipe.train.seeds is None else list(self.recipe.train.seeds),
             runs_on=runs_on(),
             num_parameters=self.num_parameters if known else None,
-            arms=[self._dry_run_of_arm(name, arm) for name, arm in self.arms.items()],
+            arms=[self._dry_run_of_arm(name, arm, text_tokens.get(name)) for name, arm in self.arms.items()],
             disk_bytes=disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
             tasks=[self._dry_run_of_task(task) for task in self.tasks],
             assumed_discordance=paired.TYPICAL_DISCORDANCE,
@@ -92,7 +98,15 @@ class Preflight:
             processes=self.processes,
         )
 
-    def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
+    def _text_tokens(self) -> dict[str, int | None]:
+        """Arm -> tokens of one pass over its training text."""
+        tokenizer = load_tokenizer(self.recipe.model)  # that of all arms
+        sources = {name: arm.data.train for name, arm in self.arms.items()}
+        texts = {source.model_dump_json(): source for source in sources.values()}
+        counted = {text: count_tokens(source, "data.train", tokenizer) for text, source in texts.items()}
+        return {name: counted[source.model_dump_json()] for name, source in sources.items()}
+
+    def _dry_run_of_arm(self, name: str, arm: Arm, text_tokens: int | None) -> DryRunArm:
         covered = self.coverages.get(name)
         memory = None
         if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
@@ -118,6 +132,7 @@ class Preflight:
             export=list(arm.export) if arm.qat is not None else [],
             teacher=teacher_text(arm),
             runs=self.runs.get(name, []),
+            text_tokens=text_tokens,
         )
 
     def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:

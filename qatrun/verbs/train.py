@@ -124,7 +124,7 @@ def check(
 
     checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
     plan = checked.dry_run()
-    if time and not checked.problems:
+    if time and checked.can_train:
         from qatrun.study.timing import training_seconds
 
         plan = plan.model_copy(update={"training_seconds": training_seconds(checked)})
@@ -173,7 +173,11 @@ def recipes() -> None:
 
 def init(
     model: Annotated[str, argument("MODEL", "A model folder or hub id.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Text to train on: a file, a folder or a hub id.")
+    ] = None,
     output: Annotated[Path | None, path_option("File to write; default: <model's name>.yaml here.")] = None,
+    time: Annotated[bool, typer.Option("--time", help="Check it at once, and time two steps of each arm.")] = False,
 ) -> None:
     """Write a commented recipe for a model, to be edited."""
     from qatrun.recipe import template
@@ -182,5 +186,9 @@ def init(
     if file.exists():
         raise InputError(f"{file} exists already; give another --output")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(template(model), encoding="utf-8")
-    out.out(f"wrote {file}; next: qatrun check {file} --time")
+    file.write_text(template(model, data), encoding="utf-8")
+    if time:
+        out.out(f"wrote {file}\n")
+        check(str(file), time=True)
+    else:
+        out.out(f"wrote {file}; next: qatrun check {file} --time")
