@@ -61,10 +61,10 @@ def template(model: str, data: str | None = None) -> str:
     words = re.findall(r"[a-z0-9._]+", model.rstrip("/").split("/")[-1].lower())
     name = re.sub(r"\.{2,}", ".", "-".join(words)).strip("._") or "my"
     text = re.sub(r"(?m)^name: .*$", f"name: {name}-hif8", text, count=1)
-    for indent, path in ((2, model), (4, data)):
+    for indent, path in (("  ", model), ("    ", data)):
         if path is not None:
-            named = f"{' ' * indent}path: {json.dumps(path, ensure_ascii=False)}"
-            text = re.sub(rf"(?m)^ {{{indent}}}path: \S+", lambda _, named=named: named, text, count=1)
+            before, after = re.split(rf"(?m)^{indent}path: \S+", text, maxsplit=1)
+            text = f"{before}{indent}path: {json.dumps(path, ensure_ascii=False)}{after}"
     return text
 
 
