@@ -131,10 +131,10 @@ def check(
     loaded = load_recipe(recipe, set_ or ())
     terminal.quiet_libraries()
     from qatrun.report import dry_run
-    from qatrun.study import preflight
+    from qatrun.study import dry_run_of, preflight
 
     checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
-    plan = checked.dry_run()
+    plan = dry_run_of(checked)
     if time and checked.can_train:
         from qatrun.study.timing import training_seconds
 
