@@ -36,6 +36,7 @@ from qatrun.study import keeping
 from qatrun.study.advised_recipe import KINDS, Kind, advised_tree
 from qatrun.study.deciding import answer_in_words, decide, in_order, tokens_needed, verdict_of
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.dryrun import dry_run_of
 from qatrun.study.inputs import describe_inputs
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
@@ -178,7 +179,7 @@ class _Search:
             num_tokens=num_tokens,
             num_sequences=len(plain.nats),
             bf16_bytes=2 * self.num_parameters,
-            memory_bytes={arm.name: arm.memory_bytes or {} for arm in preflight(parse_recipe(tree)).dry_run().arms},
+            memory_bytes={arm.name: arm.memory_bytes or {} for arm in dry_run_of(preflight(parse_recipe(tree))).arms},
             candidates=in_order(candidates),
             advised=best.name,
             way=way,

@@ -19,6 +19,7 @@ from faults.studies import FAULTS, STEPS
 from qatrun.records.diagnosis import Cause
 
 NOTHING = "nothing"
+BY_WEIGHT = ("hid", "missed", "accused")  # one answer counts as one mistake
 LOOKED_AT = (0, 1)  # seeds, while the rule was mended
 
 
@@ -111,7 +112,9 @@ def tally(cells: Sequence[Judged]) -> Table:
     for (model, looked_at), part in sorted(parts.items(), key=lambda item: (not item[0][1], item[0][0] == "all")):
         harmful = [each for each in part if each.label.truth]
         healthy = [each for each in part if not each.label.truth]
-        wrong = [sum(how in dict(each.wrong) for each in harmful) for how in ("missed", "hid", "accused")]
+        # Where another cause was named for it, that is the mistake, and not that it was ruled out, too.
+        mistakes_of = [max(dict(each.wrong), key=BY_WEIGHT.index) for each in harmful if each.wrong]
+        wrong = [mistakes_of.count(how) for how in ("missed", "hid", "accused")]
         accused = sum("accused" in dict(each.wrong) for each in healthy)
         broad = sum(said(each.cell) == "not shown" for each in healthy)
         seeds = ", ".join(map(str, sorted({each.cell.seed for each in part})))
