@@ -12,6 +12,7 @@ from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.records.comparison import OverPtq
+from qatrun.text import listed
 
 LOOKS = 2  # accuracy and perplexity
 CONFIDENCE = 1.0 - 0.05 / LOOKS
@@ -63,11 +64,14 @@ def _compared(recipe: Recipe, studies: Sequence[StudyFolder], qat: Arm, ptq: Arm
 
 
 def _answer(accuracy: Sequence[float], text: Sequence[float] | None) -> str:
-    better = accuracy[0] > 0 or (text is not None and text[1] < 0)
-    worse = accuracy[1] < 0 or (text is not None and text[0] > 0)
+    gained = {"accuracy": accuracy, "perplexity": [-edge for edge in reversed(text or ())]}
+    better = [name for name, edges in gained.items() if edges and edges[0] > 0]
+    worse = [name for name, edges in gained.items() if edges and edges[1] < 0]
     if better and worse:
-        return "each is better by one measure"
-    return "QAT beats PTQ" if better else "PTQ beats QAT" if worse else "no difference shown"
+        return f"QAT is better by {better[0]}, PTQ by {worse[0]}"
+    if not (better or worse):
+        return "no difference shown"
+    return f"{'QAT beats PTQ' if better else 'PTQ beats QAT'} by {listed(better or worse)}"
 
 
 def _percent(nats: float) -> float:
