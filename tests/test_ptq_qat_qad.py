@@ -18,8 +18,9 @@ from ptq_qat_qad import FILE, QUESTIONS, Cell, cells_of, keep, read_cells, recip
 from qatrun.evaluate.scores import ItemScores, Scores, TaskScore  # noqa: E402
 from qatrun.files import write_json  # noqa: E402
 from qatrun.layout import START, TEXT_FILE, StudyFolder  # noqa: E402
-from qatrun.recipe import Recipe  # noqa: E402
+from qatrun.recipe import Recipe, parse_recipe  # noqa: E402
 from qatrun.records.scores import TextScore, TextScores  # noqa: E402
+from qatrun.report.over_ptq import over_ptq_lines  # noqa: E402
 from qatrun.study.over_ptq import over_ptq  # noqa: E402
 
 NUM_ITEMS, NUM_SEQUENCES, LENGTH = 400, 16, 100
@@ -115,3 +116,13 @@ def test_the_table_is_made_of_the_file_and_a_new_run_takes_the_place_of_an_older
     keep(tmp_path / FILE, [a_cell("demo", 3.0)])
     assert read_cells(tmp_path / FILE) == [a_cell("code", 2.0), a_cell("demo", 3.0)]
     assert "| demo | ptq against start |  |  |  | +3.00 [+2.00, +4.00] |" in tables(read_cells(tmp_path / FILE))
+
+
+def test_without_a_twin_a_trained_arm_stands_against_the_calibrated_start_model(tmp_path: Path) -> None:
+    arms = {"int8-qat": {}, "int8-ptq": {"method": "ptq"}, "hif8-ptq": {"method": "ptq", "qat": {"format": "hif8"}}}
+    whole = recipe("smaller", tmp_path).model_dump(mode="json")
+    of = parse_recipe(whole | {"arms": arms, "qat": {"format": "int8"}})
+    (found,) = over_ptq(of, write_studies(tmp_path, of))
+    assert (found.qat, found.ptq, found.has_twin) == ("int8-qat", "int8-ptq", False)
+    (line,) = over_ptq_lines([found])
+    assert line.endswith("; int8-qat has no BF16 twin, so what training itself did is in it")

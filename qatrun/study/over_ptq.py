@@ -1,5 +1,5 @@
 """Whether training under quantization beats calibration alone here, and by how much: trained arms against calibrated ones
-that were made from the same twin, in the same formats."""
+that were made from the same twin, or from the start model where the trained one has no twin, in the same formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.replication import correct_of_seeds, difference, text_rise
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity
-from qatrun.layout import StudyFolder
+from qatrun.layout import START, StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.records.comparison import OverPtq
 from qatrun.text import listed
@@ -28,10 +28,10 @@ def over_ptq(recipe: Recipe, studies: Sequence[StudyFolder]) -> list[OverPtq]:
 
 
 def _pairs(recipe: Recipe) -> Iterator[tuple[Arm, Arm]]:
-    arms = [arm for arm in recipe.arm_by_name.values() if arm.qat is not None and arm.twin is not None]
+    arms = [arm for arm in recipe.arm_by_name.values() if arm.qat is not None]
     for ptq in arms:
         for qat in arms:
-            if not ptq.trains and qat.trains and (qat.twin, _formats(qat)) == (ptq.twin, _formats(ptq)):
+            if not ptq.trains and qat.trains and (qat.twin or START, _formats(qat)) == (ptq.twin, _formats(ptq)):
                 yield qat, ptq
 
 
@@ -60,6 +60,7 @@ def _compared(recipe: Recipe, studies: Sequence[StudyFolder], qat: Arm, ptq: Arm
         perplexity_percent=None if rise is None else _percent(rise.of_text.mean),
         ci_perplexity_percent=edges,
         answer=_answer(accuracy, edges),
+        has_twin=qat.twin is not None,
     )
 
 
