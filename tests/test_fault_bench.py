@@ -219,6 +219,23 @@ def test_the_summary_counts_and_names_what_is_wrong(tmp_path: Path) -> None:
     assert isinstance(Cells(cells=[missed]), Cells)
 
 
+def test_the_document_says_what_the_cells_say() -> None:
+    rows = summary.read_csv(SCRIPTS / "bench_results" / "faults.csv")
+    document = (SCRIPTS.parent / "docs" / "fault-bench.md").read_text(encoding="utf-8")
+    assert summary.markdown(summary.tally(rows)) in document
+    assert f"{len(rows)} cells" in document
+
+
+def test_a_mistake_is_counted_once_and_shares_have_their_upper_ends() -> None:
+    cell = {"model": "demo", "seed": "2", "label": "forgetting", "found": "forgetting", "wrong": ""}
+    rows = [cell] * 18 + [
+        {**cell, "wrong": "missed:resolution accused:divergence"},
+        {**cell, "wrong": "hid:forgetting"},
+    ]
+    rows += [{**cell, "label": "", "found": "not shown"}]
+    assert summary.tally(rows)[-1] == ("all, judging", "20", "0", "1", "1", "32 %", "1", "0", "98 %", "1")
+
+
 def test_a_damaged_layer_is_another_one(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     codes = token_ids(64).to(torch.uint8)
