@@ -126,3 +126,11 @@ def test_without_a_twin_a_trained_arm_stands_against_the_calibrated_start_model(
     assert (found.qat, found.ptq, found.has_twin) == ("int8-qat", "int8-ptq", False)
     (line,) = over_ptq_lines([found])
     assert line.endswith("; int8-qat has no BF16 twin, so what training itself did is in it")
+
+
+def test_the_note_shows_what_the_script_said() -> None:
+    said = tables(read_cells(ROOT / "scripts/bench_results" / FILE)).splitlines()
+    note = (ROOT / "docs/ptq.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in note if " against " in line and line.startswith("| ")]
+    assert len(shown) > 20
+    assert set(shown) <= set(said)
