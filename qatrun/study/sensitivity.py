@@ -82,7 +82,7 @@ def find_sensitivity(
         NonFiniteError: the model's logits are NaN or infinite.
     """
     chosen = _arm(recipe, arm)
-    wanted = keeping.parse_budget(budget or f"{recipe.budget['perplexity'] or 1.0}%")
+    wanted = keeping.parse_budget(f"{recipe.budget['perplexity'] or 1.0}%" if budget is None else budget)
     checked = preflight(recipe)
     asked_elsewhere = {"eval", "export"}  # of what a search does not do
     if problems := [each for each in checked.problems if not asked_elsewhere & set(each.key.split("."))]:
@@ -98,6 +98,7 @@ def find_sensitivity(
         "seed": chosen.train.seed,
         "exact": exact,
         "sequences": sequences,
+        "micro_batch_size": chosen.train.micro_batch_size,  # which of them are a batch
         "inputs": describe_inputs(recipe),
     }
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
