@@ -58,15 +58,15 @@ def test_what_the_hardware_does_not_run_is_not_advised_and_stands_below() -> Non
 @pytest.mark.parametrize(
     ("shares", "flat", "linears", "said"),
     [
-        ([0.1, 0.1], False, ("g0", "g1"), "g0 and g1, 20 % of the weights, carry it"),
+        ([0.1, 0.1], False, ("g0", "g1"), "g0 and g1, 20 % of the weights, lose most of it"),
         (
             [0.2, 0.1],
             False,
             (),
-            "30 % of the weights would have to stay in BF16 for that, and no more than 25 % are tried",
+            "30 % of the weights would have to stay in BF16, more than a quarter is not tried",
         ),
-        ([0.1], True, (), "no few linears carry the loss: nothing is worth keeping in BF16"),
-        ([], False, (), "no few linears carry the loss: nothing is worth keeping in BF16"),
+        ([0.1], True, (), "no few do: nothing is worth keeping in BF16"),
+        ([], False, (), "no few do: nothing is worth keeping in BF16"),
     ],
 )
 def test_few_linears_that_carry_the_loss_are_worth_keeping(

@@ -43,13 +43,10 @@ def worth_keeping(found: Sensitivity) -> tuple[tuple[str, ...], str]:
     share = sum(group.share for group in kept)
     linears = tuple(name for group in kept for name in group.linears)
     if not kept or found.flat:
-        return (), "no few linears carry the loss: nothing is worth keeping in BF16"
+        return (), "no few do: nothing is worth keeping in BF16"
     if share > QUARTER:
-        return (
-            (),
-            f"{100 * share:.0f} % of the weights would have to stay in BF16 for that, and no more than 25 % are tried",
-        )
-    return linears, f"{listed(linears)}, {100 * share:.0f} % of the weights, carry it"
+        return (), f"{100 * share:.0f} % of the weights would have to stay in BF16, more than a quarter is not tried"
+    return linears, f"{listed(linears)}, {100 * share:.0f} % of the weights, lose most of it"
 
 
 def tokens_needed(candidate: Candidate, budget: float, num_tokens: int) -> int | None:
