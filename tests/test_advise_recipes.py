@@ -88,7 +88,7 @@ def test_the_recipe_with_linears_kept_makes_the_model_that_was_measured(planted:
     study = StudyFolder(planted / "runs/tiny-advised")
     start, arm = (load_texts(folder).texts[HELD_OUT] for folder in (study.start.eval, study.arm("int8").eval))
     assert rise(start, arm).mean == pytest.approx(kept["nats"], rel=1e-3)
-    assert json.loads(study.comparison.read_text())["pairs"][0]["perplexity"]["verdict"] == "within"
+    assert json.loads(study.comparison.read_text())["pairs"][0]["comparison"]["perplexity"]["verdict"] == "within"
 
 
 def test_the_recipe_for_training_compares_it_with_calibration(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

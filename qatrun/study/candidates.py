@@ -18,7 +18,7 @@ from qatrun.hardware import answer
 from qatrun.layout import START, ArmFolder
 from qatrun.model import DTYPES, architecture, load_model, on_device, text_config
 from qatrun.quant import QuantPlan, calibrated_plan, coverage, freeze, make_plan, survey
-from qatrun.recipe import Arm, Recipe, parse_recipe
+from qatrun.recipe import Arm, QatConfig, Recipe, parse_recipe
 from qatrun.records.advice import Candidate, ScoredRow
 from qatrun.records.scores import TextScore
 from qatrun.study.advised_recipe import KINDS, Kind, advised_tree
@@ -65,13 +65,15 @@ class Candidates:
     ) -> None:
         self.recipe, self.arm, self.folder, self.display = recipe, arm, folder, display
         self.budget, self.hardware, self.num_parameters = budget, hardware, num_parameters
-        self._data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
-        if len(self._data.valid.input_ids) < 2:
+        data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
+        if len(data.valid.input_ids) < 2:
             raise InputError(Problem("an interval needs two sequences or more", "data.valid_sequences"))
         self._empty = architecture(arm.model)
         self._seen = survey(self._empty)
         room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(self._empty).vocab_size)
         self._at_once = max(1, min(arm.train.micro_batch_size, room))
+        sequences = (arm.qat or QatConfig()).calibrating.sequences  # each candidate's own are the same
+        self._calibration, self._held_out = data.train.take(sequences).input_ids, data.valid
 
     def tree(self, kind: Kind, *, trains: bool) -> dict[str, Any]:
         """A recipe of that kind, see `advised_tree`."""
@@ -119,12 +121,12 @@ class Candidates:
         else:
             assert made.arm.qat is not None
             how = made.arm.qat.calibrating
-            batches = self._data.train.take(how.sequences).input_ids.split(self._at_once)
+            batches = self._calibration.split(self._at_once)
             if all(scheme.per_row for scheme in made.plan.slots().values()) and how.smooth is None:
                 batches = batches[:1]  # every scale is found from the tensor at hand
             model = calibrated(made.arm, ArmFolder(Path(START)), made.plan, batches, how)
             freeze(model, dtype)
-        return score_texts(model, {HELD_OUT: self._data.valid}, batch_size=self._at_once).texts[HELD_OUT]
+        return score_texts(model, {HELD_OUT: self._held_out}, batch_size=self._at_once).texts[HELD_OUT]
 
     def _candidate(self, kind: Kind, made: _Made | str, score: TextScore | None) -> Candidate:
         known: dict[str, Any] = {"weight_bytes": None, "nats": None, "ci95": None, "verdict": None}
