@@ -136,7 +136,7 @@ def test_what_was_measured_is_not_measured_again_and_what_is_damaged_is(
     whole, rows = advice(planted / "stopped"), measured.read_text()
     assert len(calls) == 2 + 2, "the plain model once"
     first, second, third = rows.splitlines(keepends=True)
-    for damaged in (first + second[:50], first + "\n" + second + '{"name": "plain"}\n' + third, "\0" + rows, ""):
+    for damaged in (first + second[:50], first + "\n" + '{"name": "plain"}\n' + "\0" + second + third):
         measured.write_text(damaged)
         assert advise(planted, "few", "--output=stopped").code == 0
         assert advice(planted / "stopped") == whole
