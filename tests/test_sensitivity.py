@@ -276,6 +276,8 @@ def test_what_other_settings_found_is_not_thrown_away_unasked(world: Path) -> No
     ran = run_qatrun(*SEARCH, "--exact", output, cwd=world)
     assert ran.code == 2
     assert "was found with other settings: exact (False -> True); --overwrite it" in ran.err
+    smaller = run_qatrun(*SEARCH, "--set=train.micro_batch_size=2", output, cwd=world)
+    assert "micro_batch_size (4 -> 2)" in smaller.err, "costs are of batches"
     (world / "other/settings.json").write_text("{")
     assert "settings.json (damaged)" in run_qatrun(*SEARCH, "--exact", output, cwd=world).err
     assert run_qatrun(*SEARCH, "--exact", output, "--overwrite", cwd=world).code == 0

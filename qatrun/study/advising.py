@@ -30,6 +30,7 @@ from qatrun.study.candidates import MEASURED, Candidates
 from qatrun.study.deciding import answer_in_words, decide, in_order, tokens_needed, worth_keeping
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.inputs import describe_inputs
+from qatrun.study.measuring import budget_of, preflight_to_measure
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
 from qatrun.study.preflight import preflight
@@ -89,13 +90,10 @@ def advise(
             or a folder that is not free.
         NonFiniteError: the model's logits are NaN or infinite.
     """
-    limit = keeping.parse_budget(f"{recipe.budget['perplexity'] or 1.0}%" if budget is None else budget)
+    limit = budget_of(recipe, budget)
     if limit.unit == "bits":
         raise InputError(f"--budget {budget}: of a loss: nats a token (0.01) or a rise of perplexity (1%)")
-    checked = preflight(recipe)
-    asked_elsewhere = {"eval", "export"}  # of what is not done here
-    if problems := [each for each in checked.problems if not asked_elsewhere & set(each.key.split("."))]:
-        raise InputError(problems)
+    checked = preflight_to_measure(recipe)
     arm = next((arm for arm in recipe.arm_by_name.values() if arm.qat is not None), None)
     arm = arm or next(iter(recipe.arm_by_name.values()))
     folder = output or Path(recipe.output_dir) / f"{recipe.name}-advice"
@@ -109,11 +107,7 @@ def advise(
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         asked = keeping.in_nats(limit), hardware or recipe.target.hardware
         candidates = Candidates(recipe, arm, checked.num_parameters, folder, display, *asked)
-        try:
-            found = _found(candidates, source, overwrite=overwrite)
-        except KeyboardInterrupt:
-            display.on_warning("stopped by Ctrl-C: what is measured is saved, and the same command goes on from there")
-            raise
+        found = _found(candidates, source, overwrite=overwrite)
         write_document(StudyFolder(folder), advice_document(folder.name, found))
         write_json(folder / RESULT, found)
     return folder, found

@@ -16,7 +16,7 @@ from qatrun.evaluate.text import score_texts
 from qatrun.files import read_rows
 from qatrun.hardware import answer
 from qatrun.layout import START, ArmFolder
-from qatrun.model import DTYPES, architecture, load_model, on_device, text_config
+from qatrun.model import DTYPES, architecture, load_model, on_device
 from qatrun.quant import QuantPlan, calibrated_plan, coverage, freeze, make_plan, survey
 from qatrun.recipe import Arm, QatConfig, Recipe, parse_recipe
 from qatrun.records.advice import Candidate, ScoredRow
@@ -24,7 +24,7 @@ from qatrun.records.scores import TextScore
 from qatrun.study.advised_recipe import KINDS, Kind, advised_tree
 from qatrun.study.deciding import verdict_of
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.sensitivity import LOGITS_AT_ONCE
+from qatrun.study.measuring import saying_what_is_saved, sequences_at_once
 from qatrun.study.variants import calibrated
 from qatrun.tokenizer import load_tokenizer
 from qatrun.train.metrics import RowsFile
@@ -70,8 +70,7 @@ class Candidates:
             raise InputError(Problem("an interval needs two sequences or more", "data.valid_sequences"))
         self._empty = architecture(arm.model)
         self._seen = survey(self._empty)
-        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(self._empty).vocab_size)
-        self._at_once = max(1, min(arm.train.micro_batch_size, room))
+        self._at_once = sequences_at_once(arm, self._empty)
         sequences = (arm.qat or QatConfig()).calibrating.sequences  # each candidate's own are the same
         self._calibration, self._held_out = data.train.take(sequences).input_ids, data.valid
 
@@ -82,7 +81,8 @@ class Candidates:
     def measured(self, kinds: Sequence[Kind]) -> list[Candidate]:
         """Of each kind; what an earlier run measured is taken as it is."""
         made = {kind.name: self._made(kind) for kind in kinds}
-        scores = self._scores([each for each in made.values() if isinstance(each, _Made)])
+        with saying_what_is_saved(self.display):
+            scores = self._scores([each for each in made.values() if isinstance(each, _Made)])
         self.plain = scores[PLAIN]
         return [self._candidate(kind, made[kind.name], scores.get(kind.name)) for kind in kinds]
 
