@@ -87,7 +87,7 @@ def test_the_recipe_with_linears_kept_makes_the_model_that_was_measured(planted:
     assert trained.code == 0, trained.err
     study = StudyFolder(planted / "runs/tiny-advised")
     start, arm = (load_texts(folder).texts[HELD_OUT] for folder in (study.start.eval, study.arm("int8").eval))
-    assert rise(start, arm).mean == pytest.approx(kept["nats"], rel=1e-3)
+    assert rise(start, arm).mean == pytest.approx(kept["nats"], rel=1e-4)
     assert json.loads(study.comparison.read_text())["pairs"][0]["comparison"]["perplexity"]["verdict"] == "within"
 
 

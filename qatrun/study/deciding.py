@@ -67,12 +67,13 @@ def answer_in_words(found: Advice) -> str:
     best = next(each for each in found.candidates if each.name == found.advised)
     assert best.ci95 is not None
     low, high = best.ci95
+    named = "one linear" if len(best.kept) == 1 else f"{len(best.kept)} linears"
     budget = f"the budget of {found.budget:.3g} nats a token"
     loss = f"{best.name} by calibration alone loses {best.nats:+.5f} nats a token [{low:.5f}, {high:.5f}]"
     said = {
         "ptq": f"calibration is enough (method: ptq): {loss}, the whole interval within {budget}; what "
         "training could win back is no more",
-        "ptq with some kept": f"calibration is enough (method: ptq) with {len(best.kept)} linears in BF16: {loss}, the "
+        "ptq with some kept": f"calibration is enough (method: ptq) with {named} in BF16: {loss}, the "
         f"whole interval within {budget}, above which is every candidate that quantizes them",
         "qat": f"train under quantization: {loss}, the whole interval above {budget}, and no other candidate is within it; "
         "what training wins back is not known before it is done: the recipe trains it beside its BF16 twin, and beside "
