@@ -16,7 +16,7 @@ from qatrun.data import IGNORE_INDEX, Batch
 from qatrun.data.randomness import drawn_at_random
 from qatrun.recipe import parse_recipe
 from qatrun.report import dry_run
-from qatrun.study import preflight
+from qatrun.study import dry_run_of, preflight
 from qatrun.train.first_loss import mistake_in_input
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -121,5 +121,5 @@ def test_a_check_warns_of_what_would_train_but_is_hardly_meant(tmp_path: Path) -
         "the last",
     ]
     with (console := Console(width=300)).capture() as shown:
-        console.print(dry_run(checked.dry_run()))
+        console.print(dry_run(dry_run_of(checked)))
     assert shown.get().count("warning: ") == 3

@@ -41,6 +41,7 @@ def smooth(model: nn.Module, folds: Sequence[Fold], batches: Iterable[Tensor], s
         for weight in weights:
             weight.mul_(scale)
         _divide(model.get_submodule(fold.producer), scale)
+    torch.clear_autocast_cache()  # of the weights in bfloat16, as they were
 
 
 @torch.no_grad()

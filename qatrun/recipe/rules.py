@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from qatrun.formats import FORMATS, Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
-from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
+from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe
+from qatrun.recipe.sections import Source
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
 

@@ -29,6 +29,7 @@ from qatrun.study.advised_recipe import KINDS, Kind
 from qatrun.study.candidates import MEASURED, Candidates
 from qatrun.study.deciding import answer_in_words, decide, in_order, tokens_needed, worth_keeping
 from qatrun.study.display import ScoringDisplay
+from qatrun.study.dryrun import dry_run_of
 from qatrun.study.inputs import describe_inputs
 from qatrun.study.measuring import budget_of, preflight_to_measure
 from qatrun.study.output import claimed_output
@@ -141,7 +142,7 @@ def _found(candidates: Candidates, source: str, *, overwrite: bool) -> Advice:
         num_tokens=num_tokens,
         num_sequences=len(candidates.plain.nats),
         bf16_bytes=2 * candidates.num_parameters,
-        memory_bytes={arm.name: arm.memory_bytes or {} for arm in preflight(parse_recipe(tree)).dry_run().arms},
+        memory_bytes={arm.name: arm.memory_bytes or {} for arm in dry_run_of(preflight(parse_recipe(tree))).arms},
         candidates=in_order(found),
         advised=best.name,
         way=way,

@@ -33,7 +33,7 @@ from qatrun.study.evidence import summarize
 from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
 from qatrun.study.joint import Opener, open_plain, score_together, train_together
-from qatrun.study.known_text import KnownText, known_text
+from qatrun.study.known_text import KNOWN_TEXT, KnownText, known_text
 from qatrun.study.over_ptq import over_ptq
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
@@ -92,6 +92,7 @@ class _Study:
 
     def keep_known_text(self) -> None:
         """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.display.begin_reading(KNOWN_TEXT)
         self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def finish_arm(self, arm: Arm, segments: ArmSegments | None) -> None:
