@@ -38,7 +38,7 @@ def budget_of(recipe: Recipe, given: str | None) -> Budget:
 
 def sequences_at_once(arm: Arm, model: nn.Module) -> int:
     """As many as a micro-batch has, but no more than there is memory for their logits."""
-    room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(model).vocab_size)
+    room: int = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(model).vocab_size)
     return max(1, min(arm.train.micro_batch_size, room))
 
 
