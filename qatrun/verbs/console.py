@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qatrun import ranks, terminal
 from qatrun.errors import InputError
 from qatrun.launch import run_in_processes
+from qatrun.layout import PAGE_FILE
 
 if TYPE_CHECKING:
+    from qatrun.files import Record
     from qatrun.records.comparison import OverPtq
     from qatrun.study import StudyResult
 
@@ -62,6 +65,20 @@ def print_result(result: StudyResult) -> None:
     out.out(f"\nthe page: {result.page}\nall of it: {result.folder}")
     if not result.pairs and result.summary is None:
         out.out("no arm has a BF16 twin, so there is nothing to compare; each arm's scores are in its eval/ folder")
+
+
+def print_found(
+    found: Record, table: Callable[[Any], Any], folder: Path, *, as_json: bool, **files: str | None
+) -> None:
+    """What a verb measured, and where its page and these files of the folder lie."""
+    if as_json:
+        out.print_data(found.to_dict())
+        return
+    out.print(table(found))
+    out.out(f"\nthe page: {folder / PAGE_FILE}")
+    for what, file in files.items():
+        if file is not None:
+            out.out(f"the {what}: {folder / file}")
 
 
 @contextmanager
