@@ -257,7 +257,11 @@ def test_recipes_are_listed_one_to_a_line(tmp_path: Path) -> None:
 
 def test_init_writes_a_recipe_that_check_takes(world: Path) -> None:
     ran = run_qatrun("init", "model", cwd=world)
-    assert ran == (0, "wrote model.yaml; next: qatrun check model.yaml --time\n", "")
+    assert ran == (
+        0,
+        "wrote model.yaml; next: name your text at data.train.path, then qatrun check model.yaml --time\n",
+        "",
+    )
     assert load_recipe(world / "model.yaml").model.path == "model"
     overrides = ["data.train.path=text.jsonl", "data.seq_len=16", "eval.tasks={likes.yaml: 0}", "budget={}"]
     assert run_qatrun("init", "model", "--data", "text.jsonl", "--output", "mine.yaml", cwd=world).code == 0

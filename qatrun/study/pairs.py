@@ -210,7 +210,9 @@ def ranked_arms(
         if of is not None
     ]
     if not pairs:
-        raise InputError(f"{found.path} has no quantized arm with scores beside a BF16 twin's")
+        raise InputError(
+            f"{found.path} has no quantized arm with scores beside a BF16 twin's (unfinished? see `qatrun studies`)"
+        )
     diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
     alarms = {name: len(read_alarms(found.arm(name).alarms)) for name in found.begun}
     against = read_json(found.comparison, StudyComparison).over_ptq if found.comparison.is_file() else []

@@ -178,8 +178,10 @@ def recipes() -> None:
     """List the recipes that ship with qatrun."""
     from qatrun.recipe import shipped_recipes
 
-    for recipe in shipped_recipes():
-        out.out(f"{recipe.name:<20} {recipe.purpose}")
+    shipped = shipped_recipes()
+    width = max(len(recipe.name) for recipe in shipped)
+    for recipe in shipped:
+        out.out(f"{recipe.name:<{width}} {recipe.purpose}")
 
 
 def init(
@@ -202,4 +204,5 @@ def init(
         out.out(f"wrote {file}\n")
         check(str(file), time=True)
     else:
-        out.out(f"wrote {file}; next: qatrun check {file} --time")
+        first = "" if data is not None else "name your text at data.train.path, then "
+        out.out(f"wrote {file}; next: {first}qatrun check {file} --time")
