@@ -63,6 +63,12 @@ class TestFirstLoss:
         if said is not None:
             assert re.match(rf"the first loss is {loss:.2f}.*{re.escape(said)}", found or "")
 
+    @pytest.mark.parametrize(("loss", "said"), [(7.4, "far above"), (6.9, None), (6.2, "near"), (4.1, None)])
+    def test_a_text_with_order_is_one_however_foreign(self, loss: float, said: str | None) -> None:
+        found = mistake_in_input(loss, batch(), 512, ordered=True)
+        assert (found is None) == (said is None)
+        assert said is None or said in (found or "")
+
     @pytest.mark.parametrize("few", [batch(counted=512), Batch(batch().input_ids[:3], batch().labels[:3])])
     def test_frequencies_are_asked_only_of_enough_plain_text(self, few: Batch) -> None:
         """Answers may be of three words, each likelier than a model that does not know the task thinks."""

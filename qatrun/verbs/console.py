@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qatrun.layout import PAGE_FILE
 
 if TYPE_CHECKING:
     from qatrun.files import Record
+    from qatrun.records.comparison import OverPtq
     from qatrun.study import StudyResult
 
 out, err = terminal.StreamConsole(), terminal.StreamConsole(stderr=True)
@@ -33,10 +34,17 @@ def in_processes(asked: str | None) -> None:
         raise typer.Exit(code)
 
 
+def print_over_ptq(found: Sequence[OverPtq]) -> None:
+    """Whether training beat calibration alone, where a study asks it."""
+    from qatrun.report.over_ptq import over_ptq_lines
+
+    for line in over_ptq_lines(found):
+        out.print(f"\n{line}", markup=False)
+
+
 def print_result(result: StudyResult) -> None:
     """What a study ended in."""
     from qatrun.report import comparison_table
-    from qatrun.report.over_ptq import over_ptq_lines
     from qatrun.report.overview import overview
     from qatrun.report.seeds_table import seeds_table
 
@@ -44,8 +52,7 @@ def print_result(result: StudyResult) -> None:
     if ranked:
         out.print()
         out.print(overview(ranked))
-    for line in over_ptq_lines(result.over_ptq):
-        out.print(f"\n{line}", markup=False)
+    print_over_ptq(result.over_ptq)
     if result.diagnosis is not None:
         for arm in result.diagnosis.arms.values():
             out.print(f"\ndiagnosis: {arm.sentence}", markup=False)
