@@ -10,6 +10,7 @@ setup: $(READY)
 
 # torch first and by this pin: where a CPU wheel of it is at hand, nothing pulls the CUDA build.
 $(READY): pyproject.toml
+	@echo "installing torch, transformers, lm-eval and the rest into $(VENV): 2.4 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[dev,export,track]'

@@ -66,7 +66,7 @@ NOT_HERE = {
         ("int4", "uint4", "nf4", "fp4", "nvfp4", "mxfp4", "w4a16", "gptq", "awq"), "all formats have 8 bits"
     ),
     **dict.fromkeys(("fp8", "float8"), "there are two of that width"),
-    **dict.fromkeys(("mxfp8", "mx"), "blocks of 32 values with one scale are not there yet"),
+    **dict.fromkeys(("mxfp8", "mx"), "write fp8_e4m3 with granularity: per_block for weight and input"),
     **dict.fromkeys(("bf16", "fp16", "none"), "an arm without quantizers is written `qat: null`"),
     **dict.fromkeys(("gguf", "q8_0", "q4_0", "q4_k_m"), "llama.cpp's formats are not trained for"),
 }

@@ -60,6 +60,14 @@ ProcessesOption = Annotated[
     str | None,
     typer.Option("--processes", metavar="N", help="Processes of this machine that share the work; auto: one a GPU."),
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")]
+FailOption = Annotated[
+    bool, typer.Option("--fail-on-verdict/--no-fail-on-verdict", help="Exit with 1 if a drop exceeds its budget.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict/--no-strict", help="With --fail-on-verdict: exit with 4 if inconclusive.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

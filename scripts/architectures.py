@@ -39,7 +39,7 @@ from qatrun.export import artifact
 from qatrun.model import DTYPES, load_model, save_model
 from qatrun.quant import freeze
 from qatrun.recipe import Recipe, parse_recipe
-from qatrun.study import preflight
+from qatrun.study import dry_run_of, preflight
 from qatrun.study.segments import plan_segments
 from qatrun.train.loop import train
 from qatrun.train.segment import Watched
@@ -115,7 +115,7 @@ def attempt(architecture: str, folder: Path) -> Result:
         checked = preflight(recipe)
     if checked.problems:
         return Result(architecture, REFUSED, checked.problems[0].message.removeprefix(f"{folder / 'model'}: "))
-    checked.dry_run()
+    dry_run_of(checked)
     equal = run(recipe, checked, folder)
     if not equal:
         return Result(architecture, FAILED, "the logits read back differ from those written")

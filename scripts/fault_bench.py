@@ -1,7 +1,7 @@
-"""Plant faults in runs of four models, and see whether the diagnosis and the alarms find them, and nothing else.
+"""Plant faults in runs of five models, and see whether the diagnosis and the alarms find them, and nothing else.
 
     python scripts/fault_bench.py --output FOLDER                        # demo and code, seed 0: which need nothing
-    python scripts/fault_bench.py --output FOLDER --shared MODELS         # and gut3m and stories260K
+    python scripts/fault_bench.py --output FOLDER --shared MODELS         # and those that need text or models from there
     python scripts/fault_bench.py --output FOLDER --models demo --only burst outlier --seed 1
     python scripts/fault_bench.py --output FOLDER --healthy 10           # alarms of healthy arms over 10 seeds
     python scripts/fault_bench.py --output FOLDER --summary              # matrix, wrong answers, faults.csv

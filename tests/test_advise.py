@@ -12,7 +12,9 @@ from tiny_world import run_qatrun, write_world
 
 from qatrun.recipe import load_recipe
 from qatrun.records.advice import Candidate
-from qatrun.study.deciding import decide, in_order, tokens_needed, verdict_of
+from qatrun.records.sensitivity import GroupCost, MeasuredCost, Sensitivity
+from qatrun.study.deciding import decide, in_order, tokens_needed, verdict_of, worth_keeping
+from qatrun.study.keeping import parse_budget
 
 BUDGET = 0.01
 
@@ -35,6 +37,10 @@ BETWEEN, ABOVE = candidate("between", 0.001, 0.02), candidate("above", 0.0101, 0
         ([ABOVE, candidate("worse", 0.5, 0.7)], ("above", "qat")),
         ([candidate("at it", 0.005, BUDGET)], ("at it", "ptq")),
         ([candidate("from it", BUDGET, 0.02)], ("from it", "not known")),
+        ([ABOVE, candidate("kept", 0.004, 0.009, kept=["q"])], ("kept", "ptq with some kept")),
+        ([ABOVE, candidate("kept", 0.004, 0.011, kept=["q"])], ("kept", "not known")),
+        ([ABOVE, candidate("kept", 0.011, 0.012, kept=["q"])], ("kept", "qat")),
+        ([ABOVE, candidate("falls back", 0, 0.001, runs="as weight-only")], ("above", "qat")),
     ],
 )
 def test_the_whole_interval_decides(given: list[Candidate], expected: tuple[str, str]) -> None:
@@ -47,6 +53,49 @@ def test_what_the_hardware_does_not_run_is_not_advised_and_stands_below() -> Non
     falls_back, odd = candidate("falls back", 0.0, 0.001, runs="as weight-only"), candidate("odd", 0, 0, nats=None)
     assert not falls_back.is_advisable
     assert [each.name for each in in_order([odd, falls_back, runs])] == ["runs", "falls back", "odd"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "flat", "linears", "said"),
+    [
+        ([0.1, 0.1], False, ("g0", "g1"), "g0 and g1, 20 % of the weights, lose most of it"),
+        (
+            [0.2, 0.1],
+            False,
+            (),
+            "30 % of the weights would have to stay in BF16, more than a quarter is not tried",
+        ),
+        ([0.1], True, (), "no few do: nothing is worth keeping in BF16"),
+        ([], False, (), "no few do: nothing is worth keeping in BF16"),
+    ],
+)
+def test_few_linears_that_carry_the_loss_are_worth_keeping(
+    shares: list[float], flat: bool, linears: tuple[str, ...], said: str
+) -> None:
+    own = {"num_weights": 1, "nats": 1.0, "sqnr_db": None, "bits": 1.0}
+    groups = [
+        GroupCost(name=f"g{n}", linears=[f"g{n}"], share=share, kept=n < len(shares), **own)
+        for n, share in enumerate([*shares, 0.5])
+    ]
+    cost = MeasuredCost(nats=1.0, nats_ci95=None, perplexity_percent=1.0, perplexity_ci95_percent=None)
+    found = Sensitivity(
+        recipe="",
+        arm="",
+        formats=[],
+        method="one backward",
+        num_tokens=(1, 1),
+        budget=parse_budget("1%"),
+        sum_of_parts=1.0,
+        all_quantized=1.0,
+        groups=groups,
+        curve=[],
+        everything=cost,
+        choice=cost,
+        flat=flat,
+        answer="",
+        fragment=None,
+    )
+    assert worth_keeping(found) == (linears, said)
 
 
 def test_the_text_that_would_settle_it_shrinks_the_interval_to_the_distance() -> None:
@@ -107,6 +156,8 @@ MISTAKES = {
     ("dmo",): "dmo is no recipe (did you mean 'demo'?)",
     ("tiny.yaml", "--data=text.jsonl"): "--data: a recipe names its text",
     ("tiny.yaml", "--budget=9bits"): "--budget 9bits: of a loss",
+    ("tiny.yaml", "--budget="): "--budget : must be nats a token (0.002)",
+    ("tiny.yaml", "--budget=101"): "--budget 101: must be nats a token (0.002)",
     ("tiny.yaml", "--hardware=h10"): "--hardware h10",
     ("tiny.yaml", "--set=data.valid_sequences=1"): "data.valid_sequences -- an interval needs two sequences or more",
     ("nope", "--data=text.jsonl"): "no model folder 'nope' here",

@@ -163,12 +163,12 @@ def test_check_prints_what_would_happen_and_writes_nothing(trained_world: Path) 
     assert lines[3:6] == [
         "bf16",
         "  steps 1-40 BF16, the first 10 in the shared trunk",
-        "  lr 0.05; 128 tokens a step, 5,120 in all",
+        "  lr 0.05; 128 tokens a step, 5,120 in all: about 2.4 passes over the text",
     ]
     assert lines[8:14] == [
         "hif8 (twin: bf16)",
         "  steps 1-10 BF16, switch, steps 11-40 QAT",
-        "  lr 0.05; 128 tokens a step, 5,120 in all",
+        "  lr 0.05; 128 tokens a step, 5,120 in all: about 2.4 passes over the text",
         "  weight hif8 per_tensor, amax to 15, delayed max over 4",
         "  input hif8 per_tensor, amax to 15, delayed max over 4",
         "  14 of 15 linears, 85% of linear FLOPs quantized",
@@ -257,11 +257,27 @@ def test_recipes_are_listed_one_to_a_line(tmp_path: Path) -> None:
 
 def test_init_writes_a_recipe_that_check_takes(world: Path) -> None:
     ran = run_qatrun("init", "model", cwd=world)
-    assert ran == (0, "wrote model.yaml; next: qatrun check model.yaml --time\n", "")
+    assert ran == (
+        0,
+        "wrote model.yaml; next: name your text at data.train.path, then qatrun check model.yaml --time\n",
+        "",
+    )
     assert load_recipe(world / "model.yaml").model.path == "model"
     overrides = ["data.train.path=text.jsonl", "data.seq_len=16", "eval.tasks={likes.yaml: 0}", "budget={}"]
+    assert run_qatrun("init", "model", "--data", "text.jsonl", "--output", "mine.yaml", cwd=world).code == 0
+    assert load_recipe(world / "mine.yaml").data.train.path == "text.jsonl"
     checked = run_qatrun("check", "model.yaml", *(part for text in overrides for part in ("--set", text)), cwd=world)
     assert (checked.code, checked.err) == (0, "")
+
+
+def test_how_long_it_takes_is_said_where_benchmarks_alone_are_missing(world: Path) -> None:
+    ran = run_qatrun("init", "model", "--data", "text.jsonl", "--output", "timed.yaml", "--time", cwd=world)
+    assert (ran.code, ran.out.split("\n", 1)[0]) == (2, "wrote timed.yaml")
+    assert "timed.yaml:14: data.valid_sequences -- text.jsonl fills 4 sequences of 512 tokens" in ran.err
+    ran = run_qatrun("check", "timed.yaml", "--time", "--set", "data.seq_len=16", cwd=world)
+    assert "timed.yaml:43: eval.tasks.hellaswag -- no data" in ran.err
+    assert "passes over the text" in ran.out
+    assert "training takes about " in ran.out
 
 
 def test_init_makes_the_folder_it_writes_to_and_overwrites_nothing(world: Path) -> None:

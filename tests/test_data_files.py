@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from builders import word_tokenizer
 
-from qatrun.data import check_data, open_data, open_dataset
+from qatrun.data import check_data, count_tokens, open_data, open_dataset
 from qatrun.data.dataset import read_documents
 from qatrun.errors import InputError
 from qatrun.recipe import DataConfig, Source
@@ -204,6 +204,20 @@ def test_a_row_is_named_where_it_was_not_seen_by_check(tmp_path: Path, monkeypat
     assert check_data(config, TOKENIZER) == []
     with pytest.raises(InputError, match="row 31"):
         open_data(config, TOKENIZER, 0)
+
+
+@pytest.mark.parametrize("sampled", [10, 500_000])
+def test_tokens_of_a_text_are_counted_from_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: int
+) -> None:
+    monkeypatch.setattr("qatrun.data.check.SAMPLE_CHARACTERS", sampled)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl([{"text": "w1 w2 w3"}] * 50 + [{"text": None}]))
+    source = Source(path=str(file))
+    assert count_tokens(source, "data.train", TOKENIZER) == 50 * len(TOKENIZER("w1 w2 w3 </s>")["input_ids"])
+    assert count_tokens(source.model_copy(update={"streaming": True}), "data.train", TOKENIZER) is None
+    monkeypatch.setattr("qatrun.data.check.COUNTED_CHARACTERS", 8 * 49)
+    assert count_tokens(source, "data.train", TOKENIZER) is None
 
 
 ONE = "the one document is held out for perplexity, and none is left to train on: give data.valid"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import logits, quantized_steps, tiny_llama, token_ids, word_tokenizer
+from builders import logits, quantized_steps, tiny_gpt2, tiny_llama, token_ids, word_tokenizer
 from quantized_training import attached
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from faults import code, planted, studies, summary  # noqa: E402
+from faults import planted, small, studies, summary  # noqa: E402
 from faults.cells import Cell, Cells, Nats, keep, read_cells  # noqa: E402
 from faults.labels import ANY, Judge, label, mistakes, questions  # noqa: E402
 from faults.models import SCORED, Subject, write_texts  # noqa: E402
@@ -38,14 +38,17 @@ def tiny_neox() -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=101, max_position_embeddings=64, **sizes)).eval()
 
 
-@pytest.mark.parametrize("make_model", [tiny_llama, tiny_neox])
-def test_outlier_channels_are_there_and_preserve_the_function(make_model: Any) -> None:
+@pytest.mark.parametrize(
+    ("make_model", "norm"),
+    [(tiny_llama, "layers.0.input_layernorm"), (tiny_neox, "layers.0.input_layernorm"), (tiny_gpt2, "h.0.ln_1")],
+)
+def test_outlier_channels_are_there_and_preserve_the_function(make_model: Any, norm: str) -> None:
     model = make_model()
-    layer = model.base_model.layers[0]
-    before, norm = logits(model), layer.input_layernorm.weight.clone()
+    weight = model.base_model.get_parameter(f"{norm}.weight")
+    before, were = logits(model), weight.clone()
     planted.plant_outliers(model)
     torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
-    grown = layer.input_layernorm.weight / norm
+    grown = weight / were
     assert grown[:: planted.EVERY_CHANNEL].tolist() == [planted.OUTLIER] * 4
     assert grown.sum() == 28 + 4 * planted.OUTLIER
 
@@ -87,10 +90,17 @@ def test_a_question_counts_the_right_answer_alone() -> None:
 
 def test_which_line_comes_next() -> None:
     text = "\n".join(f"line {n} = value" for n in range(30))
-    for item in code.next_lines([text, text.replace("line", "other")], 20):
+    for item in small.what_comes_next([text, text.replace("line", "other")], 20):
         shown, right = item["query"].splitlines(), item["choices"][item["answer"]]
         assert len(set(item["choices"])) == 4
         assert int(right.split()[1]) == int(shown[-1].split()[1]) + 1
+
+
+def test_which_sentence_comes_next() -> None:
+    text = " ".join(f"It was {n}." for n in range(30))
+    (item,) = small.what_comes_next([text, text.replace("was", "is")], 1, small.sentences)
+    assert item["choices"][item["answer"]].count(".") == 1
+    assert item["query"].count("\n") == small.SHOWN_LINES - 1
 
 
 def subject(folder: Path) -> Subject:
@@ -207,6 +217,23 @@ def test_the_summary_counts_and_names_what_is_wrong(tmp_path: Path) -> None:
         ("saturation", "ruled out", "missed:saturation"),
     ]
     assert isinstance(Cells(cells=[missed]), Cells)
+
+
+def test_the_document_says_what_the_cells_say() -> None:
+    rows = summary.read_csv(SCRIPTS / "bench_results" / "faults.csv")
+    document = (SCRIPTS.parent / "docs" / "fault-bench.md").read_text(encoding="utf-8")
+    assert summary.markdown(summary.tally(rows)) in document
+    assert f"{len(rows)} cells" in document
+
+
+def test_a_mistake_is_counted_once_and_shares_have_their_upper_ends() -> None:
+    cell = {"model": "demo", "seed": "2", "label": "forgetting", "found": "forgetting", "wrong": ""}
+    rows = [cell] * 18 + [
+        {**cell, "wrong": "missed:resolution accused:divergence"},
+        {**cell, "wrong": "hid:forgetting"},
+    ]
+    rows += [{**cell, "label": "", "found": "not shown"}]
+    assert summary.tally(rows)[-1] == ("all, judging", "20", "0", "1", "1", "32 %", "1", "0", "98 %", "1")
 
 
 def test_a_damaged_layer_is_another_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from qatrun.formats import FORMATS
 from qatrun.hardware import CHIPS, answer
 from qatrun.recipe import QatConfig, parse_recipe
+from qatrun.study.dryrun import dry_run_of
 from qatrun.study.preflight import preflight
 
 FP8, INT8 = {"format": "fp8_e4m3"}, {"format": "int8", "weight": {"granularity": "per_channel"}}
@@ -68,7 +69,7 @@ def checked_on(chip: str | None, by: str = "recipe", **qat: Any) -> Any:
     demo = {"model": {"path": "builtin:demo"}, "data": {"train": {"path": "builtin:demo", "split": "finetune"}}}
     rest = {"name": "study", "train": {"steps": 600}, "eval": {"tasks": {"demo_facts": 0}}, "qat": qat}
     target = {"target": {"hardware": chip}} if by == "recipe" else {}
-    return preflight(parse_recipe({**demo, **rest, **target}), hardware=chip if by == "option" else None).dry_run()
+    return dry_run_of(preflight(parse_recipe({**demo, **rest, **target}), hardware=chip if by == "option" else None))
 
 
 @pytest.mark.parametrize("by", ["recipe", "option"])

@@ -148,8 +148,9 @@ def test_the_verb_shows_every_tensor_worst_first(world: Path) -> None:
 MISTAKES = {
     "nope --data=text.jsonl": "model.path -- no model folder 'nope' here",
     "model --data=nope.jsonl": "--data no such file 'nope.jsonl'",
-    "model --data=empty.jsonl": "--data ",
-    "model --data=text.jsonl --format=int9": "--format int9: no such name (did you mean 'int8'?)",
+    "model --data=empty.jsonl": "--data empty.jsonl has no rows",
+    "model --data=text.jsonl --format=int9": "--format: unknown format 'int9' (did you mean 'int8'?)",
+    "model --data=text.jsonl --format=int4": "--format: unknown format 'int4': all formats have 8 bits (one of hif8, ",
     "model --data=text.jsonl --text-column=body": "--data ",
     "model --data=text.jsonl --output=text.jsonl": "text.jsonl is a file; give another --output",
     "model --data=text.jsonl --output=model": "model holds something else",

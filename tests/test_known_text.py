@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from qatrun.data import open_data, open_probe
 from qatrun.errors import DamagedFileError, InputError
 from qatrun.layout import StudyFolder
 from qatrun.model import write_text
-from qatrun.recipe import Recipe, parse_recipe
+from qatrun.recipe import ModelConfig, Recipe, parse_recipe
 from qatrun.study import known_text as known_text_module
 from qatrun.study.known_text import KnownText, kinship, known_text
+from qatrun.study.texts import has_order
 from qatrun.tokenizer import load_tokenizer
 
 NUM, SEQ_LEN = 32, 96
@@ -188,3 +190,13 @@ class TestChoice:
         assert "give data.probe" in warning
         with pytest.raises(DamagedFileError):
             KnownText.load(StudyFolder(tmp_path / "a").start)
+
+
+def test_a_text_has_order_where_its_words_were_not_shuffled() -> None:
+    tokenizer = load_tokenizer(ModelConfig(path=demo.BUILTIN))
+    words = " ".join(islice(demo.documents("pretrain"), 200)).split()
+    shuffled = Random(0).sample(words, len(words))
+    in_order, at_random = (torch.tensor([tokenizer(" ".join(text))["input_ids"]]) for text in (words, shuffled))
+    assert has_order(in_order, tokenizer)
+    assert not has_order(at_random, tokenizer)
+    assert not has_order(in_order[:, :50], tokenizer), "too little to tell"

@@ -33,6 +33,7 @@ def test_one_line_changes_and_alarms_stay_below_it() -> None:
     seen: list[str] = []
     with NotebookDisplay(seen.append) as display:
         display.begin_study([Stage("scoring", HOSTILE, 1), Stage("training", "hif8", 10)])
+        display.begin_reading(HOSTILE)
         display.begin_scoring(HOSTILE)
         display.on_scored(HOSTILE, 8, 8)
         display.begin_training("hif8", 0, 10, {5: 2.25})

@@ -54,6 +54,7 @@ def test_a_calibrated_arm_stands_beside_trained_ones(world: Path) -> None:
     assert float(row["accuracy_pp"]) == against["accuracy_pp"]
     line = f"QAT against PTQ, hif8: {against['answer']}: hif8 against p "
     assert line in " ".join(ran.out.split())
+    assert line in " ".join(run_qatrun("compare", "--study", "tiny", cwd=world).out.split())
     assert 'id="over-ptq"' in (study / "report.html").read_text(encoding="utf-8")
     (shown,) = csv.DictReader((study / "report/qat-against-ptq.csv").open(encoding="utf-8"))
     assert (shown["QAT arm"], shown["PTQ arm"], float(shown["accuracy pp"])) == ("hif8", "p", against["accuracy_pp"])

@@ -92,6 +92,15 @@ def test_a_smoothed_model_computes_the_same_bit_for_bit(make: Any, dtype: torch.
     assert torch.equal(logits(smoothed, BATCHES[0]), logits(model, BATCHES[0]))
 
 
+def test_autocast_sees_the_smoothed_weights_at_once() -> None:
+    """It keeps the bfloat16 weights of its first forward."""
+    model = with_outlier()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = logits(model, BATCHES[0])
+        smooth(model, find_folds(model), BATCHES, 0.5)
+        assert torch.equal(logits(model, BATCHES[0]), before)
+
+
 def test_smoothing_evens_inputs_out_by_its_share() -> None:
     reader = "model.layers.0.self_attn.q_proj"
 

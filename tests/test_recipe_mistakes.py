@@ -101,7 +101,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:6: warmup.steps -- warmup.steps 1001 is more than train.steps 1000",
     ]),
     "default warmup too long": ("  steps: 1000", "  steps: 400", [
-        "r.yaml:5: train.steps -- warmup.steps 500 is more than train.steps 400",
+        "r.yaml:5: train.steps -- warmup.steps 500 (the default) is more than train.steps 400",
     ]),
     "warmup to the very end": ("qat:\n", "warmup: {steps: 1000}\nqat:\n", [
         "r.yaml:6: warmup.steps -- warmup.steps 1000 leaves no step for QAT (at most 999 of train.steps 1000)",
@@ -143,7 +143,7 @@ REPLACED: dict[str, tuple[str, str, list[str]]] = {
         "r.yaml:12: arms.hif8.qat.formt -- unknown key (did you mean 'format'?)",
     ]),
     "an arm that breaks a rule with a shared key": ("  hif8: {}", "  hif8:\n    train: {steps: 300}", [
-        "r.yaml:11: arms.hif8.train.steps -- warmup.steps 500 is more than train.steps 300",
+        "r.yaml:11: arms.hif8.train.steps -- warmup.steps 500 (the default) is more than train.steps 300",
     ]),
     "twin that is no arm": ("  hif8: {}", "  hif8: {twin: bf17}", [
         "r.yaml:10: arms.hif8.twin -- no such arm 'bf17' (did you mean 'bf16'?)",

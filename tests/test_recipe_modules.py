@@ -15,6 +15,7 @@ from qatrun.quant import coverage, make_plan
 from qatrun.quant.linears import survey
 from qatrun.quant.plan import idle_assignments
 from qatrun.recipe import QatConfig, load_recipe, parse_recipe
+from qatrun.study.dryrun import dry_run_of
 from qatrun.study.preflight import preflight
 
 # Each case: the lines put in place of lines of RECIPE (old -> new), and every line of the error.
@@ -212,7 +213,7 @@ def test_an_entry_that_comes_too_late_is_named() -> None:
 
 def test_a_check_shows_schemes_by_coverage_and_what_engines_will_refuse() -> None:
     modules: list[Any] = [{"match": "*.down_proj", "format": "int8", "input": {"granularity": "per_token"}}]
-    checked = preflight(recipe_of(qat={"format": "fp8_e4m3", "modules": modules})).dry_run()
+    checked = dry_run_of(preflight(recipe_of(qat={"format": "fp8_e4m3", "modules": modules})))
     (roles,) = (arm.roles for arm in checked.arms if arm.roles)
     assert [line.partition(",")[0] for line in roles] == [
         "24 linears",
@@ -228,7 +229,7 @@ def test_a_check_shows_schemes_by_coverage_and_what_engines_will_refuse() -> Non
     assert not checked.warnings
 
     modules = [{"match": "*.mlp.up_proj", "format": None}, {"match": "*.layers.0.*.up_proj", "format": "hif8"}]
-    checked = preflight(recipe_of(arms={"bf16": {"qat": None}, "mixed": {"qat": {"modules": modules}}})).dry_run()
+    checked = dry_run_of(preflight(recipe_of(arms={"bf16": {"qat": None}, "mixed": {"qat": {"modules": modules}}})))
     assert [warning.partition(" -- ")[0] for warning in checked.warnings] == [
         "arms.mixed.qat.modules[1].match",
         "arms.mixed.qat",

@@ -219,6 +219,30 @@ def test_in_a_log_ten_lines_a_segment() -> None:
     ]
 
 
+def test_in_a_log_nothing_is_silent_for_longer_than_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, clock = Console(file=io.StringIO(), width=80, soft_wrap=True), [0.0]
+    monkeypatch.setattr("qatrun.report.live.time.monotonic", lambda: clock[0])
+    with TerminalDisplay(console) as display:
+        display.begin_reading("what the start model knows")
+        display.begin_scoring("start model")
+        for done in range(1, 9):
+            clock[0] += 25
+            display.on_scored("mmlu", done, 8000)
+        display.begin_training("hif8", 0, 1000)
+        for step in range(1, 9):
+            clock[0] += 25
+            display.on_step({**ROW, "step": step})
+    assert [line.split(": qat")[0][9:] for line in console.file.getvalue().splitlines()] == [
+        "reading what the start model knows",
+        "scoring start model",
+        "scoring start model: mmlu 3 of 8,000",
+        "scoring start model: mmlu 6 of 8,000",
+        "training hif8",
+        "training hif8 step 3 of 1000",
+        "training hif8 step 6 of 1000",
+    ]
+
+
 def test_on_a_terminal_bar_and_detail_fit_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     display = TerminalDisplay(console)

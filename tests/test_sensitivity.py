@@ -158,8 +158,9 @@ def test_groups_are_kept_by_what_they_cost_for_each_weight() -> None:
     curve = curve_of(groups)
     assert [point.nats for point in curve] == pytest.approx([0.030, 0.022, 0.002, 0.0])
     assert [point.bits for point in curve] == pytest.approx([8, 8 + 8 / 12, 8 + 8 * 11 / 12, 16])
-    kept = {text: num_kept(curve, parse_budget(text)) for text in ("0.03", "0.0021", "3 %", "1e-9", "8bits", "9 bits")}
-    assert kept == {"0.03": 0, "0.0021": 2, "3 %": 1, "1e-9": 3, "8bits": 0, "9 bits": 1}
+    texts = ("0.03", "0.0021", "3 %", "1e-9", "1e+9%", "8bits", "9 bits")
+    kept = {text: num_kept(curve, parse_budget(text)) for text in texts}
+    assert kept == {"0.03": 0, "0.0021": 2, "3 %": 1, "1e-9": 3, "1e+9%": 0, "8bits": 0, "9 bits": 1}
 
 
 def test_a_curve_is_flat_where_no_few_groups_carry_the_cost() -> None:
@@ -170,7 +171,9 @@ def test_a_curve_is_flat_where_no_few_groups_carry_the_cost() -> None:
     assert not is_flat(steep)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "2x", "1 %%", "0.1 bits", "16bits", "% 1", "1e400"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "nan", "inf", "2x", "1 %%", "0.1 bits", "16bits", "% 1", "1e400", "101"]
+)
 def test_a_budget_of_another_kind_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=f"--budget {text}: "):
         parse_budget(text)
@@ -273,6 +276,8 @@ def test_what_other_settings_found_is_not_thrown_away_unasked(world: Path) -> No
     ran = run_qatrun(*SEARCH, "--exact", output, cwd=world)
     assert ran.code == 2
     assert "was found with other settings: exact (False -> True); --overwrite it" in ran.err
+    smaller = run_qatrun(*SEARCH, "--set=train.micro_batch_size=2", output, cwd=world)
+    assert "micro_batch_size (4 -> 2)" in smaller.err, "costs are of batches"
     (world / "other/settings.json").write_text("{")
     assert "settings.json (damaged)" in run_qatrun(*SEARCH, "--exact", output, cwd=world).err
     assert run_qatrun(*SEARCH, "--exact", output, "--overwrite", cwd=world).code == 0

@@ -222,6 +222,34 @@ def test_a_faulty_file_is_refused_by_check(folder: Path, case: str) -> None:
     assert refusal() == message
 
 
+OWN_FILE = BASE.replace("me/colours", "json\ndataset_kwargs: {data_files: {test: items.jsonl}}").replace(
+    "training_split: train\n", ""
+)
+ROW = '{"question": "What is it?", "choices": ["red", "blue"], "answer": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "shots", "said"),
+    [
+        (ROW * 5, 0, None),
+        (ROW * 5, 2, "5 of the 5 few-shot examples in split 'test' are also scored items of 'colours'"),
+        (ROW.replace("question", "q"), 0, "'colours': doc_to_text: 'question' is undefined"),
+        (ROW + "{", 0, "json: split 'test' cannot be read (JSON parse error"),
+    ],
+)
+def test_a_file_of_questions_is_counted_and_looked_at_before_the_run(
+    folder: Path, rows: str, shots: int, said: str | None
+) -> None:
+    (folder / "t.yaml").write_text(OWN_FILE)
+    (folder / "items.jsonl").write_text(rows)
+    [plan] = plan_tasks({"t.yaml": shots})
+    if said is None:
+        assert (plan.num_items, plan.missing) == (5, None)
+    else:
+        assert plan.missing is not None
+        assert plan.missing.startswith(said)
+
+
 def test_an_answer_that_is_no_choice_is_refused_before_anything_is_scored(folder: Path) -> None:
     (folder / "t.yaml").write_text(
         BASE.replace("doc_to_target: answer", "doc_to_target: '{{ 5 if question.endswith(\"c?\") else answer }}'")

@@ -14,6 +14,7 @@ from builders import tiny_llama, word_tokenizer
 from tiny_world import run_qatrun, write_world
 
 from qatrun.recipe import load_recipe
+from qatrun.study.dryrun import dry_run_of
 from qatrun.study.preflight import Preflight, preflight
 from qatrun.train.metrics import read_metrics
 
@@ -69,7 +70,8 @@ def test_memory_counts_the_teacher(world: Path) -> None:
     assert not plan.problems
     own, wide = (sum(p.numel() for p in tiny_llama(**more).parameters()) for more in ({}, {"intermediate_size": 512}))
     assert plan.teachers == {"none": own, "wide": wide}
-    arms = plan.dry_run().arms
+    with contextlib.chdir(world):
+        arms = dry_run_of(plan).arms
     memory = {arm.name: arm.memory_bytes["bf16 training"] for arm in arms if arm.memory_bytes}
     assert memory["wide"] - memory["none"] == 4 * (wide - own), "in the compute dtype, float32"
     logits = 4 * 16 * 101  # of a micro-batch
@@ -82,7 +84,7 @@ def test_memory_counts_the_teacher(world: Path) -> None:
 
 def untaught(world: Path) -> int:
     with contextlib.chdir(world):
-        (arm,) = preflight(load_recipe("tiny.yaml", ["arms={bf16: {qat: null}}"])).dry_run().arms
+        (arm,) = dry_run_of(preflight(load_recipe("tiny.yaml", ["arms={bf16: {qat: null}}"]))).arms
     assert arm.memory_bytes
     return arm.memory_bytes["bf16 training"]
 

@@ -16,7 +16,7 @@ from qatrun.data import IGNORE_INDEX, Batch
 from qatrun.data.randomness import drawn_at_random
 from qatrun.recipe import parse_recipe
 from qatrun.report import dry_run
-from qatrun.study import preflight
+from qatrun.study import dry_run_of, preflight
 from qatrun.train.first_loss import mistake_in_input
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -62,6 +62,12 @@ class TestFirstLoss:
         assert (found is None) == (said is None)
         if said is not None:
             assert re.match(rf"the first loss is {loss:.2f}.*{re.escape(said)}", found or "")
+
+    @pytest.mark.parametrize(("loss", "said"), [(7.4, "far above"), (6.9, None), (6.2, "near"), (4.1, None)])
+    def test_a_text_with_order_is_one_however_foreign(self, loss: float, said: str | None) -> None:
+        found = mistake_in_input(loss, batch(), 512, ordered=True)
+        assert (found is None) == (said is None)
+        assert said is None or said in (found or "")
 
     @pytest.mark.parametrize("few", [batch(counted=512), Batch(batch().input_ids[:3], batch().labels[:3])])
     def test_frequencies_are_asked_only_of_enough_plain_text(self, few: Batch) -> None:
@@ -121,5 +127,5 @@ def test_a_check_warns_of_what_would_train_but_is_hardly_meant(tmp_path: Path) -
         "the last",
     ]
     with (console := Console(width=300)).capture() as shown:
-        console.print(dry_run(checked.dry_run()))
+        console.print(dry_run(dry_run_of(checked)))
     assert shown.get().count("warning: ") == 3

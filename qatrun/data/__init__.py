@@ -8,7 +8,7 @@ documents is loaded when first used: to check the demo's takes no `datasets`.
 
 from typing import TYPE_CHECKING
 
-from qatrun.data.check import check_data
+from qatrun.data.check import check_data, count_tokens
 from qatrun.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -23,4 +23,14 @@ else:
         },
     )
 
-__all__ = ["IGNORE_INDEX", "Batch", "Data", "PackedStream", "check_data", "open_data", "open_dataset", "open_probe"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Data",
+    "PackedStream",
+    "check_data",
+    "count_tokens",
+    "open_data",
+    "open_dataset",
+    "open_probe",
+]

@@ -19,6 +19,7 @@ from qatrun.recipe import DataConfig, Source
 
 SAMPLE_ROWS = 1000
 SAMPLE_CHARACTERS = 500_000
+COUNTED_CHARACTERS = 50_000_000  # a second or two
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,33 @@ def check_data(
         except InputError as error:
             problems += error.problems
     return problems
+
+
+def count_tokens(source: Source, key: str, tokenizer: Any) -> int | None:
+    """Tokens of one pass over a source, about: as many a character as in its first documents. None where they are not
+    counted: beyond COUNTED_CHARACTERS, in a stream, on the hub.
+
+    Raises:
+        InputError: as for `check_data`.
+    """
+    if source.path != demo.BUILTIN:
+        from qatrun.data.dataset import local_files
+
+        if source.streaming or local_files(source, key) is None:
+            return None
+    sample: list[Document] = []
+    sampled = counted = 0
+    for row in _rows(source, key):
+        if row is None:
+            continue
+        counted += len(str(row.content))
+        if not sample or counted <= SAMPLE_CHARACTERS:
+            sample.append(row)
+            sampled = counted
+        if counted > COUNTED_CHARACTERS:
+            return None
+    tokens = sum(len(ids) for ids, _ in encoder(source, key, tokenizer)(sample))
+    return round(tokens * counted / sampled) if sampled else None
 
 
 def _sample(source: Source, key: str) -> Sample:

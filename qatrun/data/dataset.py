@@ -48,6 +48,8 @@ def open_dataset(source: Source, key: str) -> datasets.Dataset | datasets.Iterab
         told = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         if isinstance(told, InputError):
             raise told from None
+        if "corresponds to no data" in str(told):
+            raise InputError(Problem(f"{source.path} has no rows", key=f"{key}.path")) from error
         where = "split" if isinstance(error, ValueError) and "split" in str(error) else "path"
         reason = _reason(told or error)
         if isinstance(error, ConnectionError) and not hub_is_reachable():

@@ -80,6 +80,9 @@ def _find_task(name: str, file: Path | None, _folder: Path | None, _trusted: boo
                 raise TaskError(f"{file}: its groups hold each other") from None
     if file is not None:
         raise TaskError(f"{file}: no task {missing} in it or among lm-eval's")
+    own = next((file.name for file in Path().glob("*.yaml") if file.stem.replace("-", "_") == name), None)
+    if own is not None:
+        raise TaskError(f"unknown task '{name}' (did you mean the file '{own}'?)")
     known = [*demo.TASKS, *_stock_index().task_index]
     raise TaskError(f"unknown task '{name}'{suggestion(name, known, otherwise='')}")
 

@@ -89,7 +89,7 @@ def _read(read: Callable[[Path], Any], path: Path) -> Any:
 
 @dataclass(frozen=True)
 class DatasetsSource:
-    """Anything else that `datasets` can open: the hub, its local cache, or a folder of other files."""
+    """Anything else that `datasets` can open: the hub, its local cache, or a task's own code."""
 
     name: str
     dataset_path: str | None
@@ -98,8 +98,32 @@ class DatasetsSource:
     def num_rows(self, split: str) -> int | None:
         return self.split_sizes.get(split)
 
-    def rows(self, split: str) -> None:
+    def rows(self, split: str) -> list[dict[str, Any]] | None:
         return None
+
+
+@dataclass(frozen=True)
+class FilesSource(DatasetsSource):
+    """Files of this machine that `datasets` reads: a folder of them, or those that a reader such as `json` is told."""
+
+    config_name: str | None
+    options: Mapping[str, Any]
+
+    def num_rows(self, split: str) -> int:
+        return len(self._split(split))
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        return list(self._split(split))
+
+    def _split(self, split: str) -> Any:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.name, self.config_name, split=split, **self.options)
+        except Exception as error:  # `datasets` and the formats that it reads raise anything
+            told = error.__cause__ or error
+            reason = (str(told).splitlines() or [type(told).__name__])[0]
+            raise TaskError(f"{self.name}: split '{split}' cannot be read ({reason})") from error
 
 
 def find_source(config: Mapping[str, Any], data_dir: Path | None) -> Source:
@@ -127,7 +151,9 @@ def find_source(config: Mapping[str, Any], data_dir: Path | None) -> Source:
         where = f"'{path}' is not below {data_dir}" if data_dir else f"eval.data_dir is not set for '{path}'"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TaskError(f"no data: {where}, and it cannot be had from the hub ({reason})") from error
-    return DatasetsSource(f"hub: {path}" if on_hub else opened, opened, sizes)
+    if on_hub:
+        return DatasetsSource(f"hub: {path}", opened, sizes)
+    return FilesSource(opened, opened, sizes, config_name, options)
 
 
 def local_folder(dataset_path: str, data_dir: Path | None) -> Path | None:

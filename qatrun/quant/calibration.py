@@ -14,6 +14,7 @@ from qatrun.formats import Role
 from qatrun.numerics import inverse_scale
 from qatrun.quant.attach import attached_state
 from qatrun.quant.experts import FakeQuantExperts
+from qatrun.quant.hooks import seeing_inputs
 from qatrun.quant.linear import FakeQuantLinear
 from qatrun.quant.plan import QuantPlan, Schemes
 from qatrun.quant.qtensor import to_grid
@@ -60,8 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, least_error: bool 
 def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState) -> Tensor:
     """[num_slots] of SHRUNK: what to multiply the scale of each input of a whole tensor by; 1 elsewhere."""
     quantizers = {
-        quantizer.index: (module, quantizer)
-        for module in model.modules()
+        quantizer.index: (name, quantizer)
+        for name, module in model.named_modules()
         if isinstance(module, FakeQuantLinear)
         for quantizer in [module.quant.of["input"]]
         if not quantizer.scheme.per_row and quantizer.scheme.scaling.type != "none"
@@ -69,23 +70,16 @@ def _least_errors(model: nn.Module, batches: Iterable[Tensor], state: QuantState
     device = state.scales.scale.device
     errors = {index: torch.zeros(len(SHRUNK), dtype=torch.float64, device=device) for index in quantizers}
 
-    def measure(quantizer: Quantizer, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
+    def measure(quantizer: Quantizer, x: Tensor) -> None:
         scale, _, zero = state.scales.fit(quantizer.index)
         for number, factor in enumerate(_factors(quantizer.scheme)):
             shrunk = scale * factor
             on_x, _ = to_grid(x, quantizer.scheme, (shrunk, inverse_scale(shrunk), zero), torch.float32)
             errors[quantizer.index][number] += (x.float() - on_x.dequantized()).square().sum()
 
-    handles = [
-        module.register_forward_pre_hook(partial(measure, quantizer)) for module, quantizer in quantizers.values()
-    ]
-    try:
+    with seeing_inputs(model, {name: partial(measure, quantizer) for name, quantizer in quantizers.values()}):
         for input_ids in batches:
             model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     factors = torch.ones(len(state.scales.names))
     for index, (_, quantizer) in quantizers.items():
         factors[index] = _factors(quantizer.scheme)[int(errors[index].argmin())]
@@ -161,21 +155,14 @@ def input_histograms(
     zeros: dict[str, int] = {}
 
     def count(name: str, x: Tensor) -> None:
-        size = (x.detach().float().abs() / scales[name]).cpu()
+        size = (x.float().abs() / scales[name]).cpu()
         counts[name] = torch.histogram(size[size > 0].log2().clamp(LOG2_BINS[0], LOG2_BINS[-1]), LOG2_BINS).hist
         zeros[name] = int((size == 0).sum())
 
     modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
-        for name in scales
-        if name in modules  # the linear of an expert is none
-    ]
-    try:
+    eyes = {name: partial(count, name) for name in scales if name in modules}  # the linear of an expert is none
+    with seeing_inputs(model, eyes):
         model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [
         {
             "tensor": str(Slot(name, "input")),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from qatrun.formats import Role
 from qatrun.numerics import Fit, affine_from_reach, inverse_scale, own_fit, scale_from_amax
 from qatrun.quant.expert_weights import named_experts
+from qatrun.quant.hooks import seeing_inputs
 from qatrun.quant.linears import Survey, named_linears
 from qatrun.quant.qtensor import to_grid
 from qatrun.scheme import ASYMMETRIC_STEPS, Scheme, Slot
@@ -166,19 +167,10 @@ def spreads(
     readers |= {
         each.owner: each.linears[0] for each in reversed(experts)
     }  # of a module's parameters the first reads it
-    handles = [
-        model.get_submodule(module).register_forward_pre_hook(
-            lambda _, args, name=name: see(Slot(name, "input"), args[0])
-        )
-        for module, name in readers.items()
-    ]
-    try:
+    with seeing_inputs(model, {module: partial(see, Slot(name, "input")) for module, name in readers.items()}):
         for input_ids in batches:
             model(input_ids=input_ids, use_cache=False)
             yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _effective(linear: Any) -> Tensor:

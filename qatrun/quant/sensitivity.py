@@ -14,7 +14,7 @@ The experts of a module that holds them in 3-D parameters are one, too. Costs ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from qatrun.quant.attach import attached_state
 from qatrun.quant.expert_weights import experts_of_linears
+from qatrun.quant.hooks import seeing_outputs
 from qatrun.quant.plan import QuantPlan
 from qatrun.quant.state import Mode, QuantState
 
@@ -88,7 +89,7 @@ def quantizing(model: nn.Module, modules: Iterable[str]) -> Iterator[None]:
     def quantized(module: nn.Module, args: Any, kwargs: Any, _: Tensor) -> Tensor:
         return _computed(module, state, Mode.QUANTIZE, args, kwargs)
 
-    with _hooked(model, dict.fromkeys(modules, quantized)), state.computing(Mode.OFF):
+    with seeing_outputs(model, dict.fromkeys(modules, quantized)), state.computing(Mode.OFF):
         yield
 
 
@@ -116,7 +117,7 @@ def costs_by_one_backward(model: Any, modules: Iterable[str], input_ids: Tensor,
     model.requires_grad_(False)  # of weights no gradient is wanted
     try:
         hooks = {name: partial(watch, name) for name in modules}
-        with _hooked(model, hooks), state.computing(Mode.OFF), torch.enable_grad():
+        with seeing_outputs(model, hooks), state.computing(Mode.OFF), torch.enable_grad():
             logits = model(input_ids=input_ids, use_cache=False).logits
             predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
             F.cross_entropy(predictions, targets, reduction="sum").backward()
@@ -143,7 +144,7 @@ def costs_one_at_a_time(
             without = _computed(module, state, Mode.OFF, args, kwargs)
             into += torch.stack([_energy(without), _energy(y - without)])
 
-        with quantizing(model, modules), _hooked(model, dict.fromkeys(modules, measure)):
+        with quantizing(model, modules), seeing_outputs(model, dict.fromkeys(modules, measure)):
             quantized = model(input_ids=input_ids, use_cache=False).logits
         yield name, Cost(float(divergences(plain, quantized, labels)[:, 0].sum()), *energies.tolist())
 
@@ -169,17 +170,6 @@ def divergences(plain: Tensor, quantized: Tensor, labels: Tensor) -> Tensor:
             rise = rise + (log_p - log_q).gather(-1, target[counted, None]).sum()
         sums.append(torch.stack([kl, rise]))
     return torch.stack(sums).cpu()
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Forward hooks on modules by name, for as long as the block lasts."""
-    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _computed(module: nn.Module, state: QuantState, mode: Mode, args: Any, kwargs: Any) -> Tensor:

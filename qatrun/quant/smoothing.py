@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qatrun.numerics import amax
 from qatrun.quant.folding import Fold
+from qatrun.quant.hooks import seeing_inputs
 from qatrun.quant.linears import LINEAR_TYPES
 
 
@@ -40,6 +41,7 @@ def smooth(model: nn.Module, folds: Sequence[Fold], batches: Iterable[Tensor], s
         for weight in weights:
             weight.mul_(scale)
         _divide(model.get_submodule(fold.producer), scale)
+    torch.clear_autocast_cache()  # of the weights in bfloat16, as they were
 
 
 @torch.no_grad()
@@ -47,20 +49,16 @@ def channel_ranges(model: nn.Module, names: Iterable[str], batches: Iterable[Ten
     """Linear -> [in] float32, the amax of each channel of its input over all batches."""
     ranges: dict[str, Tensor] = {}
 
-    def see(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen = amax(args[0].reshape(-1, args[0].shape[-1]).t(), "per_channel").flatten()
+    def see(name: str, x: Tensor) -> None:
+        seen = amax(x.reshape(-1, x.shape[-1]).t(), "per_channel").flatten()
         ranges[name] = torch.maximum(ranges[name], seen) if name in ranges else seen
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(see, name)) for name in names]
     training = model.training
     model.eval()
-    try:
+    with seeing_inputs(model, {name: partial(see, name) for name in names}):
         for input_ids in batches:
             model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
+    model.train(training)
     return ranges
 
 

@@ -13,18 +13,8 @@ from qatrun.recipe.qat import (
     ScalingConfig,
     SkipBlocks,
 )
-from qatrun.recipe.schema import (
-    DEFAULT_BUDGET_PP,
-    Arm,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    Recipe,
-    Source,
-    TrainConfig,
-    WarmupConfig,
-    json_schema,
-)
+from qatrun.recipe.schema import DEFAULT_BUDGET_PP, Arm, Recipe, json_schema
+from qatrun.recipe.sections import DataConfig, EvalConfig, ModelConfig, Source, TrainConfig, WarmupConfig
 from qatrun.recipe.shipped import ShippedRecipe, find_recipe, shipped_recipes, template
 
 __all__ = [

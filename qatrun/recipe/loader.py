@@ -29,7 +29,7 @@ from qatrun.recipe.problems import unknown_key, validate
 from qatrun.recipe.rules import Finding, arm_findings, study_findings, twin_findings
 from qatrun.recipe.schema import ARM_KEYS, ARM_SECTIONS, START, Arm, Recipe
 from qatrun.recipe.shipped import find_recipe
-from qatrun.text import shown
+from qatrun.text import shown, suggestion
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1_000_000
@@ -126,7 +126,9 @@ def _read_file(file: str, named_at: Place, source: int, mistakes: list[Mistake])
         with Path(file).open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        other = [str(near) for end in _YAML_SUFFIXES if (near := Path(file).with_suffix(end)).is_file()]
+        missing = f"no such file{suggestion(file, other)}"
+        reason = missing if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         mistakes.append(Mistake(named_at, f"{reason}: '{file}'" if source else reason))
         raise _error(mistakes) from None
     try:

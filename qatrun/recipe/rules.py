@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from qatrun.formats import FORMATS, Role, get_format
 from qatrun.recipe.document import KeyPath
 from qatrun.recipe.qat import QatConfig
-from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe, Source
+from qatrun.recipe.schema import PERPLEXITY, START, TRAINING, Arm, Recipe
+from qatrun.recipe.sections import Source, TrainConfig, WarmupConfig
 from qatrun.scheme import GRANULARITIES, Scheme
 from qatrun.text import suggestion
 
@@ -58,16 +59,23 @@ def _batch_findings(arm: Arm) -> Iterator[Finding]:
         )
 
 
+def _marked(value: int, default: int) -> str:
+    """Nobody may have written it."""
+    return f"{value} (the default)" if value == default else str(value)
+
+
 def _phase_findings(arm: Arm) -> Iterator[Finding]:
     steps, warmup = arm.train.steps, arm.warmup.steps
     if not steps:
         yield _finding("must be at least 1 (got 0)", "train.steps")
         return
     if arm.train.lr_warmup_steps > steps:
-        message = f"lr_warmup_steps {arm.train.lr_warmup_steps} is more than train.steps {steps}"
+        its = _marked(arm.train.lr_warmup_steps, TrainConfig(steps=1).lr_warmup_steps)
+        message = f"lr_warmup_steps {its} is more than train.steps {steps}"
         yield _finding(message, "train.lr_warmup_steps", "train.steps")
     if warmup > steps:
-        yield _finding(f"warmup.steps {warmup} is more than train.steps {steps}", "warmup.steps", "train.steps")
+        its = _marked(warmup, WarmupConfig().steps)
+        yield _finding(f"warmup.steps {its} is more than train.steps {steps}", "warmup.steps", "train.steps")
     if arm.qat is None:
         return
     start = arm.qat.start_step

@@ -50,17 +50,22 @@ def find_recipe(name: str) -> ShippedRecipe:
     return recipes[name]
 
 
-def template(model: str) -> str:
+def template(model: str, data: str | None = None) -> str:
     """The text of a commented recipe for a model, to be edited by its user.
 
     Args:
         model: hub id or folder.
+        data: hub id, file or folder of text; None leaves a place to name one.
     """
     text = find_recipe(TEMPLATE).path.read_text(encoding="utf-8")
     words = re.findall(r"[a-z0-9._]+", model.rstrip("/").split("/")[-1].lower())
     name = re.sub(r"\.{2,}", ".", "-".join(words)).strip("._") or "my"
     text = re.sub(r"(?m)^name: .*$", f"name: {name}-hif8", text, count=1)
-    return re.sub(r"(?m)^  path: \S+", lambda _: f"  path: {json.dumps(model, ensure_ascii=False)}", text, count=1)
+    for indent, path in (("  ", model), ("    ", data)):
+        if path is not None:
+            before, after = re.split(rf"(?m)^{indent}path: \S+", text, maxsplit=1)
+            text = f"{before}{indent}path: {json.dumps(path, ensure_ascii=False)}{after}"
+    return text
 
 
 def _purpose(path: Path) -> str:

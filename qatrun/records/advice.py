@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import TypedDict  # pydantic reads it before Python 3.12
+from pydantic import Field
 
 from qatrun.files import Record
+from qatrun.records.scores import TextScore
 from qatrun.records.values import Interval, Number, Verdict
 
 Way = Literal["ptq", "ptq with some kept", "qat", "not known"]
 
 
-class ScoredRow(TypedDict):
-    """A model, the plain one or one made by calibration, and its TextScore as plain data."""
+class ScoredRow(Record):
+    """The plain model or one made by calibration, with these linears in BF16, as it was scored."""
 
     name: str
-    score: dict[str, Any]
+    kept: list[str]
+    score: TextScore
 
 
 class Candidate(Record):
@@ -25,6 +27,7 @@ class Candidate(Record):
     Attributes:
         weight, input: granularities.
         calibration: keys of `qat.calibration` that are not at their defaults.
+        kept: linears that stay in BF16, beside those that the recipe leaves there.
         weight_bytes: of the whole model, scales aside: 8-bit linears, the rest in BF16; estimated from shapes.
         nats: a token more than the plain model takes on held-out text; None where it cannot be made.
         ci95: over sequences, paired; those of all candidates hold together.
@@ -44,6 +47,7 @@ class Candidate(Record):
     verdict: Verdict | None
     runs: str | None
     why: str
+    kept: list[str] = Field(default_factory=list)
 
     @property
     def is_advisable(self) -> bool:
@@ -64,8 +68,8 @@ class Advice(Record):
         advised: name of the candidate that the recipe is of.
         way: how.
         tokens_needed: of held-out text, for the budget to be decided by; None where it is, or no text would.
-        kept: linears to leave in BF16.
-        sensitivity: what that search answered, in words; None where it was not asked.
+        sensitivity: what the search for linears to keep came to, in words; None where it was not asked.
+        curve: folder of that search.
         answer: in words.
         recipe: file name.
     """
@@ -83,7 +87,7 @@ class Advice(Record):
     advised: str
     way: Way
     tokens_needed: int | None
-    kept: list[str]
     sensitivity: str | None
+    curve: str | None
     answer: str
     recipe: str

@@ -126,6 +126,8 @@ class OverPtq(Record):
         perplexity_percent: of the trained arm over that of the other, below 0 where training helps; None where they read
             no common text, as then its interval.
         answer: in words.
+        has_twin: whether it is quantization alone that differs; else the calibrated arm is made from the start model, and
+            what training brought is in the difference.
     """
 
     formats: str
@@ -137,6 +139,7 @@ class OverPtq(Record):
     perplexity_percent: float | None
     ci_perplexity_percent: Interval | None
     answer: str
+    has_twin: bool = True
 
 
 class Pair(Record):

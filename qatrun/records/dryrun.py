@@ -12,6 +12,7 @@ class DryRunArm(Record):
 
     Attributes:
         switch_step: steps before fake quantization; None for a BF16 arm.
+        text_tokens: of one pass over its training text, about; None where they were not counted.
         coverage: how much is quantized, in words; None where nothing is, or it is not known.
         roles: how each role is quantized, in words.
         memory_bytes: phase -> estimated peak; None where the architecture says too little.
@@ -38,6 +39,7 @@ class DryRunArm(Record):
     calibration: list[str] = Field(default_factory=list)
     teacher: str | None = None
     runs: list[str] = Field(default_factory=list)
+    text_tokens: int | None = None
 
 
 class DryRunTask(Record):

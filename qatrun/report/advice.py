@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qatrun.layout import PAGE_FILE
 from qatrun.records.advice import Advice, Candidate
 from qatrun.report.grid import Grid
 from qatrun.text import readable_size
@@ -34,6 +35,8 @@ def advice_table(found: Advice) -> RenderableType:
             if by
         ),
     ]
+    if found.curve is not None:
+        notes.append(f"which linears lose it: {found.curve}/{PAGE_FILE}")
     said = [Text(f"{'' if n == 0 else '- '}{line}") for n, line in enumerate(found.answer.split("; "))]
     return Group(table, *(Text(note, "dim") for note in notes), Text(), *said)
 

@@ -53,7 +53,8 @@ def _too_few(plan: DryRun) -> Iterator[Text]:
 
 def _arm(arm: DryRunArm) -> RenderableType:
     text = Text.assemble("\n", (arm.name, "bold cyan"), f" (twin: {arm.twin})" if arm.twin else "")
-    lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all"]
+    passes = f": about {arm.tokens / arm.text_tokens:.2g} passes over the text" if arm.text_tokens else ""
+    lines = [f"lr {arm.learning_rate:g}; {arm.tokens_per_step:,} tokens a step, {arm.tokens:,} in all{passes}"]
     if arm.teacher is not None:
         lines.append(arm.teacher)
     if arm.method == "ptq":

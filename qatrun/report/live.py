@@ -1,10 +1,11 @@
 """The live view of a study: which stage it is in, a progress bar with an ETA, and under it what the step just did.
 
-Where the output is no terminal (a log file, CI) the same is printed as plain lines, about ten a segment.
+Where the output is no terminal (a log file, CI) the same is printed as plain lines: ten a segment, and one a minute.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
@@ -19,6 +20,7 @@ from qatrun.report.grid import Flow
 from qatrun.report.stages import Pace, Stage, clock_time
 
 LINES_PER_SEGMENT = 10
+SECONDS_PER_LINE = 60.0  # at most: a log that stands still looks like a run that hangs
 BAR_FROM = 50  # columns of a terminal; a narrower one shows the numbers without the bar
 
 
@@ -57,6 +59,7 @@ class TerminalDisplay:
         self._what, self._first, self._last = "", 0, 0
         self._twin: Mapping[int, float] = {}
         self._steps_per_line = 1
+        self._last_line = time.monotonic()
         self._pace = Pace()
 
     def __enter__(self) -> TerminalDisplay:
@@ -92,8 +95,13 @@ class TerminalDisplay:
         )
         if self._task is not None:
             self._progress.update(self._task, completed=step, detail=detail)
-        if not self.live and step % self._steps_per_line == 0:
+        is_due = step % self._steps_per_line == 0 or time.monotonic() - self._last_line >= SECONDS_PER_LINE
+        if not self.live and is_due:
             self._log(f"{self._what} step {step} of {self._last}: {detail}")
+
+    def begin_reading(self, what: str) -> None:
+        self._pace.begin("reading", what)
+        self._begin(f"reading {what}", None, 0)
 
     def begin_scoring(self, what: str) -> None:
         self._pace.begin("scoring", what)
@@ -102,6 +110,8 @@ class TerminalDisplay:
     def on_scored(self, task: str, done: int, total: int) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total, detail=task)
+        elif time.monotonic() - self._last_line >= SECONDS_PER_LINE:
+            self._log(f"{self._what}: {task} {done:,} of {total:,}")
 
     def on_warning(self, text: str) -> None:
         self.console.print(Text.assemble(("warning: ", "yellow"), text))
@@ -113,6 +123,7 @@ class TerminalDisplay:
         self.console.print(Text(text))
 
     def _log(self, text: str) -> None:
+        self._last_line = time.monotonic()
         self.note(f"{datetime.now():%H:%M:%S} {text}")
 
     def _begin(self, what: str, total: int | None, completed: int) -> None:

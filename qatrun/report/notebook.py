@@ -58,6 +58,10 @@ class NotebookDisplay:
             self._detail = f"step {step} of {self._last}, loss {row['loss']:.4f}{twin}"
             self._draw()
 
+    def begin_reading(self, what: str) -> None:
+        self._pace.begin("reading", what)
+        self._begin(f"reading {what}")
+
     def begin_scoring(self, what: str) -> None:
         self._pace.begin("scoring", what)
         self._begin(f"scoring {what}")

@@ -21,4 +21,5 @@ def _line(each: OverPtq) -> str:
     return (
         f"QAT against PTQ, {each.formats}: {each.answer}: {each.qat} against {each.ptq} {', '.join(measured)} over "
         f"{each.num_items:,} items; both intervals hold together at 95%"
+        + ("" if each.has_twin else f"; {each.qat} has no BF16 twin, so what training itself did is in it")
     )

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["training", "scoring"]
+Kind = Literal["reading", "training", "scoring"]
 
 
 @dataclass(frozen=True)
 class Stage:
     """Attributes:
     what: as it is announced when it begins.
-    amount: optimizer steps, or models to score.
+    amount: optimizer steps, or models to score; 1 where something is read.
     """
 
     kind: Kind
@@ -40,7 +40,8 @@ class Pace:
     def begin(self, kind: Kind, what: str) -> None:
         """A stage begins, and the one before has ended."""
         if self._place >= 0:
-            self._count(self.stages[self._place].amount if self.stages[self._place].kind == "scoring" else self._done)
+            now = self.stages[self._place]
+            self._count(self._done if now.kind == "training" else now.amount)
         later = range(self._place + 1, len(self.stages))
         found = (number for number in later if (self.stages[number].kind, self.stages[number].what) == (kind, what))
         self._place = next(found, self._place)
@@ -67,7 +68,7 @@ class Pace:
         later = self.stages[self._place + 1 :]
         if any(stage.kind not in paces for stage in (now, *later)):
             return None
-        rest = now.amount - self._done if now.kind == "training" else now.amount - elapsed / paces["scoring"]
+        rest = now.amount - (self._done if now.kind == "training" else elapsed / paces[now.kind])
         return max(0.0, rest) * paces[now.kind] + sum(stage.amount * paces[stage.kind] for stage in later)
 
     def _count(self, amount: float) -> None:

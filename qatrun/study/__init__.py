@@ -10,6 +10,7 @@ from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
     from qatrun.study.advising import advise, recipe_to_advise
+    from qatrun.study.dryrun import dry_run_of
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
     from qatrun.study.housekeeping import clean, list_studies, spare_files
@@ -25,6 +26,7 @@ else:
         __name__,
         {
             "qatrun.study.advising": ("advise", "recipe_to_advise"),
+            "qatrun.study.dryrun": ("dry_run_of",),
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),
             "qatrun.study.housekeeping": ("clean", "list_studies", "spare_files"),
@@ -46,6 +48,7 @@ __all__ = [
     "compare_named",
     "comparison_csv",
     "diagnose_study",
+    "dry_run_of",
     "eval_config",
     "export_arm",
     "find_sensitivity",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ class Kind:
 
     Attributes:
         calibration: keys of `qat.calibration`.
+        kept: linears to leave in BF16.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Kind:
     weight: str = "per_tensor"
     input: str = "per_tensor"
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 KINDS = (
@@ -40,20 +42,19 @@ KINDS = (
 
 
 def advised_tree(
-    recipe: Recipe, arm: Arm, kind: Kind, budget: float, hardware: str | None, *, trains: bool, kept: Sequence[str] = ()
+    recipe: Recipe, arm: Arm, kind: Kind, budget: float, hardware: str | None, *, trains: bool
 ) -> dict[str, Any]:
     """A whole recipe, but for what is at its default: that of one of a recipe's arms with this kind of quantization, by
     calibration alone, or trained beside its BF16 twin and calibration of that.
 
     Args:
         budget: nats a token, that it is judged by.
-        kept: linears to leave in BF16.
     """
     qat = arm.qat or QatConfig()
     own: dict[str, Any] = {"format": kind.format}
     own |= {role: {"granularity": name} for role, name in (("weight", kind.weight), ("input", kind.input))}
     own["calibration"] = {"sequences": qat.calibrating.sequences, **kind.calibration}
-    in_bf16 = [{"match": list(kept), "format": None}] if kept else []
+    in_bf16 = [{"match": list(kind.kept), "format": None}] if kind.kept else []
     own["modules"] = [*in_bf16, *(module.model_dump(mode="json") for module in qat.modules)]
     # A recipe of calibration alone has no training of its own.
     training = arm if arm.train.steps else load_recipe(TEMPLATE)

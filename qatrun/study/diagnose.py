@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qatrun.data import open_data
 from qatrun.errors import DamagedFileError, InputError, Problem
 from qatrun.evaluate import attribution
 from qatrun.evaluate.attribution import Models
@@ -42,7 +43,7 @@ from qatrun.study.joint import score_together
 from qatrun.study.known_text import KnownText, known_text
 from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
 from qatrun.study.sentence import Said
-from qatrun.study.texts import study_texts
+from qatrun.study.texts import has_order, study_texts
 from qatrun.study.variants import calibrated, calibration_batches
 from qatrun.tokenizer import load_tokenizer
 
@@ -84,7 +85,7 @@ class _Diagnosis:
         alarms = first_alarms(mine)
         limit = clipping_limit(self.recipe.monitor.alarms)
         clipped = any(record.clip_fraction > limit for record in records) or "saturation" in alarms
-        causes = self._that_can_be(found_causes(models.measures(), clipped=clipped))
+        causes = self._that_can_be(found_causes(models.measures(), clipped=clipped, ordered=self._text_has_order()))
         findings = [name for name, cause in causes.items() if cause.answer == "found"]
         since, tasks = _since(findings, records, alarms), tuple(models.scores["twin"].tasks)
         effects = self._that_are(models.effects())
@@ -116,6 +117,14 @@ class _Diagnosis:
             worst_tensors=records[:SHOWN],
             since_step=since,
         )
+
+    def _text_has_order(self) -> bool:
+        """Of the held-out text; false where it can no longer be read."""
+        try:
+            tokenizer = load_tokenizer(self.arm.model)
+            return has_order(open_data(self.arm.data, tokenizer, self.arm.train.seed).valid.input_ids, tokenizer)
+        except InputError:
+            return False
 
     def _that_can_be(self, causes: Mapping[str, Cause]) -> dict[str, Cause]:
         """Where nothing was trained nothing was forgotten, and where no scale was carried along none is stale."""

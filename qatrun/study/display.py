@@ -12,6 +12,9 @@ from qatrun.train.segment import Listener
 class ScoringDisplay(Protocol):
     """Who is told how scoring goes."""
 
+    def begin_reading(self, what: str) -> None:
+        """Something is about to be read, or written to be read: it takes a while, and nobody counts."""
+
     def begin_scoring(self, what: str) -> None:
         """A model is about to be scored."""
 
@@ -43,6 +46,8 @@ class Display(ScoringDisplay, Listener, Protocol):
 
 class _Silent:
     """Of the processes that do not lead."""
+
+    def begin_reading(self, what: str) -> None: ...
 
     def begin_scoring(self, what: str) -> None: ...
 

@@ -93,7 +93,7 @@ def inspect_model(
     }
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         found: Mapping[Slot, Spread] = {}
-        display.begin_scoring(f"reading {data}")
+        display.begin_reading(data)
         model: Any = on_device(load_model(model_config, DTYPES["float32"]))
         batches = [batch.to(model.device) for batch in ids.split(AT_ONCE)]
         with bfloat16_products():

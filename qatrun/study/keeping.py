@@ -17,7 +17,8 @@ BITS, KEPT_BITS = 8, 16  # of a weight, quantized and in BF16
 # A curve is flat where the best quarter of the weights, kept, still leaves so much of the cost. Measured: INT8 with four
 # sensitive down-projections leaves 0.04, HiF8 and E4M3 of the same model 0.5.
 QUARTER, FLAT_ABOVE = 0.25, 1 / 3
-_BUDGET = re.compile(r"(\d+(?:\.\d*)?(?:[eE]-?\d+)?|\.\d+) *(%|bits|nats)?")
+MOST = 100.0  # nats a token: no vocabulary is so large that guessing takes as many
+_BUDGET = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+) *(%|bits|nats)?")
 _UNITS: Mapping[str | None, Unit] = {None: "nats", "nats": "nats", "%": "percent", "bits": "bits"}
 
 
@@ -44,7 +45,7 @@ def parse_budget(text: str) -> Budget:
     found = _BUDGET.fullmatch(text.strip())
     value = float(found[1]) if found else math.nan
     unit = _UNITS[found[2]] if found else "nats"
-    if not 0 < value < math.inf:
+    if not 0 < value < math.inf or in_nats(Budget(value=value, unit=unit)) > MOST:
         raise InputError(
             f"--budget {text}: must be nats a token (0.002), a rise of perplexity (1%) or the average bits of a weight "
             "(9.5bits)"
@@ -55,6 +56,11 @@ def parse_budget(text: str) -> Budget:
             f"{BITS} and below {KEPT_BITS}"
         )
     return Budget(value=value, unit=unit)
+
+
+def in_nats(budget: Budget) -> float:
+    """A token, of a budget that is not in bits."""
+    return math.log1p(budget.value / 100) if budget.unit == "percent" else budget.value
 
 
 def in_words(budget: Budget) -> str:
@@ -112,8 +118,7 @@ def num_kept(curve: Sequence[CurvePoint], budget: Budget) -> int:
     """How many groups the budget asks to keep, by the estimate; of bits, how many it lets one keep."""
     if budget.unit == "bits":
         return max(point.num_kept for point in curve if point.bits <= budget.value + 1e-9)
-    limit = budget.value if budget.unit == "nats" else math.log1p(budget.value / 100)
-    return next(point.num_kept for point in curve if point.nats <= limit)  # with all kept nothing is left
+    return next(point.num_kept for point in curve if point.nats <= in_nats(budget))  # with all kept nothing is left
 
 
 def spent(measured: MeasuredCost, budget: Budget) -> float:

@@ -40,6 +40,7 @@ Source = Literal["given", "held-out", "own writing"]
 
 # As much is read as is held out, and twice that up to here: 8,000 tokens left 0.02 nats open, where 0.01 may decide.
 ENOUGH_TOKENS = 16_384
+KNOWN_TEXT = "what the start model knows"
 SEED = 0  # of the writing, whatever the training's: seeds of a study are compared on one text
 # Nats of divergence beyond the noise. Measured, 4,000 to 16,000 tokens each: text of the model's own kind 0 to 0.02, of
 # another from 0.08.

@@ -1,5 +1,5 @@
 """Whether training under quantization beats calibration alone here, and by how much: trained arms against calibrated ones
-that were made from the same twin, in the same formats."""
+that were made from the same twin, or from the start model where the trained one has no twin, in the same formats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from qatrun.evaluate.attribution import HELD_OUT
 from qatrun.evaluate.replication import correct_of_seeds, difference, text_rise
 from qatrun.evaluate.scores import Scores
 from qatrun.evaluate.text import load_texts, perplexity
-from qatrun.layout import StudyFolder
+from qatrun.layout import START, StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.records.comparison import OverPtq
+from qatrun.text import listed
 
 LOOKS = 2  # accuracy and perplexity
 CONFIDENCE = 1.0 - 0.05 / LOOKS
@@ -27,10 +28,10 @@ def over_ptq(recipe: Recipe, studies: Sequence[StudyFolder]) -> list[OverPtq]:
 
 
 def _pairs(recipe: Recipe) -> Iterator[tuple[Arm, Arm]]:
-    arms = [arm for arm in recipe.arm_by_name.values() if arm.qat is not None and arm.twin is not None]
+    arms = [arm for arm in recipe.arm_by_name.values() if arm.qat is not None]
     for ptq in arms:
         for qat in arms:
-            if not ptq.trains and qat.trains and (qat.twin, _formats(qat)) == (ptq.twin, _formats(ptq)):
+            if not ptq.trains and qat.trains and (qat.twin or START, _formats(qat)) == (ptq.twin, _formats(ptq)):
                 yield qat, ptq
 
 
@@ -59,15 +60,19 @@ def _compared(recipe: Recipe, studies: Sequence[StudyFolder], qat: Arm, ptq: Arm
         perplexity_percent=None if rise is None else _percent(rise.of_text.mean),
         ci_perplexity_percent=edges,
         answer=_answer(accuracy, edges),
+        has_twin=qat.twin is not None,
     )
 
 
 def _answer(accuracy: Sequence[float], text: Sequence[float] | None) -> str:
-    better = accuracy[0] > 0 or (text is not None and text[1] < 0)
-    worse = accuracy[1] < 0 or (text is not None and text[0] > 0)
+    gained = {"accuracy": accuracy, "perplexity": [-edge for edge in reversed(text or ())]}
+    better = [name for name, edges in gained.items() if edges and edges[0] > 0]
+    worse = [name for name, edges in gained.items() if edges and edges[1] < 0]
     if better and worse:
-        return "each is better by one measure"
-    return "QAT beats PTQ" if better else "PTQ beats QAT" if worse else "no difference shown"
+        return f"QAT is better by {better[0]}, PTQ by {worse[0]}"
+    if not (better or worse):
+        return "no difference shown"
+    return f"{'QAT beats PTQ' if better else 'PTQ beats QAT'} by {listed(better or worse)}"
 
 
 def _percent(nats: float) -> float:

@@ -15,7 +15,7 @@ from qatrun.files import read_json
 from qatrun.layout import EVAL, RESULT_FILE, START, TEXT_FILE, ArmFolder, StudyFolder, newest_study, no_such_study
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
-from qatrun.records.comparison import Pair
+from qatrun.records.comparison import OverPtq, Pair, StudyComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
@@ -186,11 +186,11 @@ def ranked_arms(
     output_dir: Path,
     budgets: Sequence[str] = (),
     anyway: bool = False,
-) -> tuple[str, tuple[Total, ...]]:
+) -> tuple[str, tuple[Total, ...], list[OverPtq]]:
     """The comparison of two arms or folders, or of every quantized arm of a study with its twin, the best first.
 
     Returns:
-        (what was taken, from start to what ships).
+        (what was taken, from start to what ships, trained arms against calibrated ones where a study has both).
     Raises:
         InputError: as `compare_named`, or the study has no arm beside a twin.
     """
@@ -201,7 +201,7 @@ def ranked_arms(
             found = _study_named(study, output_dir)
             folders = {name: found.arm(name) for name in folders}
         alarms = {name: len(read_alarms(folder.alarms)) for name, folder in folders.items()}
-        return took, totals([pair], {}, alarms)
+        return took, totals([pair], {}, alarms), []
     found = _study_named(study, output_dir)
     twins = {name: read_json(found.arm(name).result, Result).twin for name in found.begun if _scored(found.arm(name))}
     pairs = [
@@ -210,10 +210,13 @@ def ranked_arms(
         if of is not None
     ]
     if not pairs:
-        raise InputError(f"{found.path} has no quantized arm with scores beside a BF16 twin's")
+        raise InputError(
+            f"{found.path} has no quantized arm with scores beside a BF16 twin's (unfinished? see `qatrun studies`)"
+        )
     diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
     alarms = {name: len(read_alarms(found.arm(name).alarms)) for name in found.begun}
-    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms)
+    against = read_json(found.comparison, StudyComparison).over_ptq if found.comparison.is_file() else []
+    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms), against
 
 
 def _scored(folder: ArmFolder) -> bool:

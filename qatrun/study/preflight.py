@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import nn
 
 from qatrun.data import check_data
 from qatrun.errors import InputError, Problem
-from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan, plan_tasks
 from qatrun.layout import START
 from qatrun.model import architecture, check_model, text_config
@@ -29,12 +28,9 @@ from qatrun.quant import (
 )
 from qatrun.recipe import Arm, Recipe
 from qatrun.recipe.rules import arm_warnings
-from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
-from qatrun.study.environment import runs_on
-from qatrun.study.estimate import disk_bytes, memory_bytes, phases
-from qatrun.study.schemes import calibration_lines, export_problems, on_hardware, scheme_warnings, schemes_text
+from qatrun.study.schemes import calibration_lines, export_problems, on_hardware, scheme_warnings
 from qatrun.study.segments import matched_settings
-from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key, teacher_text
+from qatrun.study.teacher import TeacherKey, check_teacher, teacher_key
 from qatrun.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -72,57 +68,10 @@ class Preflight:
     runs: Mapping[str, list[str]]
     calibrations: Mapping[str, list[str]] = field(default_factory=dict)
 
-    def dry_run(self) -> DryRun:
-        """What of it is shown."""
-        quantized = {name: covered.quantized_weights for name, covered in self.coverages.items()}
-        known = self.config is not None
-        return DryRun(
-            name=self.recipe.name,
-            folder=str(Path(self.recipe.output_dir) / self.recipe.name),
-            model=self.recipe.model.path,
-            seeds=None if self.recipe.train.seeds is None else list(self.recipe.train.seeds),
-            runs_on=runs_on(),
-            num_parameters=self.num_parameters if known else None,
-            arms=[self._dry_run_of_arm(name, arm) for name, arm in self.arms.items()],
-            disk_bytes=disk_bytes(self.arms, self.num_parameters, quantized) if known else None,
-            tasks=[self._dry_run_of_task(task) for task in self.tasks],
-            assumed_discordance=paired.TYPICAL_DISCORDANCE,
-            problems=[str(problem) for problem in self.problems],
-            warnings=[str(problem) for problem in self.warnings],
-            processes=self.processes,
-        )
-
-    def _dry_run_of_arm(self, name: str, arm: Arm) -> DryRunArm:
-        covered = self.coverages.get(name)
-        memory = None
-        if all(hasattr(self.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
-            num_quantized = covered.quantized_weights if covered else 0
-            sizes = self.num_parameters, num_quantized, self.config, self.processes, self.teachers.get(name)
-            memory = memory_bytes(arm, *sizes)
-            memory = {phase: size for phase, size in memory.items() if phase in phases(arm)}
-        tokens_per_step = arm.train.global_batch_size * arm.data.seq_len
-        return DryRunArm(
-            name=name,
-            twin=arm.twin,
-            steps=arm.train.steps,
-            warmup_steps=arm.warmup.steps,
-            switch_step=arm.switch_step,
-            learning_rate=arm.train.learning_rate,
-            tokens_per_step=tokens_per_step,
-            tokens=tokens_per_step * arm.train.steps,
-            coverage=str(covered) if covered is not None else None,
-            roles=schemes_text(arm.qat, covered) if arm.qat is not None else [],
-            method=arm.method,
-            calibration=self.calibrations.get(name, []),
-            memory_bytes=memory,
-            export=list(arm.export) if arm.qat is not None else [],
-            teacher=teacher_text(arm),
-            runs=self.runs.get(name, []),
-        )
-
-    def _dry_run_of_task(self, task: TaskPlan) -> DryRunTask:
-        detectable = 100 * paired.detectable_drop(task.num_items) if task.num_items else None
-        return DryRunTask(**vars(task), budget_pp=self.recipe.budget[task.name] or 0.0, detectable_drop_pp=detectable)
+    @property
+    def can_train(self) -> bool:
+        """Whether nothing but benchmarks stands in the way."""
+        return all(problem.key.startswith("eval.") for problem in self.problems)
 
 
 def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -> Preflight:
@@ -132,83 +81,112 @@ def preflight(recipe: Recipe, processes: int = 1, hardware: str | None = None) -
         processes: that are to train together.
         hardware: what it is to be served on, in place of the recipe's target.
     """
-    hardware = hardware or recipe.target.hardware
-    runs: dict[str, list[str]] = {}
+    look = _Look(recipe, hardware or recipe.target.hardware)
     arms = recipe.arm_by_name
-    problems: list[Problem] = []
-    warnings: list[Problem] = []
-    plans: dict[str, QuantPlan | None] = {}
-    coverages: dict[str, Coverage] = {}
-    calibrations: dict[str, list[str]] = {}
-    models: dict[str, nn.Module | None] = {}
-    tokenizers: dict[str, Any] = {}
-    checked_data: set[tuple[str, str]] = set()
-    surveys: dict[str, Survey] = {}
-    teachers: dict[TeacherKey | None, int | None] = {None: None}
     for name, arm in arms.items():
-        key = arm.model.model_dump_json()
-        if key not in models:
-            empty = models[key] = _collect(partial(architecture, arm.model), problems, name, recipe)
-            tokenizers[key] = None
-            if empty is not None:
-                _collect(partial(check_model, arm.model, empty), problems, name, recipe)
-                tokenizers[key] = _collect(partial(load_tokenizer, arm.model), problems, name, recipe)
-        model, qat = models[key], arm.qat
-        plan = None
-        if model is not None and qat is not None:
-            seen = surveys[key] if key in surveys else surveys.setdefault(key, survey(model))
-            plan = _collect(partial(make_plan, model, qat, seen), problems, name, recipe)
-            if plan is not None and not arm.trains:
-                plan = calibrated_plan(plan, keeps_unscaled=True)
-        plans[name] = plan
-        if model is not None and plan is not None:
-            coverages[name] = coverage(model, plan, surveys[key])
-            if lines := list(calibration_lines(arm, plan, model)):
-                calibrations[name] = lines
-            problems += [_named(problem, name, recipe) for problem in export_problems(arm, plan, model)]
-            odd = [*scheme_warnings(arm, plan, model, surveys[key])]
-            warnings += [_named(problem, name, recipe) for problem in odd]
-            if hardware is not None:
-                runs[name], odd = on_hardware(arm, coverages[name], hardware)
-                warnings += odd
-        if model is not None:
-            problems += [_named(problem, name, recipe) for problem in _context_problems(arm, model)]
-        if model is not None and tokenizers[key] is not None and (taught := teacher_key(arm)) not in teachers:
-            check = partial(check_teacher, arm, model, tokenizers[key])
-            teachers[taught] = _collect(check, problems, name, recipe)
-        if (data := (key, arm.data.model_dump_json())) not in checked_data:
-            checked_data.add(data)
-            odd = []
-            problems += [_named(problem, name, recipe) for problem in check_data(arm.data, tokenizers[key], odd.append)]
-            warnings += [_named(problem, name, recipe) for problem in odd]
-        found = [Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm)]
-        warnings += [_named(problem, name, recipe) for problem in found]
-    problems += [*_start_problems(arms), *_twin_problems(arms)]
-    problems += [
-        _named(problem, name, recipe)
-        for name, arm in arms.items()
-        if arm.trains
-        for problem in _sharing_problems(arm, processes)
-    ]
+        look.at_arm(name, arm)
+    look.problems += [*_start_problems(arms), *_twin_problems(arms)]
+    for name, arm in arms.items():
+        if arm.trains:
+            look.found(_sharing_problems(arm, processes), name)
     data_dir = Path(recipe.eval.data_dir) if recipe.eval.data_dir else None
     tasks = plan_tasks(recipe.eval.tasks, data_dir=data_dir, limit=recipe.eval.limit)
-    problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
-    first = next((model for model in models.values() if model is not None), None)
+    look.problems += [Problem(task.missing, f"eval.tasks.{task.name}") for task in tasks if task.missing]
+    first = next((model for model in look.models.values() if model is not None), None)
+    teachers = {name: look.teachers.get(teacher_key(arm)) for name, arm in arms.items()}
     return Preflight(
         recipe=recipe,
         arms=arms,
-        plans=plans,
-        coverages=coverages,
-        teachers={name: size for name, arm in arms.items() if (size := teachers.get(teacher_key(arm))) is not None},
+        plans=look.plans,
+        coverages=look.coverages,
+        teachers={name: size for name, size in teachers.items() if size is not None},
         num_parameters=sum(p.numel() for p in first.parameters()) if first is not None else 0,
         config=text_config(first) if first is not None else None,
         tasks=tasks,
-        problems=list(dict.fromkeys(problems)),
-        warnings=list(dict.fromkeys(warnings)),
+        problems=list(dict.fromkeys(look.problems)),
+        warnings=list(dict.fromkeys(look.warnings)),
         processes=processes,
-        calibrations=calibrations,
-        runs=runs,
+        calibrations=look.calibrations,
+        runs=look.runs,
     )
+
+
+class _Look:
+    """A preflight while it looks, arm after arm; what arms share (model, text, teacher) is looked at once."""
+
+    def __init__(self, recipe: Recipe, hardware: str | None) -> None:
+        self.recipe, self.hardware = recipe, hardware
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.models: dict[str, nn.Module | None] = {}
+        self.teachers: dict[TeacherKey | None, int | None] = {None: None}
+        self.plans: dict[str, QuantPlan | None] = {}
+        self.coverages: dict[str, Coverage] = {}
+        self.calibrations: dict[str, list[str]] = {}
+        self.runs: dict[str, list[str]] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._surveys: dict[str, Survey] = {}
+        self._texts: set[tuple[str, str]] = set()
+
+    def found(self, problems: Iterable[Problem], arm: str, *, warning: bool = False) -> None:
+        """Keep what stands in the way, or is hardly meant, named by the key where the arm sets it."""
+        (self.warnings if warning else self.problems).extend(_named(problem, arm, self.recipe) for problem in problems)
+
+    def at_arm(self, name: str, arm: Arm) -> None:
+        """Everything that an arm by itself shows."""
+        key = arm.model.model_dump_json()
+        if key not in self.models:
+            self._at_model(key, name, arm)
+        model, tokenizer = self.models[key], self._tokenizers[key]
+        self.plans[name] = None
+        if model is not None:
+            if arm.qat is not None:
+                self._at_quantization(key, model, name, arm)
+            self.found(_context_problems(arm, model), name)
+            if tokenizer is not None and (taught := teacher_key(arm)) not in self.teachers:
+                self.teachers[taught] = self._collect(partial(check_teacher, arm, model, tokenizer), name)
+        if (text := (key, arm.data.model_dump_json())) not in self._texts:
+            self._texts.add(text)
+            odd: list[Problem] = []
+            self.found(check_data(arm.data, tokenizer, odd.append), name)
+            self.found(odd, name, warning=True)
+        ruled = (Problem(finding.message, ".".join(map(str, finding.keys[0]))) for finding in arm_warnings(arm))
+        self.found(ruled, name, warning=True)
+
+    def _at_model(self, key: str, name: str, arm: Arm) -> None:
+        model = self.models[key] = self._collect(partial(architecture, arm.model), name)
+        self._tokenizers[key] = None
+        if model is not None:
+            self._collect(partial(check_model, arm.model, model), name)
+            self._tokenizers[key] = self._collect(partial(load_tokenizer, arm.model), name)
+
+    def _at_quantization(self, key: str, model: nn.Module, name: str, arm: Arm) -> None:
+        assert arm.qat is not None
+        if key not in self._surveys:
+            self._surveys[key] = survey(model)
+        seen = self._surveys[key]
+        plan = self._collect(partial(make_plan, model, arm.qat, seen), name)
+        if plan is None:
+            return
+        if not arm.trains:
+            plan = calibrated_plan(plan, keeps_unscaled=True)
+        self.plans[name] = plan
+        covered = self.coverages[name] = coverage(model, plan, seen)
+        if lines := list(calibration_lines(arm, plan, model)):
+            self.calibrations[name] = lines
+        self.found(export_problems(arm, plan, model), name)
+        self.found(scheme_warnings(arm, plan, model, seen), name, warning=True)
+        if self.hardware is not None:
+            self.runs[name], odd = on_hardware(arm, covered, self.hardware)
+            self.warnings += odd
+
+    def _collect(self, make: Callable[[], T], arm: str) -> T | None:
+        """The value, or None and its problems."""
+        try:
+            return make()
+        except InputError as error:
+            self.found(error.problems, arm)
+            return None
 
 
 TRACKER_PACKAGES = {
@@ -276,15 +254,6 @@ def _twin_problems(arms: Mapping[str, Arm]) -> Iterator[Problem]:
 def _comparable_settings(arm: Arm, *, trained: bool) -> dict[str, Any]:
     settings = matched_settings(arm) if trained else {"model": arm.model.model_dump(mode="json")}
     return {**settings, "data": arm.data.model_dump()}
-
-
-def _collect(make: Callable[[], T], problems: list[Problem], arm: str, recipe: Recipe) -> T | None:
-    """The value, or None and its problems, each named by the key where the arm sets it."""
-    try:
-        return make()
-    except InputError as error:
-        problems += [_named(problem, arm, recipe) for problem in error.problems]
-        return None
 
 
 def _named(problem: Problem, arm: str, recipe: Recipe) -> Problem:

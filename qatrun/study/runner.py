@@ -68,6 +68,7 @@ def run_study(
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     folder = StudyFolder(Path(recipe.output_dir) / recipe.name)
+    display.begin_reading("model, text and benchmarks")
     checked = preflight(recipe, started().size)
     if problems := [*checked.problems, *tracker_problems(trackers)]:
         raise InputError(problems)

@@ -20,7 +20,7 @@ from qatrun.evaluate.paired import Rate
 from qatrun.evaluate.text import perplexity
 from qatrun.files import read_rows, replace_file, write_json
 from qatrun.layout import START, ArmFolder, StudyFolder
-from qatrun.model import architecture, text_config
+from qatrun.model import architecture
 from qatrun.numerics import bfloat16_products
 from qatrun.quant import QuantPlan
 from qatrun.quant.calibration import calibrated_plan
@@ -39,9 +39,9 @@ from qatrun.study import keeping
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.inputs import describe_inputs
 from qatrun.study.keeping_recipe import keeping_recipe
+from qatrun.study.measuring import budget_of, preflight_to_measure, saying_what_is_saved, sequences_at_once
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
-from qatrun.study.preflight import preflight
 from qatrun.study.variants import calibrated
 from qatrun.text import suggestion
 from qatrun.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ from qatrun.train.metrics import RowsFile
 RESULT, COSTS, CURVE, FRAGMENT = "sensitivity.json", "costs.jsonl", "curve.svg", "keep.yaml"
 OWN = (RESULT, COSTS, CURVE, FRAGMENT)
 ALL = "all together"  # as a group of costs.jsonl
-AT_ONCE, LOGITS_AT_ONCE = 4, 2**27  # sequences of a batch, and their logits: what a stop loses, and memory holds
+AT_ONCE = 4  # sequences of a batch: what a stop loses
 
 
 def find_sensitivity(
@@ -82,12 +82,8 @@ def find_sensitivity(
         NonFiniteError: the model's logits are NaN or infinite.
     """
     chosen = _arm(recipe, arm)
-    wanted = keeping.parse_budget(budget or f"{recipe.budget['perplexity'] or 1.0}%")
-    checked = preflight(recipe)
-    asked_elsewhere = {"eval", "export"}  # of what a search does not do
-    if problems := [each for each in checked.problems if not asked_elsewhere & set(each.key.split("."))]:
-        raise InputError(problems)
-    plan = checked.plans[chosen.name]
+    wanted = budget_of(recipe, budget)
+    plan = preflight_to_measure(recipe).plans[chosen.name]
     assert plan is not None
     folder = output or Path(recipe.output_dir) / f"{recipe.name}-sensitivity-{chosen.name}"
     settings = {
@@ -98,17 +94,13 @@ def find_sensitivity(
         "seed": chosen.train.seed,
         "exact": exact,
         "sequences": sequences,
+        "micro_batch_size": chosen.train.micro_batch_size,  # which of them are a batch
         "inputs": describe_inputs(recipe),
     }
     with claimed_output(folder, settings, OWN, overwrite=overwrite):
         search = _Search(chosen, plan, folder, display, exact=exact, sequences=sequences)
-        try:
+        with saying_what_is_saved(display):
             found = search.result(wanted, source)
-        except KeyboardInterrupt:
-            display.on_warning(
-                "stopped by Ctrl-C: costs found so far are saved, and the same command goes on from there"
-            )
-            raise
         _write(folder, recipe, found, overrides)
     return folder, found
 
@@ -137,8 +129,7 @@ class _Search:
         data = open_data(arm.data, load_tokenizer(arm.model), arm.train.seed)
         self.text, self.held_out = data.train.take(sequences), data.valid
         plain = arm.model.model_copy(update={"compute_dtype": arm.model.param_dtype})  # so that only quantization shows
-        room = LOGITS_AT_ONCE // (arm.data.seq_len * text_config(architecture(plain)).vocab_size)
-        self.at_once = max(1, min(AT_ONCE, arm.train.micro_batch_size, room))
+        self.at_once = min(AT_ONCE, sequences_at_once(arm, architecture(plain)))
         self.model = calibrated(
             arm.model_copy(update={"model": plain}),
             ArmFolder(Path(START)),

@@ -41,7 +41,8 @@ class Said:
     def __str__(self) -> str:
         found = self._with("found")
         parts = [getattr(self, f"_{cause}")(self.causes[cause]) for cause in found]
-        text = "; and ".join(parts) + (f" since about step {self.since}" if found and self.since is not None else "")
+        since = f"since about step {self.since} " if found and self.since is not None else ""
+        text = since + "; and ".join(parts)
         return "; ".join(filter(None, (text, *self._open(bool(found)))))
 
     def _open(self, anything: bool) -> Iterator[str]:

@@ -33,7 +33,7 @@ from qatrun.study.evidence import summarize
 from qatrun.study.exporting import export_trained
 from qatrun.study.inputs import check_inputs
 from qatrun.study.joint import Opener, open_plain, score_together, train_together
-from qatrun.study.known_text import KnownText, known_text
+from qatrun.study.known_text import KNOWN_TEXT, KnownText, known_text
 from qatrun.study.over_ptq import over_ptq
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
@@ -41,7 +41,7 @@ from qatrun.study.records import read_losses
 from qatrun.study.results import StudyResult, write_comparison, write_summary
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.study.stages import planned_stages
-from qatrun.study.texts import study_texts
+from qatrun.study.texts import has_order, study_texts
 from qatrun.study.variants import calibration_batches
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
@@ -92,6 +92,7 @@ class _Study:
 
     def keep_known_text(self) -> None:
         """Choose, while there is only the start model, on what text a rise of the loss is forgetting."""
+        self.display.begin_reading(KNOWN_TEXT)
         self.known = known_text(self.folder, self.recipe, self.display.on_warning)
 
     def finish_arm(self, arm: Arm, segments: ArmSegments | None) -> None:
@@ -190,17 +191,27 @@ class _Study:
         first_step = segment.arm.warmup.steps if segment.trunk is not None else 0
         twin = {} if arm.twin is None else read_losses(self.folder.arm(arm.twin))
         self.display.begin_training(segment.name, first_step, segment.last_step, twin)
-        return train_together(segment, data.train, self.display, self.trackers, *self._watched(arm), keep=keep)
+        return train_together(
+            segment,
+            data.train,
+            self.display,
+            self.trackers,
+            *self._watched(arm, has_order(data.valid.input_ids, tokenizer)),
+            keep=keep,
+        )
 
-    def _watched(self, arm: Arm) -> tuple[Watched, EvalConfig | None]:
+    def _watched(self, arm: Arm, ordered: bool) -> tuple[Watched, EvalConfig | None]:
         """The probe's text, what the first loss is held against, and what the probe's mini-benchmark asks."""
         probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
         same_source = valid is None or valid.path == arm.data.train.path
+        ordered = ordered and same_source
         nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
         if probe is None or known is None:
-            return Watched(held_out_nll=nll), None
+            return Watched(held_out_nll=nll, ordered=ordered), None
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
-        return Watched(known.input_ids[: probe.sequences], held_out_nll=nll), None if probe.items is None else few
+        return Watched(
+            known.input_ids[: probe.sequences], held_out_nll=nll, ordered=ordered
+        ), None if probe.items is None else few
 
     def _export(self, model: Any, arm: Arm, plan: QuantPlan | None, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qatrun.recipe import Arm, Recipe
 from qatrun.report.stages import Stage
+from qatrun.study.known_text import KNOWN_TEXT
 from qatrun.study.segments import ArmSegments
 
 
@@ -15,6 +16,7 @@ def planned_stages(recipe: Recipe, arms: Mapping[str, Arm], segments: Sequence[A
 
 
 def _stages(recipe: Recipe, arms: Mapping[str, Arm], segments: Sequence[ArmSegments]) -> Iterator[Stage]:
+    yield Stage("reading", KNOWN_TEXT, 1)
     yield Stage("scoring", "start model", 1)
     trunks = set()
     for each in segments:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from qatrun.data import Batch, open_data
+from qatrun.data.randomness import LEAST_CHARACTERS, drawn_at_random
 from qatrun.evaluate.attribution import HELD_OUT, KNOWN
 from qatrun.layout import StudyFolder
 from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
 from qatrun.study.known_text import KnownText
+
+
+def has_order(input_ids: Tensor, tokenizer: Any) -> bool:
+    """Whether characters and words of a text are known not to follow each other as if drawn at random: then it is one,
+    however foreign to a model.
+
+    Args:
+        input_ids: [num, seq_len] token ids.
+    """
+    text = tokenizer.decode(input_ids.flatten().tolist(), skip_special_tokens=True)
+    return len(text) >= LEAST_CHARACTERS and drawn_at_random([text]) is None
 
 
 def study_texts(

@@ -69,8 +69,10 @@ class Watched:
         text: [num, seq_len] int64 token ids of what the start model knew; None: no forgetting probe.
         benchmark: model -> task -> accuracy, on a fixed subset of items, asked with the probe; None: no mini-benchmark.
         held_out_nll: of the start model, nats a token, on held-out text of the source that is trained on; None: none.
+        ordered: whether words of that text are known not to follow each other at random.
     """
 
     text: Tensor | None = None
     benchmark: Callable[[Any], Mapping[str, float]] | None = None
     held_out_nll: float | None = None
+    ordered: bool = False

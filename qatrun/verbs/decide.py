@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qatrun import completion, terminal
-from qatrun.formats import FORMATS
+from qatrun.errors import InputError
+from qatrun.formats import FORMATS, nearest
 from qatrun.hardware import HARDWARE_NAMES
 from qatrun.options import (
     JsonOption,
@@ -20,7 +21,7 @@ from qatrun.options import (
     place,
 )
 from qatrun.serving import known
-from qatrun.verbs.console import err, located, out
+from qatrun.verbs.console import err, located, print_found
 
 
 def advise(
@@ -63,11 +64,7 @@ def advise(
             output=output,
             overwrite=overwrite,
         )
-    if json_:
-        out.print_data(found.to_dict())
-        return
-    out.print(advice_table(found))
-    out.out(f"\nthe page: {folder / 'report.html'}\nthe recipe: {folder / found.recipe}")
+    print_found(found, advice_table, folder, as_json=json_, recipe=found.recipe)
 
 
 def sensitivity(
@@ -114,13 +111,7 @@ def sensitivity(
             output=output,
             overwrite=overwrite,
         )
-    if json_:
-        out.print_data(found.to_dict())
-        return
-    out.print(sensitivity_table(found))
-    out.out(f"\nthe page: {folder / 'report.html'}")
-    if found.fragment is not None:
-        out.out(f"a recipe that keeps them: {folder / found.fragment}")
+    print_found(found, sensitivity_table, folder, as_json=json_, recipe=found.fragment)
 
 
 def inspect(
@@ -140,7 +131,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Show how the values of every tensor are spread: ranges, outlier channels, what scale and zero-point would do."""
-    chosen = known(format_, tuple(FORMATS), "--format")
+    if format_ not in FORMATS:
+        raise InputError(f"--format: unknown format '{format_}'{nearest(format_)}")
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.report.inspection import inspection_table
@@ -151,7 +143,7 @@ def inspect(
             model,
             data,
             display,
-            format_name=chosen,
+            format_name=format_,
             text_column=text_column,
             sequences=sequences,
             seq_len=seq_len,
@@ -159,8 +151,4 @@ def inspect(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-    if json_:
-        out.print_data(found.to_dict())
-        return
-    out.print(inspection_table(found))
-    out.out(f"\nthe page: {folder / 'report.html'}")
+    print_found(found, inspection_table, folder, as_json=json_)

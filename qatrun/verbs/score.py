@@ -22,7 +22,7 @@ from qatrun.options import (
     place,
 )
 from qatrun.serving import ENGINE_NAMES, EXPORT_NAMES, TABLE_FORMATS, known
-from qatrun.verbs.console import err, exit_by_verdict, in_processes, out
+from qatrun.verbs.console import err, exit_by_verdict, in_processes, out, print_over_ptq
 
 
 def evaluate(
@@ -148,10 +148,13 @@ def compare(
     format_ = known(asked[0], TABLE_FORMATS, "--format") if asked else "text"
     if twin is not None and arm is None:
         raise InputError(f"compare {twin} with what? Name a second arm, or none for all arms of the study")
-    took, ranked = ranked_arms(twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway)
+    took, ranked, against = ranked_arms(
+        twin, arm, study=study, output_dir=output_dir, budgets=budget or (), anyway=anyway
+    )
     pairs = [total.pair for total in ranked]
     if format_ == "json":
-        out.print_data(pairs[0].to_dict() if twin is not None else {"pairs": [pair.to_dict() for pair in pairs]})
+        whole = {"pairs": [pair.to_dict() for pair in pairs], "over_ptq": [each.to_dict() for each in against]}
+        out.print_data(pairs[0].to_dict() if twin is not None else whole)
     elif format_ == "csv":
         sys.stdout.write(comparison_csv(pairs))
     elif format_ != "text":
@@ -159,6 +162,7 @@ def compare(
     else:
         out.out(f"comparing {took}")
         out.print(overview(ranked))
+        print_over_ptq(against)
         for total in ranked if twin is not None else ():
             out.print()
             out.print(comparison_table(total.pair, total.alarms))

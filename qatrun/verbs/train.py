@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,11 +12,15 @@ from qatrun.errors import InputError
 from qatrun.hardware import HARDWARE_NAMES
 from qatrun.launch import number_of
 from qatrun.options import (
+    FailOption,
     JsonOption,
     OutputDirOption,
+    OverwriteOption,
     ProcessesOption,
     RecipeArgument,
+    ResumeOption,
     SetOption,
+    StrictOption,
     StudyArgument,
     TrustOption,
     argument,
@@ -26,14 +30,18 @@ from qatrun.options import (
 from qatrun.serving import known
 from qatrun.verbs.console import err, exit_by_verdict, in_processes, located, out, print_result
 
+if TYPE_CHECKING:
+    from qatrun.recipe import Recipe
+    from qatrun.study import StudyResult
+
 
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
-    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
-    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    fail_on_verdict: FailOption = False,
+    strict: StrictOption = False,
     track: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Tracker of Accelerate's, such as tensorboard.")
     ] = None,
@@ -45,17 +53,14 @@ def train(
     from qatrun.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    boundary.working_in(Path(loaded.output_dir) / loaded.name)
-    in_processes(processes)
-    terminal.quiet_libraries()
-    from qatrun.report import TerminalDisplay
-    from qatrun.report.fix import fix_table
-    from qatrun.study import fix_study, run_study
-
-    with located(recipe, set_), TerminalDisplay(out) as display:
-        result = run_study(loaded, display, resume=resume, overwrite=overwrite, trackers=track or ())
+    with located(recipe, set_):
+        result = _run(loaded, processes, resume=resume, overwrite=overwrite, trackers=track or ())
     print_result(result)
     if fix:
+        from qatrun.report import TerminalDisplay
+        from qatrun.report.fix import fix_table
+        from qatrun.study import fix_study
+
         with TerminalDisplay(out) as display:
             out.print("\n", fix_table(fix_study(str(result.folder), result.folder.parent, display)))
     if fail_on_verdict:
@@ -65,10 +70,10 @@ def train(
 def ptq(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier study of this name.")] = False,
-    fail_on_verdict: Annotated[bool, typer.Option(help="Exit with 1 if a drop exceeds its budget.")] = False,
-    strict: Annotated[bool, typer.Option(help="With --fail-on-verdict: exit with 4 if inconclusive.")] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    fail_on_verdict: FailOption = False,
+    strict: StrictOption = False,
     processes: ProcessesOption = None,
     trust_task_code: TrustOption = False,
 ) -> None:
@@ -76,17 +81,23 @@ def ptq(
     from qatrun.recipe import calibrated_alone, load_recipe
 
     loaded = calibrated_alone(load_recipe(recipe, set_ or ()))
-    boundary.working_in(Path(loaded.output_dir) / loaded.name)
+    with located(recipe, set_):
+        result = _run(loaded, processes, resume=resume, overwrite=overwrite)
+    print_result(result)
+    if fail_on_verdict:
+        exit_by_verdict(result.verdict, strict)
+
+
+def _run(recipe: Recipe, processes: str | None, **options: Any) -> StudyResult:
+    """`run_study` with its live view."""
+    boundary.working_in(Path(recipe.output_dir) / recipe.name)
     in_processes(processes)
     terminal.quiet_libraries()
     from qatrun.report import TerminalDisplay
     from qatrun.study import run_study
 
-    with located(recipe, set_), TerminalDisplay(out) as display:
-        result = run_study(loaded, display, resume=resume, overwrite=overwrite)
-    print_result(result)
-    if fail_on_verdict:
-        exit_by_verdict(result.verdict, strict)
+    with TerminalDisplay(out) as display:
+        return run_study(recipe, display, **options)
 
 
 def check(
@@ -120,11 +131,11 @@ def check(
     loaded = load_recipe(recipe, set_ or ())
     terminal.quiet_libraries()
     from qatrun.report import dry_run
-    from qatrun.study import preflight
+    from qatrun.study import dry_run_of, preflight
 
     checked = preflight(loaded, ranks.started().size if processes is None else number_of(processes), hardware)
-    plan = checked.dry_run()
-    if time and not checked.problems:
+    plan = dry_run_of(checked)
+    if time and checked.can_train:
         from qatrun.study.timing import training_seconds
 
         plan = plan.model_copy(update={"training_seconds": training_seconds(checked)})
@@ -167,13 +178,19 @@ def recipes() -> None:
     """List the recipes that ship with qatrun."""
     from qatrun.recipe import shipped_recipes
 
-    for recipe in shipped_recipes():
-        out.out(f"{recipe.name:<20} {recipe.purpose}")
+    shipped = shipped_recipes()
+    width = max(len(recipe.name) for recipe in shipped)
+    for recipe in shipped:
+        out.out(f"{recipe.name:<{width}} {recipe.purpose}")
 
 
 def init(
     model: Annotated[str, argument("MODEL", "A model folder or hub id.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Text to train on: a file, a folder or a hub id.")
+    ] = None,
     output: Annotated[Path | None, path_option("File to write; default: <model's name>.yaml here.")] = None,
+    time: Annotated[bool, typer.Option("--time", help="Check it at once, and time two steps of each arm.")] = False,
 ) -> None:
     """Write a commented recipe for a model, to be edited."""
     from qatrun.recipe import template
@@ -182,5 +199,10 @@ def init(
     if file.exists():
         raise InputError(f"{file} exists already; give another --output")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(template(model), encoding="utf-8")
-    out.out(f"wrote {file}; next: qatrun check {file} --time")
+    file.write_text(template(model, data), encoding="utf-8")
+    if time:
+        out.out(f"wrote {file}\n")
+        check(str(file), time=True)
+    else:
+        first = "" if data is not None else "name your text at data.train.path, then "
+        out.out(f"wrote {file}; next: {first}qatrun check {file} --time")

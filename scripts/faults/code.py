@@ -1,37 +1,15 @@
-"""A model that needs nothing from outside: a small GPT-NeoX that reads the standard library's source for two minutes.
-
-Its own text is that source, in pieces; new to it is the prose of the language reference (`pydoc_data.topics`). Its
-questions give a few lines and ask which of four comes next. The texts follow the Python at hand, so two versions of it
-make models that differ a little.
-"""
+"""Text that is on every machine: the source of Python's standard library, in pieces, and the prose of its language reference
+(`pydoc_data.topics`). It follows the Python at hand, so two versions of it make models that differ a little."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
-from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-from qatrun.data import PackedStream, open_data
-from qatrun.files import filled_folder
-from qatrun.recipe import DataConfig, Source
-
-if TYPE_CHECKING:
-    from faults.models import Question
 
 PIECE = 2_000  # characters
-VOCABULARY, CONTEXT = 1024, 256
-STEPS, BATCH, SEQ_LEN, RATE = 400, 16, 128, 3e-3
-SHOWN_LINES = 6
 NO_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-END = "<|endoftext|>"
 
 
 def source_code() -> tuple[Iterator[str], Iterator[str]]:
@@ -66,96 +44,3 @@ def _cut(text: str) -> Iterator[str]:
             piece = ""
     if piece.strip():
         yield piece
-
-
-def make_model(folder: Path, texts: Iterable[str]) -> None:
-    """Train tokenizer and model, unless they are there."""
-    if (folder / "config.json").is_file():
-        return
-    torch.manual_seed(0)
-    kept = list(texts)
-    tokenizer = _train_tokenizer(kept)
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = GPTNeoXForCausalLM(config).train()
-    learned = folder.with_name("learned.jsonl")
-    learned.parent.mkdir(parents=True, exist_ok=True)
-    learned.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept), encoding="utf-8")
-    data = DataConfig(train=Source(path=str(learned)), seq_len=SEQ_LEN, valid_sequences=1)
-    _train(model, open_data(data, tokenizer, seed=0).train)
-    with filled_folder(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=CONTEXT)
-
-
-def _train(model: GPTNeoXForCausalLM, stream: PackedStream) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-    for _ in range(STEPS):
-        batch = stream.take(BATCH)
-        model(input_ids=batch.input_ids, labels=batch.labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def next_lines(texts: Iterable[str], count: int) -> list[Question]:
-    """Which of four lines comes after some lines of a piece: three are lines of the pieces before."""
-    rng = Random(count)
-    questions: list[Question] = []
-    others = ["pass", "return None", "import os"]
-    for text in cycle(list(texts)):
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) <= SHOWN_LINES:
-            continue
-        at = rng.randrange(SHOWN_LINES, len(lines))
-        right = lines[at].strip()
-        wrong = rng.sample(sorted({line for line in others if line != right}), 3)
-        answer = rng.randrange(4)
-        choices = [*wrong[:answer], right, *wrong[answer:]]
-        questions.append({"query": "\n".join(lines[at - SHOWN_LINES : at]), "choices": choices, "answer": answer})
-        others = [*others[-200:], *(line.strip() for line in rng.sample(lines, 3) if len(line.strip()) > 3)]
-        if len(questions) == count:
-            break
-    return questions
-
-
-def write_task(folder: Path, items: list[Question]) -> Path:
-    """An lm-eval task file, beside its items."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "items.jsonl"
-    data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    task = folder / "next_line.yaml"
-    task.write_text(
-        "task: next_line\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data.resolve()))}}}}}\n"
-        "output_type: multiple_choice\n"
-        "test_split: test\n"
-        "doc_to_text: query\n"
-        "doc_to_choice: choices\n"
-        "doc_to_target: answer\n"
-        "metric_list: [{metric: acc}]\n"
-    )
-    return task

@@ -1,7 +1,8 @@
 """The models: each with text of the kind it was trained on (*own*), text of another kind (*new*), questions, and rates.
 
     demo          2.7M, words, a generated world that it knows well; questions about it
-    code          0.8M, a GPT-NeoX made here (see `code`): Python, and prose about Python; which line comes next?
+    code          0.8M, a GPT-NeoX made here (see `small`): Python, and prose about Python; which line comes next?
+    gpt2          1.0M, a GPT-2 made here, children's stories; Python is new to it; which sentence comes next?
     gut3m         3.4M, books, perplexity 30; children's stories are new to it; ARC-Challenge by chance
     stories260K   0.26M, children's stories, perplexity 4.4; books are new to it; ARC-Challenge by chance
 
@@ -19,7 +20,9 @@ from pathlib import Path
 from random import Random
 from typing import Literal, TypedDict
 
-from faults import code
+from transformers import PreTrainedModel
+
+from faults import code, small
 from qatrun import demo
 from qatrun.recipe import ModelConfig, Source
 
@@ -110,18 +113,45 @@ def demo_subject(folder: Path, _shared: Path | None) -> Subject:
 def code_subject(folder: Path, _shared: Path | None) -> Subject:
     for kind, (train, held) in {"own": code.source_code(), "new": code.prose()}.items():
         write_texts(folder / "texts", "own" if kind == "own" else "new", train, held)
-    code.make_model(folder / "model", documents(folder / "texts" / "own-train.jsonl"))
-    items = code.next_lines(documents(folder / "texts" / "own-valid.jsonl"), SCORED)
-    task = code.write_task(folder / "task", items)
+    return made_here("code", folder, small.gpt_neox, str.splitlines)
+
+
+def gpt2_subject(folder: Path, shared: Path | None) -> Subject:
+    write_texts(folder / "texts", "own", *_shared_text("gpt2", shared, "tinystories"))
+    write_texts(folder / "texts", "new", *code.source_code())
+    return made_here("gpt2", folder, small.gpt2, small.sentences)
+
+
+def made_here(
+    name: str, folder: Path, build: Callable[[int], PreTrainedModel], parts: Callable[[str], list[str]]
+) -> Subject:
+    """A small model that is trained on its own text, and asked what comes next in it.
+
+    Args:
+        folder: its texts are there.
+        build, parts: as in `small`.
+    """
+    texts = folder / "texts"
+    small.make_model(folder / "model", documents(texts / "own-train.jsonl"), build)
+    items = small.what_comes_next(documents(texts / "own-valid.jsonl"), SCORED, parts)
+    task = small.write_task(folder / "task", items)
     return Subject(
-        name="code",
+        name=name,
         model=str(folder / "model"),
-        texts=folder / "texts",
+        texts=texts,
         tasks={str(task): 0},
         data_dir=None,
-        questions=code.next_lines(documents(folder / "texts" / "own-judge.jsonl"), ASKED),
+        questions=small.what_comes_next(documents(texts / "own-judge.jsonl"), ASKED, parts),
         rates={"sane": 3e-5, "high": 1e-3, "mild": 3e-4, "hot": 3e-3, "ruin": 1e-2},
     )
+
+
+def _shared_text(name: str, shared: Path | None, text: str) -> list[Iterator[str]]:
+    """(to learn, held out); FileNotFoundError where the folder that `--shared` names has none."""
+    files = [] if shared is None else [shared / "text" / f"{text}_{part}.jsonl" for part in ("train", "valid")]
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"{name}: skipped, --shared names no folder with text/{text}_train.jsonl")
+    return [documents(file) for file in files]
 
 
 def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Callable[[Path, Path | None], Subject]:
@@ -131,8 +161,7 @@ def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Ca
         if shared is None or not (shared / "models" / name).is_dir():
             raise FileNotFoundError(f"{name}: skipped, --shared names no folder with models/{name}")
         for kind, text in {"own": own, "new": new}.items():
-            parts = [documents(shared / "text" / f"{text}_{part}.jsonl") for part in ("train", "valid")]
-            write_texts(folder / "texts", "own" if kind == "own" else "new", *parts)
+            write_texts(folder / "texts", "own" if kind == "own" else "new", *_shared_text(name, shared, text))
         return Subject(
             name=name,
             model=str(shared / "models" / name),
@@ -149,6 +178,7 @@ def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Ca
 SUBJECTS: dict[str, Callable[[Path, Path | None], Subject]] = {
     "demo": demo_subject,
     "code": code_subject,
+    "gpt2": gpt2_subject,
     "gut3m": shared_subject(
         "gut3m",
         "gutenberg",

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qatrun import demo
 from qatrun.model import load_model, save_model
@@ -47,16 +48,21 @@ def plant_outliers(model: Any) -> None:
     """Scale one channel in eight of each norm before an attention or MLP block up, and the weights that read it down: the
     same function."""
     with torch.no_grad():
-        for layer in model.base_model.layers:
+        base = model.base_model
+        for layer in base.h if hasattr(base, "h") else base.layers:
             for norm, readers in _norms(layer):
                 for parameter in norm.parameters():
                     parameter[::EVERY_CHANNEL] *= OUTLIER
                 for reader in readers:
-                    reader.weight[:, ::EVERY_CHANNEL] /= OUTLIER
+                    weight = reader.get_parameter("weight")
+                    by_input = weight if isinstance(reader, Conv1D) else weight.T
+                    by_input[::EVERY_CHANNEL] /= OUTLIER
 
 
-def _norms(layer: Any) -> list[tuple[nn.Module, list[nn.Linear]]]:
-    """The norms of a Llama or GPT-NeoX block, and the linears that read each."""
+def _norms(layer: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """The norms of a Llama, GPT-NeoX or GPT-2 block, and the linears that read each."""
+    if hasattr(layer, "ln_1"):
+        return [(layer.ln_1, [layer.attn.c_attn]), (layer.ln_2, [layer.mlp.c_fc])]
     if hasattr(layer, "self_attn"):
         attention, mlp = layer.self_attn, layer.mlp
         of_attention, of_mlp = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
@@ -130,7 +136,9 @@ def quiet_words(source: ModelConfig, words: Iterable[str]) -> list[str]:
     """The words, those first that move the model's insides least when they are said over and over."""
     tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
     seen: list[float] = []
-    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    linears = [
+        module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name != "lm_head"
+    ]
     hooks = [
         linear.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[0].abs().max().log())))
         for linear in linears

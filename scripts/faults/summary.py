@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from faults.studies import FAULTS, STEPS
 from qatrun.records.diagnosis import Cause
 
 NOTHING = "nothing"
+MISTAKES = ("missed", "hid", "accused")  # the later, the heavier
 LOOKED_AT = (0, 1)  # seeds, while the rule was mended
 
 
@@ -98,31 +99,65 @@ def _answer(cause: Cause) -> str:
     return cause.answer if cause.could_hide is None else f"{cause.answer} (up to {cause.could_hide:.3f} {cause.unit})"
 
 
-def tally(cells: Sequence[Judged]) -> Table:
-    """For each model, the seeds that the rule was mended on and those that judge it: harmful and healthy cells, how many of
-    them were answered wrongly (and the upper end of the share's interval), and healthy ones that were not ruled out. Right
-    is also what is not shown, where it is as small as the answer says."""
-    of_harmful = ("harmful", "missed", "hid", "misnamed", "at most")
-    table = Table("model", "seeds", *of_harmful, "healthy", "accused", "at most", "not shown")
-    parts: dict[tuple[str, bool], list[Judged]] = {}
-    for each in cells:
-        for model in (each.cell.model, "all"):
-            parts.setdefault((model, each.cell.seed in LOOKED_AT), []).append(each)
-    for (model, looked_at), part in sorted(parts.items(), key=lambda item: (not item[0][1], item[0][0] == "all")):
-        harmful = [each for each in part if each.label.truth]
-        healthy = [each for each in part if not each.label.truth]
-        wrong = [sum(how in dict(each.wrong) for each in harmful) for how in ("missed", "hid", "accused")]
-        accused = sum("accused" in dict(each.wrong) for each in healthy)
-        broad = sum(said(each.cell) == "not shown" for each in healthy)
-        seeds = ", ".join(map(str, sorted({each.cell.seed for each in part})))
-        table.add_row(
-            model,
-            f"{seeds} (looked at)" if looked_at else f"{seeds} (judging)",
-            *map(str, (len(harmful), *wrong)),
-            at_most(sum(bool(each.wrong) for each in harmful), len(harmful)),
-            *(str(len(healthy)), str(accused), at_most(accused, len(healthy)), str(broad)),
-        )
-    return table
+NAMES = {  # as documents have them
+    "stories260K": "stories, Llama 0.26M",
+    "gut3m": "books, Llama 3.4M",
+    "demo": "demo, Llama 2.7M",
+    "code": "Python, GPT-NeoX 0.8M",
+    "gpt2": "stories, GPT-2 1.0M",
+}
+TALLY = (
+    "model",
+    "harmful",
+    "missed",
+    "hid",
+    "misnamed",
+    "wrong, at most",
+    "healthy",
+    "accused",
+    "at most",
+    "not shown",
+)
+
+
+def tally(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
+    """For each model, and for all, on the seeds that judge; then for all on those that the rule was mended on: harmful and
+    healthy cells, how many of them were answered wrongly (and the upper end of the share's interval), and healthy ones that
+    were not ruled out. Right is also what is not shown, where it is as small as the answer says.
+
+    Args:
+        rows: of faults.csv.
+    Returns:
+        rows of the columns TALLY.
+    """
+    judging = [row for row in rows if int(row["seed"]) not in LOOKED_AT]
+    looked_at = [row for row in rows if int(row["seed"]) in LOOKED_AT]
+    parts = {name: [row for row in judging if row["model"] == model] for model, name in NAMES.items()}
+    parts |= {"all, judging": judging, "all, looked at": looked_at}
+    return [(name, *_counts(part)) for name, part in parts.items() if part]
+
+
+def _counts(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    harmful = [_mistake(row) for row in rows if row["label"]]
+    healthy = [row for row in rows if not row["label"]]
+    accused = sum(bool(row["wrong"]) for row in healthy)
+    yield from (str(len(harmful)), *(str(harmful.count(how)) for how in MISTAKES))
+    yield at_most(len(harmful) - harmful.count(""), len(harmful))
+    yield from (str(len(healthy)), str(accused), at_most(accused, len(healthy)))
+    yield str(sum(row["found"] == "not shown" for row in healthy))
+
+
+def _mistake(row: Mapping[str, str]) -> str:
+    """One of MISTAKES or ""; where another cause was named for a harmful one, that is the mistake, and not that it was ruled
+    out, too."""
+    made = [wrong.partition(":")[0] for wrong in row["wrong"].split()]
+    return max(made, key=MISTAKES.index, default="")
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The tally as documents have it."""
+    lines = [TALLY, ("---",) * len(TALLY), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def right_and_false(cell: Cell, its: Label) -> tuple[dict[str, int], dict[str, int]]:
@@ -167,6 +202,12 @@ def write_csv(file: Path, cells: Sequence[Judged]) -> None:
         writer.writerows(_row(*each) for each in cells)
 
 
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Its rows."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
 def _row(cell: Cell, its: Label, wrong: Sequence[tuple[Wrong, str]]) -> Iterator[str]:
     yield from (cell.model, str(cell.seed), cell.study, cell.format, cell.fault, "yes" if cell.probe else "no")
     yield from (f"{value:.4f}" for value in (*its.forgetting, *its.quantization))
@@ -196,7 +237,7 @@ def summarize(cells: Sequence[Cell], file: Path, console: Console) -> int:
         console.print(matrix(of_model, f"{model}: {len(of_model)} cells"))
     for text in wrong_answers(found):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(tally(found))
     console.print(alarms(found))
     write_csv(file, found)
+    console.print(markdown(tally(read_csv(file))), markup=False, highlight=False, soft_wrap=True)
     return sum(bool(each.wrong) for each in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qatrun.layout import PAGE_FILE
 from qatrun.records.advice import Advice
 from qatrun.report.advice import said_of
 from qatrun.report.page.document import Chip, Document, Section, Verdict
@@ -25,8 +26,11 @@ def advice_document(name: str, found: Advice) -> Document:
     good = found.way in ("ptq", "ptq with some kept")
     chips = (Chip(f"{sentence_case(found.way)}: {found.advised}", "good" if good else "warn"),)
     verdict = Verdict(chips, printable(sentence_case(found.answer)), condition=condition)
+    notes: tuple[str, ...] = (f"{found.recipe} is the recipe.",)
+    if found.curve is not None:
+        notes += (printable(f"Which linears lose it: {found.curve}/{PAGE_FILE}."),)
     sections = (
-        Section("candidates", "Candidates", tables=(candidates,), notes=(f"{found.recipe} is the recipe.",)),
+        Section("candidates", "Candidates", tables=(candidates,), notes=notes),
         Section("memory", "Memory", tables=(memory,)),
     )
     facts = (found.source, found.model, found.hardware or "hardware not asked")

@@ -1,0 +1,164 @@
+"""Small models that are made here, in two minutes each, and the questions that they are asked: which line, or sentence,
+comes next?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from qatrun.data import PackedStream, open_data
+from qatrun.files import filled_folder
+from qatrun.recipe import DataConfig, Source
+
+if TYPE_CHECKING:
+    from faults.models import Question
+
+VOCABULARY, CONTEXT = 1024, 256
+STEPS, BATCH, SEQ_LEN, RATE = 400, 16, 128, 3e-3
+SHOWN_LINES = 6
+END = "<|endoftext|>"
+
+
+def make_model(folder: Path, texts: Iterable[str], build: Callable[[int], PreTrainedModel]) -> None:
+    """Train tokenizer and model, unless they are there.
+
+    Args:
+        build: id of the token that ends a text -> a model with random weights.
+    """
+    if (folder / "config.json").is_file():
+        return
+    torch.manual_seed(0)
+    kept = list(texts)
+    tokenizer = _train_tokenizer(kept)
+    model = build(tokenizer.eos_token_id).train()
+    learned = folder.with_name("learned.jsonl")
+    learned.parent.mkdir(parents=True, exist_ok=True)
+    learned.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept), encoding="utf-8")
+    data = DataConfig(train=Source(path=str(learned)), seq_len=SEQ_LEN, valid_sequences=1)
+    _train(model, open_data(data, tokenizer, seed=0).train)
+    with filled_folder(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def gpt_neox(end: int) -> PreTrainedModel:
+    """0.8M parameters, rotary positions, attention and MLP side by side."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def gpt2(end: int) -> PreTrainedModel:
+    """1.0M parameters, learned positions, linears stored as [in, out], head and embeddings one."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=CONTEXT,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=CONTEXT)
+
+
+def _train(model: PreTrainedModel, stream: PackedStream) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+    for _ in range(STEPS):
+        batch = stream.take(BATCH)
+        model(input_ids=batch.input_ids, labels=batch.labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def sentences(text: str) -> list[str]:
+    """Parted where one ends."""
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+def what_comes_next(
+    texts: Iterable[str], count: int, parts: Callable[[str], list[str]] = str.splitlines
+) -> list[Question]:
+    """Which of four lines comes after some lines of a text: three are lines of the texts before.
+
+    Args:
+        parts: text -> lines, or what stands for them.
+    """
+    rng = Random(count)
+    questions: list[Question] = []
+    others = ["pass", "return None", "import os"]
+    for text in cycle(list(texts)):
+        lines = [line for line in parts(text) if line.strip()]
+        if len(lines) <= SHOWN_LINES:
+            continue
+        at = rng.randrange(SHOWN_LINES, len(lines))
+        right = lines[at].strip()
+        wrong = rng.sample(sorted({line for line in others if line != right}), 3)
+        answer = rng.randrange(4)
+        choices = [*wrong[:answer], right, *wrong[answer:]]
+        questions.append({"query": "\n".join(lines[at - SHOWN_LINES : at]), "choices": choices, "answer": answer})
+        others = [*others[-200:], *(line.strip() for line in rng.sample(lines, 3) if len(line.strip()) > 3)]
+        if len(questions) == count:
+            break
+    return questions
+
+
+def write_task(folder: Path, items: list[Question]) -> Path:
+    """An lm-eval task file, beside its items."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "items.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    task = folder / "next_line.yaml"
+    task.write_text(
+        "task: next_line\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data.resolve()))}}}}}\n"
+        "output_type: multiple_choice\n"
+        "test_split: test\n"
+        "doc_to_text: query\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    return task
