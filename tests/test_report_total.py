@@ -8,6 +8,7 @@ import pytest
 from test_report import TASK, a_pair, drawn
 
 from qatrun.records.diagnosis import ArmDiagnosis, Cause
+from qatrun.records.training import AlarmRow
 from qatrun.report.markup import latex, markdown
 from qatrun.report.overview import overview
 from qatrun.report.stages import Pace, Stage, clock_time
@@ -25,7 +26,11 @@ def one(verdict: str = "within", *, alarms: int = 0, causes: dict[str, str] | No
     diagnosis = ArmDiagnosis(
         sentence="", findings=[name for name, answer in (causes or {}).items() if answer == "found"], causes=found
     )
-    return totals([pair], {pair.arm: diagnosis} if causes else {}, {pair.arm: alarms})[0]
+    return totals(
+        [pair],
+        {pair.arm: diagnosis} if causes else {},
+        {pair.arm: [{"step": step, "kind": "resolution", "text": "low"} for step in range(alarms)]},
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +48,11 @@ def one(verdict: str = "within", *, alarms: int = 0, causes: dict[str, str] | No
 def test_nothing_is_green_that_was_not_shown(total: Total, state: str, next_step: str) -> None:
     assert total.state == state
     assert total.next_step.startswith(next_step)
+
+
+def test_an_alarm_of_the_trunk_counts_once() -> None:
+    pair, row = a_pair(SETTLED), AlarmRow(step=40, kind="forgetting", text="the loss has risen")
+    assert totals([pair], {}, {pair.arm: [row], pair.twin: [row]})[0].answer.endswith("1 alarm")
 
 
 def test_what_could_hide_is_said_with_how_much() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
@@ -51,6 +52,11 @@ class AlarmRow(TypedDict):
     kind: str
     text: str
     tensor: NotRequired[str | None]
+
+
+def distinct(alarms: Iterable[AlarmRow]) -> list[AlarmRow]:
+    """Each once: what the trunk raised stands in the record of every arm."""
+    return list({(row["step"], row["kind"], row["text"]): row for row in alarms}.values())
 
 
 class Progress(TypedDict):

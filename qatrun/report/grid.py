@@ -108,9 +108,10 @@ def _width(cell: Text) -> int:
 
 
 def _least_width(name: str, width: int, cells: Sequence[Text]) -> int:
-    """What a column can do with: names are folded anywhere, texts between words, numbers never; headers as names."""
+    """What a column can do with: names are folded anywhere, texts and headers between words, numbers never."""
+    header = max((Text(word).cell_len for word in name.split()), default=0)
     if name in FOLDED:
-        return min(width, FOLDED_TO)
+        return max(header, min(width, FOLDED_TO))
     if name in WRAPPED:
-        return max((Text(word).cell_len for cell in cells for word in cell.plain.split()), default=0)
-    return max(map(_width, cells), default=0)
+        return max((header, *(Text(word).cell_len for cell in cells for word in cell.plain.split())))
+    return max((header, *map(_width, cells)))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from qatrun.records.comparison import Pair
 from qatrun.records.diagnosis import ArmDiagnosis
+from qatrun.records.training import AlarmRow, distinct
 from qatrun.records.values import VERDICTS, Verdict
 from qatrun.report.markup import latex, markdown
 from qatrun.text import interval, listed, readable_size
@@ -95,18 +96,18 @@ class Total:
 
 
 def totals(
-    pairs: Sequence[Pair], diagnosed: Mapping[str, ArmDiagnosis], alarms: Mapping[str, int]
+    pairs: Sequence[Pair], diagnosed: Mapping[str, ArmDiagnosis], alarms: Mapping[str, Sequence[AlarmRow]]
 ) -> tuple[Total, ...]:
     """Of every quantized arm, the best first: by verdict, then by what harm was found, then by the accuracy that ships.
 
     Args:
-        alarms: arm -> how many it raised.
+        alarms: arm -> those it raised, its trunk's among them.
     """
     found = [_total(pair, diagnosed.get(pair.arm), alarms) for pair in pairs]
     return tuple(sorted(found, key=lambda total: (VERDICTS.index(total.verdict), len(total.found), -total.arm)))
 
 
-def _total(pair: Pair, diagnosis: ArmDiagnosis | None, alarms: Mapping[str, int]) -> Total:
+def _total(pair: Pair, diagnosis: ArmDiagnosis | None, alarms: Mapping[str, Sequence[AlarmRow]]) -> Total:
     tasks = pair.comparison.tasks
     num_items = sum(task.num_items for task in tasks)
 
@@ -129,7 +130,7 @@ def _total(pair: Pair, diagnosis: ArmDiagnosis | None, alarms: Mapping[str, int]
             for name, cause in causes.items()
             if cause.answer == "not shown"
         ),
-        alarms.get(pair.arm, 0) + alarms.get(pair.twin, 0),
+        len(distinct([*alarms.get(pair.arm, ()), *alarms.get(pair.twin, ())])),
     )
 
 
@@ -217,7 +218,7 @@ def tiles(total: Total) -> list[tuple[str, str, str]]:
         (
             "accuracy",
             f"{_percent(total.start)} → {_percent(total.arm)} %",
-            "start → shipped" if total.lost_pp is None else f"{-total.lost_pp:+.2f} pp, all tasks".replace("-", "−"),
+            "start → shipped" if total.lost_pp is None else f"{0 - total.lost_pp:+.2f} pp, all tasks".replace("-", "−"),
         ),
         ("perplexity", f"{_perplexity(start)} → {_perplexity(total.perplexity)}", "held-out text"),
     ]

@@ -11,6 +11,7 @@ from qatrun.study.claim import locked
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.page import write_page
+from qatrun.study.results import read_result, write_text
 
 
 def named_study(study: str | None, output_dir: Path) -> StudyFolder:
@@ -43,6 +44,8 @@ def diagnose_study(study: str | None, output_dir: Path, display: ScoringDisplay)
                 raise
         for one in studies:
             write_cards(one)
+            if one.comparison.is_file():
+                write_text(one, read_result(one))
         for one in {*studies, folder}:
             write_page(one)
     return found

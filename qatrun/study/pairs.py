@@ -200,7 +200,7 @@ def ranked_arms(
         if study is not None or not all(folder.path.is_dir() for folder in folders.values()):
             found = _study_named(study, output_dir)
             folders = {name: found.arm(name) for name in folders}
-        alarms = {name: len(read_alarms(folder.alarms)) for name, folder in folders.items()}
+        alarms = {name: read_alarms(folder.alarms) for name, folder in folders.items()}
         return took, totals([pair], {}, alarms), []
     found = _study_named(study, output_dir)
     twins = {name: read_json(found.arm(name).result, Result).twin for name in found.begun if _scored(found.arm(name))}
@@ -214,7 +214,7 @@ def ranked_arms(
             f"{found.path} has no quantized arm with scores beside a BF16 twin's (unfinished? see `qatrun studies`)"
         )
     diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
-    alarms = {name: len(read_alarms(found.arm(name).alarms)) for name in found.begun}
+    alarms = {name: read_alarms(found.arm(name).alarms) for name in found.begun}
     against = read_json(found.comparison, StudyComparison).over_ptq if found.comparison.is_file() else []
     return f"every arm of {found.path}", totals(pairs, diagnosis, alarms), against
 

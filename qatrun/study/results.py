@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from qatrun.evaluate.paired import worst_verdict
-from qatrun.files import replace_file, write_json
+from qatrun.files import read_json, replace_file, write_json
 from qatrun.layout import StudyFolder
 from qatrun.records.comparison import ArmComparison, OverPtq, Pair, StudyComparison, TaskComparison
 from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.records.seeds import Seeds
+from qatrun.records.training import AlarmRow
 from qatrun.records.values import Verdict
 from qatrun.report import comparison_text
 from qatrun.report.notebook import result_html
@@ -63,9 +64,9 @@ class StudyResult:
         return result_html(self.ranked, self.diagnosis.sentence if self.diagnosis else "", self.page)
 
 
-def alarms_raised(folder: StudyFolder) -> dict[str, int]:
-    """Arm -> how many alarms it raised."""
-    return {name: len(read_alarms(folder.arm(name).alarms)) for name in folder.begun}
+def alarms_raised(folder: StudyFolder) -> dict[str, list[AlarmRow]]:
+    """Arm -> its alarms, those of its trunk among them."""
+    return {name: read_alarms(folder.arm(name).alarms) for name in folder.begun}
 
 
 def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
@@ -76,10 +77,28 @@ def write_comparison(folder: StudyFolder, result: StudyResult) -> None:
     write_json(folder.comparison, record)
     replace_file(folder.comparison.with_suffix(".csv"), comparison_csv(result.pairs).encode())
     write_over_ptq(folder, result.over_ptq)
+    write_text(folder, result)
+
+
+def write_text(folder: StudyFolder, result: StudyResult) -> None:
+    """comparison.txt: what the terminal says at the end of the study, its diagnosis where there is one."""
     ranking = plain_text(overview(result.ranked), "") if result.pairs else ""
+    diagnosis = plain_text(f"diagnosis: {result.diagnosis.sentence}", "") if result.diagnosis else ""
     contrasts = seeds_text(result.summary) if result.summary is not None else ""
-    text = ranking + comparison_text(result.pairs, result.over_ptq) + contrasts
+    text = ranking + diagnosis + comparison_text(result.pairs, result.over_ptq) + contrasts
     replace_file(folder.comparison.with_suffix(".txt"), text.encode())
+
+
+def read_result(folder: StudyFolder) -> StudyResult:
+    """Of a finished study of one seed, as its files have it."""
+    kept = read_json(folder.comparison, StudyComparison)
+    return StudyResult(
+        folder.path,
+        tuple(kept.pairs),
+        summary=read_json(folder.seeds, Seeds) if folder.seeds.is_file() else None,
+        over_ptq=kept.over_ptq,
+        diagnosis=read_json(folder.diagnosis, StudyDiagnosis) if folder.diagnosis.is_file() else None,
+    )
 
 
 def write_over_ptq(folder: StudyFolder, found: Sequence[OverPtq]) -> None:

@@ -38,7 +38,7 @@ from qatrun.study.over_ptq import over_ptq
 from qatrun.study.pairs import compare_arms
 from qatrun.study.preflight import Preflight
 from qatrun.study.records import read_losses
-from qatrun.study.results import StudyResult, write_comparison, write_summary
+from qatrun.study.results import StudyResult, write_comparison, write_summary, write_text
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.study.stages import planned_stages
 from qatrun.study.texts import has_order, study_texts
@@ -64,6 +64,7 @@ def run_single(checked: Preflight, folder: StudyFolder, display: Display, tracke
     result = study.compare()
     if recipe.diagnose.at_end and result.pairs:
         result = replace(result, diagnosis=diagnose(folder, display))
+        write_text(folder, result)
     if recipe.contrasts:
         result = study.answer_contrasts(result)
     write_cards(folder)

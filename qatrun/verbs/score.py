@@ -192,7 +192,7 @@ def diagnose(
     for folder, diagnosis in found.items():
         for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
-            out.print(diagnosis_table(arm, sum(alarms_raised(StudyFolder(Path(folder))).values())))
+            out.print(diagnosis_table(arm, sum(map(len, alarms_raised(StudyFolder(Path(folder))).values()))))
 
 
 def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs")) -> None:

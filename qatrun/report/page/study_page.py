@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qatrun.records.environment import Environment
+from qatrun.records.training import distinct
 from qatrun.report.exported import contents, holds, proofs
 from qatrun.report.page import causes, scores
 from qatrun.report.page.content import ArmContent, StudyContent
@@ -168,12 +169,17 @@ def alarms_section(arms: Iterable[ArmContent]) -> Section:
         return Section("alarms", "Alarms", notes=("No alarm was raised.",))
     columns = ("step", "arm", "kind", "alarm", "tensor")
     rows = [(step, arm, alarm["kind"], alarm["text"], alarm.get("tensor")) for step, arm, alarm in raised]
+    once = distinct(alarm for _, _, alarm in raised)
     points = [
-        Point(printable(alarm["text"]), arm, (Chip(printable(alarm["kind"]).capitalize(), "alarm"),))
-        for _, arm, alarm in raised[:MAX_ALARMS]
+        Point(
+            printable(alarm["text"]),
+            next(arm for _, arm, each in raised if each == alarm),
+            (Chip(printable(alarm["kind"]).capitalize(), "alarm"),),
+        )
+        for alarm in once[:MAX_ALARMS]
     ]
-    shown = f", the first {MAX_ALARMS} of them here" if len(raised) > MAX_ALARMS else ""
-    count = f"{len(raised):,} alarm{'s were' if len(raised) > 1 else ' was'} raised{shown}."
+    shown = f", the first {MAX_ALARMS} of them here" if len(once) > MAX_ALARMS else ""
+    count = f"{len(once):,} alarm{'s were' if len(once) > 1 else ' was'} raised{shown}."
     return Section(
         "alarms", "Alarms", notes=(count,), points=tuple(points), files=(table(columns, rows, key="alarms"),)
     )

@@ -45,7 +45,7 @@ class Tile:
 
 def ranked(content: StudyContent) -> tuple[Total, ...]:
     """The arms of a study, the best first."""
-    return totals(content.pairs, content.diagnosed, {arm.name: len(arm.alarms) for arm in content.arms})
+    return totals(content.pairs, content.diagnosed, {arm.name: arm.alarms for arm in content.arms})
 
 
 def total_tiles(best: Total) -> tuple[Tile, ...]:

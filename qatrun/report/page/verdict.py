@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from qatrun.layout import START
 from qatrun.records.diagnosis import ArmDiagnosis
+from qatrun.records.training import distinct
 from qatrun.report.page.content import ArmContent, StudyContent
 from qatrun.report.page.document import VERDICT_CHIPS, Chip, Point, Verdict
 from qatrun.report.page.table import printable
@@ -105,7 +106,7 @@ def _training_chip(content: StudyContent) -> tuple[Chip, ...]:
 
 
 def _alarm_chip(arms: Iterable[ArmContent]) -> tuple[Chip, ...]:
-    count = sum(len(arm.alarms) for arm in arms)
+    count = len(distinct(row for arm in arms for row in arm.alarms))
     return (Chip(f"{count:,} alarm{'s' if count > 1 else ''}", "alarm"),) if count else ()
 
 
