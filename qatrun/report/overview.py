@@ -35,10 +35,16 @@ def _tiles(total: Total) -> Iterator[RenderableType]:
 
 
 def _ranking(ranked: Sequence[Total]) -> Grid:
-    grid = Grid("", *COLUMNS)
+    """Without what is said beside it: formats that the arms are named after, one size that all have."""
+    rows = ranked_rows(ranked)
+    said = {"format": all(row[1] in row[0] for row in rows), "size": len({row[-2] for row in rows[1:]}) == 1}
+    kept = [i for i, name in enumerate(COLUMNS) if not said.get(name)]
+    grid = Grid("", *(COLUMNS[i] for i in kept))
     states = [None, *(total.state for total in ranked)]
-    for row, state in zip(ranked_rows(ranked), states, strict=True):
-        grid.add_row(*(Text(cell) for cell in row[:-1]), Text(row[-1], style=STYLES[state] if state else ""))
+    for row, state in zip(rows, states, strict=True):
+        cells = [Text(row[i]) for i in kept]
+        cells[-1].stylize(STYLES[state] if state else "")
+        grid.add_row(*cells)
     return grid
 
 
