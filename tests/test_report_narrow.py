@@ -16,6 +16,8 @@ from qatrun.records.diagnosis import StudyDiagnosis
 from qatrun.report import TerminalDisplay, comparison_table, dry_run, score_table
 from qatrun.report.diagnosis import diagnosis_table
 from qatrun.report.grid import Grid
+from qatrun.report.overview import overview
+from qatrun.report.total import totals
 
 SCORED = {"name": "t", "num_fewshot": 5, "metric": "acc_norm", "num_items": 14_042, "accuracy": 0.51, "stderr": 0.0042}
 
@@ -83,3 +85,9 @@ def test_the_live_view_of_a_narrow_terminal_cuts_no_number(width: int) -> None:
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
     assert {"12345/100000", "2.5000", "1.0e-04", "123,457", "saturated", "3"} <= set(words)
+
+
+def test_no_word_of_the_field_is_broken_in_a_header() -> None:
+    screen = overview(totals([a_pair()], {}, {}))
+    assert any({"accuracy", "perplexity", "verdict"} <= set(line.split()) for line in drawn(screen, 80))
+    assert not any("perplexit" in line.split() for width in range(50, 100) for line in drawn(screen, width))

@@ -61,6 +61,7 @@ def test_the_comparison_says_the_same_as_json_csv_and_text(trained_world: Path) 
     tasks = pair["comparison"]["tasks"]
     rows = list(csv.DictReader((study / "comparison.csv").open(encoding="utf-8")))
     text = (study / "comparison.txt").read_text(encoding="utf-8")
+    assert " ".join(f"diagnosis: {read(study / 'diagnosis.json')['sentence']}".split()) in " ".join(text.split())
     assert whole["verdict"] == pair["comparison"]["verdict"] == "inconclusive"
     assert [(row["arm_name"], row["twin_name"], row["task"]) for row in rows] == [
         ("hif8", "bf16", task["task"]) for task in tasks

@@ -108,8 +108,10 @@ def _width(cell: Text) -> int:
 
 
 def _least_width(name: str, width: int, cells: Sequence[Text]) -> int:
-    """What a column can do with: names are folded anywhere, texts and headers between words, numbers never."""
-    header = max((Text(word).cell_len for word in name.split()), default=0)
+    """What a column can do with: names are folded anywhere, texts between words, numbers never; headers
+    between words, and in a word only where it is as long as the names of arms may be."""
+    longest = max((Text(word).cell_len for word in name.split()), default=0)
+    header = longest if longest <= FOLDED_TO else 0
     if name in FOLDED:
         return max(header, min(width, FOLDED_TO))
     if name in WRAPPED:
