@@ -61,6 +61,7 @@ def test_the_total_stands_first_and_the_recipe_is_folded(tmp_path: Path) -> None
     tiles = re.findall(r'<li class="(\w+)"><span class="what">', page)
     assert tiles[:2] == ["accuracy", "perplexity"]
     assert tiles[-2:] == ["budget", "next"]
+    assert "`" not in page[page.index("<h1>") : page.index('<section id="diagnosis"')]
     assert page.index('<section id="total"') < page.index('<section id="diagnosis"')
     assert page.index("figure-waterfall") < page.index('<section id="diagnosis"')
     recipe = page[page.index('<section id="recipe"') :]

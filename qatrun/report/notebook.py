@@ -99,8 +99,10 @@ class NotebookDisplay:
 
 def in_a_cell() -> NotebookDisplay:
     """A display below the cell that runs."""
+    import transformers
     from IPython.display import HTML, display
 
+    transformers.utils.logging.disable_progress_bar()  # one for each model that is loaded, in red
     shown = display(HTML(""), display_id=True)
     return NotebookDisplay(lambda html: shown.update(HTML(html)))
 

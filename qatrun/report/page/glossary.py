@@ -19,6 +19,12 @@ GLOSSARY = {
     "APE": "absolute percentage error of the training loss against the twin's",
     "KL": "Kullback-Leibler divergence: how far what the model predicts is from what the start model predicted",
     "95% interval": "had the study been done with other items, it would hold the true value in 95 of 100 cases",
+    "beyond ptq": "what quantization lost beyond what the same weights lose with fitting scales",
+    "stale scale": "what fresh scales win back: the loss of scales that lag behind",
+    "granularity": "what finer scales, one a row, win back: the loss of a grid that is too coarse",
+    "saturation": "values beyond the scale are clipped: it lags behind, or was set too small",
+    "resolution": "the grid is too coarse for the values, whatever the scale",
+    "divergence": "training under quantization went astray, and neither clipping nor the grid explains it",
     "flips": "items that one model answers right and the other wrong",
     "McNemar p": "how likely so uneven flips are where the two models are equally good",
 }

@@ -54,7 +54,7 @@ def total_tiles(best: Total) -> tuple[Tile, ...]:
     return tuple(
         Tile(
             what,
-            printable(sentence_case(value) if what in states else value),
+            printable(sentence_case(value).replace("`", "") if what in states else value),
             printable(more),
             states.get(what, "none"),
         )
