@@ -90,6 +90,16 @@ def test_the_order_is_a_function_of_the_seed_alone(tmp_path: Path, streaming: bo
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_who_peeks_moves_nothing(tmp_path: Path, streaming: bool) -> None:
+    file = write_texts(tmp_path / "a.jsonl", 40)
+    looked_at, other = (opened(file, streaming=streaming).train for _ in range(2))
+    ids = looked_at.peek(3 * SEQ_LEN - 1)
+    assert torch.equal(ids, looked_at.take(3).input_ids)
+    other.take(3)
+    assert looked_at.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_each_epoch_has_every_document_once_in_another_order(tmp_path: Path, streaming: bool) -> None:
     file = write_texts(tmp_path / "a.jsonl", 40)
     documents = encoded(file)

@@ -98,6 +98,13 @@ class PackedStream:
             elif self.documents.epoch > epoch_with_text + 1:
                 raise InputError(Problem("it has rows but no text to train on", f"{self.documents.key}.path"))
 
+    def peek(self, num_tokens: int) -> Tensor:
+        """[num, seq_len] token ids of the next sequences, as many as hold so many tokens; the stream stays where it is."""
+        here = self.state_dict()
+        ids = self.take(-(-num_tokens // self.seq_len)).input_ids
+        self.load_state_dict(here)
+        return ids
+
     def state_dict(self) -> dict[str, Any]:
         """Where it is: all that it needs to go on bit for bit, as plain data."""
         return {

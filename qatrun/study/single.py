@@ -41,7 +41,7 @@ from qatrun.study.records import read_losses
 from qatrun.study.results import StudyResult, write_comparison, write_summary, write_text
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments
 from qatrun.study.stages import planned_stages
-from qatrun.study.texts import has_order, study_texts
+from qatrun.study.texts import LOOKED_AT, has_order, study_texts
 from qatrun.study.variants import calibration_batches
 from qatrun.text import readable_size
 from qatrun.tokenizer import load_tokenizer
@@ -197,15 +197,18 @@ class _Study:
             data.train,
             self.display,
             self.trackers,
-            *self._watched(arm, has_order(data.valid.input_ids, tokenizer)),
+            *self._watched(arm, segment.trunk is None and has_order(data.train.peek(LOOKED_AT), tokenizer)),
             keep=keep,
         )
 
     def _watched(self, arm: Arm, ordered: bool) -> tuple[Watched, EvalConfig | None]:
-        """The probe's text, what the first loss is held against, and what the probe's mini-benchmark asks."""
+        """The probe's text, what the first loss is held against, and what the probe's mini-benchmark asks.
+
+        Args:
+            ordered: whether the first step's text is known to have order; nobody asks of a segment that begins later.
+        """
         probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
         same_source = valid is None or valid.path == arm.data.train.path
-        ordered = ordered and same_source
         nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
         if probe is None or known is None:
             return Watched(held_out_nll=nll, ordered=ordered), None

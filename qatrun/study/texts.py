@@ -14,6 +14,8 @@ from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
 from qatrun.study.known_text import KnownText
 
+LOOKED_AT = 8192  # tokens
+
 
 def has_order(input_ids: Tensor, tokenizer: Any) -> bool:
     """Whether characters and words of a text are known not to follow each other as if drawn at random: then it is one,

@@ -69,7 +69,7 @@ class Watched:
         text: [num, seq_len] int64 token ids of what the start model knew; None: no forgetting probe.
         benchmark: model -> task -> accuracy, on a fixed subset of items, asked with the probe; None: no mini-benchmark.
         held_out_nll: of the start model, nats a token, on held-out text of the source that is trained on; None: none.
-        ordered: whether words of that text are known not to follow each other at random.
+        ordered: whether words of the text that the first step is made on are known not to follow each other at random.
     """
 
     text: Tensor | None = None
