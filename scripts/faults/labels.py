@@ -17,10 +17,10 @@ to 2 of the demo and on what the formats cost gut3m and stories260K after traini
 while its rule was mended, and once changed this one: text that neither the start model nor training saw no longer counts,
 nor must harm without clipping be called saturation. Of seed 1, `own` and `new` were looked at once more: one cell of 18
 harmful ones was hid (gut3m, 0.070 nats a token of forgetting). Since then whole texts have half of the level, twice the
-known text is read, and the line of forgetting is at 0.04. Seed 2 of these four judges. Then `gpt2` was added: on its seed 2 the new text,
-so foreign that token frequencies do better than the model, was taken for none; since then a text with order is one, unless
-the model is surer of other tokens than 1 nat above any guess. Seed 3 still had the alarm of before; seed 4 judges. An answer
-is wrong where the diagnosis
+known text is read, and the line of forgetting is at 0.04. Seed 2 of these four judges. Then `gpt2` was added: on its seed 2
+the new text, so foreign that token frequencies do better than the model, was taken for none; since then a text with order is
+one, unless the model is surer of other tokens than 1 nat above any guess. Seed 3 still had the alarm of before; seed 4
+judges. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
     accused    finds a cause that is not harmful, or another than the one that is
