@@ -85,7 +85,10 @@ class _Diagnosis:
         alarms = first_alarms(mine)
         limit = clipping_limit(self.recipe.monitor.alarms)
         clipped = any(record.clip_fraction > limit for record in records) or "saturation" in alarms
-        causes = self._that_can_be(found_causes(models.measures(), clipped=clipped, ordered=self._text_has_order()))
+        measures = models.measures()
+        foreign = any(read.value > 0 for read in measures.beyond_frequency.values())
+        ordered = foreign and self._text_has_order()
+        causes = self._that_can_be(found_causes(measures, clipped=clipped, ordered=ordered))
         findings = [name for name, cause in causes.items() if cause.answer == "found"]
         since, tasks = _since(findings, records, alarms), tuple(models.scores["twin"].tasks)
         effects = self._that_are(models.effects())
@@ -119,11 +122,12 @@ class _Diagnosis:
         )
 
     def _text_has_order(self) -> bool:
-        """Of the held-out text; false where it can no longer be read."""
+        """Of the held-out text; false, which is said, where it can no longer be read."""
         try:
             tokenizer = load_tokenizer(self.arm.model)
             return has_order(open_data(self.arm.data, tokenizer, self.arm.train.seed).valid.input_ids, tokenizer)
-        except InputError:
+        except InputError as error:
+            self.display.on_warning(f"whether the held-out text has order is not known: {error}")
             return False
 
     def _that_can_be(self, causes: Mapping[str, Cause]) -> dict[str, Cause]:

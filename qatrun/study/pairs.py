@@ -22,6 +22,7 @@ from qatrun.records.training import ArmResult, Result
 from qatrun.report.total import Total, totals
 from qatrun.study.doneness import changed_since_scored
 from qatrun.study.records import losses
+from qatrun.study.results import alarms_raised
 from qatrun.train.metrics import read_alarms
 
 
@@ -214,9 +215,8 @@ def ranked_arms(
             f"{found.path} has no quantized arm with scores beside a BF16 twin's (unfinished? see `qatrun studies`)"
         )
     diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
-    alarms = {name: read_alarms(found.arm(name).alarms) for name in found.begun}
     against = read_json(found.comparison, StudyComparison).over_ptq if found.comparison.is_file() else []
-    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms), against
+    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms_raised(found)), against
 
 
 def _scored(folder: ArmFolder) -> bool:

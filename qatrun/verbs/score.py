@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -180,6 +181,7 @@ def diagnose(
     in_processes(processes)
     terminal.quiet_libraries()
     from qatrun.layout import StudyFolder
+    from qatrun.records.training import distinct
     from qatrun.report import TerminalDisplay
     from qatrun.report.diagnosis import diagnosis_table
     from qatrun.study import alarms_raised, diagnose_study
@@ -190,9 +192,10 @@ def diagnose(
         out.print_data({folder: diagnosis.to_dict() for folder, diagnosis in found.items()})
         return
     for folder, diagnosis in found.items():
+        raised = distinct(chain.from_iterable(alarms_raised(StudyFolder(Path(folder))).values()))
         for arm in diagnosis.arms.values():
             out.print(f"\n{folder}", markup=False)
-            out.print(diagnosis_table(arm, sum(map(len, alarms_raised(StudyFolder(Path(folder))).values()))))
+            out.print(diagnosis_table(arm, len(raised)))
 
 
 def report(study: StudyArgument = None, output_dir: OutputDirOption = Path("runs")) -> None:
