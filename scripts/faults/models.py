@@ -7,7 +7,7 @@
     stories260K   0.26M, children's stories, perplexity 4.4; books are new to it; ARC-Challenge by chance
 
 Of held-out text the diagnosis reads every other document, and the rule of the labels the rest. Of the questions likewise:
-the diagnosis asks the first `SCORED` of each task; the rule asks others, of the models that can answer any.
+the diagnosis asks `SCORED` of each task; the rule asks others, of the models that can answer any.
 """
 
 from __future__ import annotations
@@ -96,14 +96,17 @@ def write_texts(folder: Path, kind: Kind, train: Iterable[str], held: Iterable[s
 def demo_subject(folder: Path, _shared: Path | None) -> Subject:
     write_texts(folder / "texts", "own", demo.documents("pretrain"), demo.documents("probe"))
     write_texts(folder / "texts", "new", demo.documents("finetune"), demo.documents("valid"))
+    tasks: dict[str, int] = {}
     asked: list[Question] = []
-    for task in demo.TASKS:
-        asked += Random(task).sample(demo.items(task)[SCORED:], ASKED)
+    for task in demo.TASKS:  # whose first items are about the best known
+        drawn = Random(task).sample(demo.items(task), SCORED + ASKED)
+        tasks[str(small.write_task(folder / "task", drawn[:SCORED], f"some_{task}"))] = 0
+        asked += drawn[SCORED:]
     return Subject(
         name="demo",
         model=demo.BUILTIN,
         texts=folder / "texts",
-        tasks=dict.fromkeys(demo.TASKS, 0),
+        tasks=tasks,
         data_dir=None,
         questions=asked,
         rates={"sane": 1e-4, "high": 1e-3, "mild": 1e-3, "hot": 3e-3, "ruin": 1e-2},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -144,14 +144,14 @@ def what_comes_next(
     return questions
 
 
-def write_task(folder: Path, items: list[Question]) -> Path:
+def write_task(folder: Path, items: Sequence[Question], name: str = "next_line") -> Path:
     """An lm-eval task file, beside its items."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "items.jsonl"
+    data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    task = folder / "next_line.yaml"
+    task = folder / f"{name}.yaml"
     task.write_text(
-        "task: next_line\n"
+        f"task: {name}\n"
         "dataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data.resolve()))}}}}}\n"
         "output_type: multiple_choice\n"
