@@ -182,6 +182,22 @@ def test_scales_that_may_not_fit_are_not_ruled_out_because_nothing_clipped() -> 
     assert answers(open_) == {"divergence": "found", "saturation": "not shown"}
 
 
+@pytest.mark.parametrize(
+    ("training", "clipped", "expected"),
+    [
+        (0.8, False, {"divergence": "found"}),
+        (-3.6, False, {"divergence": "found"}),
+        (1.8, False, {"divergence": "not shown"}),  # the line is at 0.09
+        (3.6, False, {}),
+        (3.6, True, {"saturation": "found"}),
+    ],
+)
+def test_two_runs_that_forget_part_without_any_format(training: float, clipped: bool, expected: dict[str, str]) -> None:
+    """0.09 nats a token between a twin and an arm, beside what training lost."""
+    found = answers(measures(training=training, whole=0.09, beyond_ptq=0.09), clipped=clipped)
+    assert found == expected | ({"forgetting": "found"} if training > 0.0 else {})
+
+
 def test_looking_at_several_measures_widens_their_intervals() -> None:
     """At its threshold, one look in twenty would accuse; many looks together must not more often."""
     looks = causes(measures(), clipped=False)["forgetting"].looks

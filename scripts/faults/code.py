@@ -1,23 +1,36 @@
-"""Text that is on every machine: the source of Python's standard library, in pieces, and the prose of its language reference
-(`pydoc_data.topics`). It follows the Python at hand, so two versions of it make models that differ a little."""
+"""Text that is on every machine, in pieces: the source of Python's standard library, the prose of its language reference
+(`pydoc_data.topics`), PyTorch's C++ headers and its docstrings. It follows the versions at hand, and models made with others
+differ a little."""
 
 from __future__ import annotations
 
+import ast
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
+import torch
+
 PIECE = 2_000  # characters
 NO_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+TORCH = Path(torch.__file__).parent
 
 
 def source_code() -> tuple[Iterator[str], Iterator[str]]:
     """(to learn, held out) pieces of the standard library; of nine files one is held out."""
     root = Path(os.__file__).parent
-    files = [file for file in sorted(root.rglob("*.py")) if not NO_CODE & set(file.relative_to(root).parts)]
-    Random(0).shuffle(files)
-    return _pieces(files[len(files) // 9 :]), _pieces(files[: len(files) // 9])
+    return _parted(file for file in root.rglob("*.py") if not NO_CODE & set(file.relative_to(root).parts))
+
+
+def headers() -> tuple[Iterator[str], Iterator[str]]:
+    """The same of PyTorch's C++ headers."""
+    return _parted((TORCH / "include").rglob("*.h"))
+
+
+def docstrings() -> tuple[Iterator[str], Iterator[str]]:
+    """The same of the docstrings of its modules."""
+    return _parted((file for file in TORCH.rglob("*.py") if "testing" not in file.parts), _said)
 
 
 def prose() -> tuple[Iterator[str], Iterator[str]]:
@@ -29,9 +42,28 @@ def prose() -> tuple[Iterator[str], Iterator[str]]:
     return iter(texts[len(texts) // 4 :]), iter(texts[: len(texts) // 4])
 
 
-def _pieces(files: Iterable[Path]) -> Iterator[str]:
+def _parted(
+    found: Iterable[Path], read: Callable[[str], str] = lambda text: text
+) -> tuple[Iterator[str], Iterator[str]]:
+    files = sorted(found)
+    Random(0).shuffle(files)
+    held = len(files) // 9
+    return _pieces(files[held:], read), _pieces(files[:held], read)
+
+
+def _pieces(files: Iterable[Path], read: Callable[[str], str]) -> Iterator[str]:
     for file in files:
-        yield from _cut(file.read_text(encoding="utf-8", errors="replace"))
+        yield from _cut(read(file.read_text(encoding="utf-8", errors="replace")))
+
+
+def _said(source: str) -> str:
+    """The docstrings of a module."""
+    nodes = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -3,6 +3,9 @@
     demo          2.7M, words, a generated world that it knows well; questions about it
     code          0.8M, a GPT-NeoX made here (see `small`): Python, and prose about Python; which line comes next?
     gpt2          1.0M, a GPT-2 made here, children's stories; Python is new to it; which sentence comes next?
+    qwen3         4.8M, a Qwen3 made here: the docstrings of PyTorch; its C++ headers are new to it; which sentence comes next?
+    opt           0.9M, an OPT made here: the demo's world; docstrings are new to it; which sentence comes next?
+    mixtral       2.0M, four experts, made here: C++ headers; the prose of Python's manual is new to it; which line comes next?
     gut3m         3.4M, books, perplexity 30; children's stories are new to it; ARC-Challenge by chance
     stories260K   0.26M, children's stories, perplexity 4.4; books are new to it; ARC-Challenge by chance
 
@@ -125,17 +128,39 @@ def gpt2_subject(folder: Path, shared: Path | None) -> Subject:
     return made_here("gpt2", folder, small.gpt2, small.sentences)
 
 
+def qwen3_subject(folder: Path, _shared: Path | None) -> Subject:
+    write_texts(folder / "texts", "own", *code.docstrings())
+    write_texts(folder / "texts", "new", *code.headers())
+    return made_here("qwen3", folder, small.qwen3, small.sentences, small.LARGER)
+
+
+def opt_subject(folder: Path, _shared: Path | None) -> Subject:
+    write_texts(folder / "texts", "own", demo.documents("pretrain"), demo.documents("probe"))
+    write_texts(folder / "texts", "new", *code.docstrings())
+    return made_here("opt", folder, small.opt, small.sentences)
+
+
+def mixtral_subject(folder: Path, _shared: Path | None) -> Subject:
+    write_texts(folder / "texts", "own", *code.headers())
+    write_texts(folder / "texts", "new", *code.prose())
+    return made_here("mixtral", folder, small.mixtral, str.splitlines)
+
+
 def made_here(
-    name: str, folder: Path, build: Callable[[int], PreTrainedModel], parts: Callable[[str], list[str]]
+    name: str,
+    folder: Path,
+    build: Callable[[int], PreTrainedModel],
+    parts: Callable[[str], list[str]],
+    vocabulary: int = small.VOCABULARY,
 ) -> Subject:
     """A small model that is trained on its own text, and asked what comes next in it.
 
     Args:
         folder: its texts are there.
-        build, parts: as in `small`.
+        build, parts, vocabulary: as in `small`.
     """
     texts = folder / "texts"
-    small.make_model(folder / "model", documents(texts / "own-train.jsonl"), build)
+    small.make_model(folder / "model", documents(texts / "own-train.jsonl"), build, vocabulary)
     items = small.what_comes_next(documents(texts / "own-valid.jsonl"), SCORED, parts)
     task = small.write_task(folder / "task", items)
     return Subject(
@@ -182,6 +207,9 @@ SUBJECTS: dict[str, Callable[[Path, Path | None], Subject]] = {
     "demo": demo_subject,
     "code": code_subject,
     "gpt2": gpt2_subject,
+    "qwen3": qwen3_subject,
+    "opt": opt_subject,
+    "mixtral": mixtral_subject,
     "gut3m": shared_subject(
         "gut3m",
         "gutenberg",

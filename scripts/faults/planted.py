@@ -7,6 +7,7 @@ import shutil
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,31 +45,37 @@ def underestimated(factor: int) -> Iterator[None]:
         yield
 
 
-def plant_outliers(model: Any) -> None:
+READERS = {  # norm of a block -> the weights of the block that read it, as the architectures here name them
+    "input_layernorm": ("self_attn.[qkv]_proj.weight", "attention.query_key_value.weight"),
+    "self_attn_layer_norm": ("self_attn.[qkv]_proj.weight",),
+    "ln_1": ("attn.c_attn.weight",),
+    "post_attention_layernorm": (
+        *("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.dense_h_to_4h.weight"),
+        *("mlp.gate.weight", "mlp.experts.gate_up_proj"),
+    ),
+    "final_layer_norm": ("fc1.weight",),
+    "ln_2": ("mlp.c_fc.weight",),
+}
+
+
+def plant_outliers(model: nn.Module) -> None:
     """Scale one channel in eight of each norm before an attention or MLP block up, and the weights that read it down: the
     same function."""
     with torch.no_grad():
-        base = model.base_model
-        for layer in base.h if hasattr(base, "h") else base.layers:
-            for norm, readers in _norms(layer):
-                for parameter in norm.parameters():
-                    parameter[::EVERY_CHANNEL] *= OUTLIER
-                for reader in readers:
-                    weight = reader.get_parameter("weight")
-                    by_input = weight if isinstance(reader, Conv1D) else weight.T
-                    by_input[::EVERY_CHANNEL] /= OUTLIER
+        for name, norm in model.named_modules():
+            block, _, last = name.rpartition(".")
+            readers = list(_readers(model.get_submodule(block), READERS.get(last, ())))
+            for parameter in norm.parameters() if readers else ():
+                parameter[::EVERY_CHANNEL] *= OUTLIER
+            for by_input in readers:
+                by_input[..., ::EVERY_CHANNEL] /= OUTLIER
 
 
-def _norms(layer: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """The norms of a Llama, GPT-NeoX or GPT-2 block, and the linears that read each."""
-    if hasattr(layer, "ln_1"):
-        return [(layer.ln_1, [layer.attn.c_attn]), (layer.ln_2, [layer.mlp.c_fc])]
-    if hasattr(layer, "self_attn"):
-        attention, mlp = layer.self_attn, layer.mlp
-        of_attention, of_mlp = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-    else:
-        of_attention, of_mlp = [layer.attention.query_key_value], [layer.mlp.dense_h_to_4h]
-    return [(layer.input_layernorm, of_attention), (layer.post_attention_layernorm, of_mlp)]
+def _readers(block: nn.Module, patterns: Iterable[str]) -> Iterator[Tensor]:
+    """Weights of a block, views with their inputs last."""
+    for name, weight in block.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield weight.T if isinstance(block.get_submodule(name.rpartition(".")[0]), Conv1D) else weight
 
 
 def outlier_model(source: ModelConfig, folder: Path) -> Path:

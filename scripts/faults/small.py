@@ -1,4 +1,4 @@
-"""Small models that are made here, in two minutes each, and the questions that they are asked: which line, or sentence,
+"""Small models that are made here, in a few minutes each, and the questions that they are asked: which line, or sentence,
 comes next?"""
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from qatrun.data import PackedStream, open_data
@@ -31,21 +37,25 @@ if TYPE_CHECKING:
 
 VOCABULARY, CONTEXT = 1024, 256
 STEPS, BATCH, SEQ_LEN, RATE = 400, 16, 128, 3e-3
+LARGER = 4096  # tokens of a vocabulary
 SHOWN_LINES = 6
 END = "<|endoftext|>"
 
 
-def make_model(folder: Path, texts: Iterable[str], build: Callable[[int], PreTrainedModel]) -> None:
+def make_model(
+    folder: Path, texts: Iterable[str], build: Callable[[int], PreTrainedModel], vocabulary: int = VOCABULARY
+) -> None:
     """Train tokenizer and model, unless they are there.
 
     Args:
         build: id of the token that ends a text -> a model with random weights.
+        vocabulary: how many tokens it has.
     """
     if (folder / "config.json").is_file():
         return
     torch.manual_seed(0)
     kept = list(texts)
-    tokenizer = _train_tokenizer(kept)
+    tokenizer = _train_tokenizer(kept, vocabulary)
     model = build(tokenizer.eos_token_id).train()
     learned = folder.with_name("learned.jsonl")
     learned.parent.mkdir(parents=True, exist_ok=True)
@@ -88,13 +98,70 @@ def gpt2(end: int) -> PreTrainedModel:
     )
 
 
-def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def qwen3(end: int) -> PreTrainedModel:
+    """4.8M parameters, normalized queries and keys, four of them to a value, head and embeddings one."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=LARGER,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=5,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def opt(end: int) -> PreTrainedModel:
+    """0.9M parameters, ReLU, biases, learned positions, head and embeddings one."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            ffn_dim=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            word_embed_proj_dim=128,
+            dropout=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def mixtral(end: int) -> PreTrainedModel:
+    """2.0M parameters, four experts of which two answer for a token."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def _train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=CONTEXT)
