@@ -1,10 +1,10 @@
-"""Plant faults in runs of five models, and see whether the diagnosis and the alarms find them, and nothing else.
+"""Plant faults in runs of eight models, and see whether the diagnosis and the alarms find them, and nothing else.
 
-    python scripts/fault_bench.py --output FOLDER                        # demo and code, seed 0: which need nothing
+    python scripts/fault_bench.py --output FOLDER                        # models that need nothing, seed 0
     python scripts/fault_bench.py --output FOLDER --shared MODELS         # and those that need text or models from there
     python scripts/fault_bench.py --output FOLDER --models demo --only burst outlier --seed 1
     python scripts/fault_bench.py --output FOLDER --healthy 10           # alarms of healthy arms over 10 seeds
-    python scripts/fault_bench.py --output FOLDER --summary              # matrix, wrong answers, faults.csv
+    python scripts/fault_bench.py --output FOLDER --summary              # matrix, wrong answers, faults.csv, healthy.csv
 
 Models: `faults.models`. Faults: `faults.studies`. What counts as harm, and as a wrong answer: `faults.labels`.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 
-from faults import healthy
+from faults import healthy, tally
 from faults.cells import CELLS_FILE, keep, read_cells
 from faults.labels import Judge
 from faults.models import SUBJECTS, Subject
@@ -68,8 +68,13 @@ def main() -> int:
                     if arguments.only is None or study.name in arguments.only:
                         cells = run(study, subject, judge, arguments.seed, output, display)
                         keep(output / f"seed-{arguments.seed}" / CELLS_FILE, cells)
-    healthy.report(arguments.output, console)
-    return int(bool(summarize(read_cells(arguments.output), arguments.output / "faults.csv", console)))
+    files = [arguments.output / name for name in ("faults.csv", "healthy.csv")]
+    wrong = summarize(read_cells(arguments.output), files[0], console)
+    tally.write_csv(files[1], healthy.COLUMNS, list(healthy.rows(arguments.output)))
+    faults, over_seeds = map(tally.read_csv, files)
+    for columns, rows in ((tally.DIAGNOSIS, tally.diagnosis(faults)), (tally.ALARMS, tally.alarms(faults, over_seeds))):
+        console.print(tally.markdown(columns, rows), markup=False, highlight=False, soft_wrap=True)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

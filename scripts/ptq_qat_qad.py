@@ -27,6 +27,7 @@ from faults import small
 from faults.models import SUBJECTS, Kind, Subject, documents
 from faults.planted import outlier_model
 from faults.studies import BATCH, FORMATS, SEQ_LEN, STEPS
+from qatrun import demo
 from qatrun.evaluate.attribution import HELD_OUT, KNOWN
 from qatrun.evaluate.replication import correct_of_seeds, difference, text_rise
 from qatrun.evaluate.scores import Scores
@@ -94,8 +95,13 @@ class Cell(NamedTuple):
 
 def outliers(folder: Path, shared: Path | None) -> Subject:
     """The demo with planted outlier channels: the same function, which one scale a tensor cannot hold in INT8."""
-    demo = SUBJECTS["demo"](folder, shared)
-    return replace(demo, name="demo-outliers", model=str(outlier_model(demo.config, folder / "model")))
+    found = with_all_questions(folder, shared)
+    return replace(found, name="demo-outliers", model=str(outlier_model(found.config, folder / "model")))
+
+
+def with_all_questions(folder: Path, shared: Path | None) -> Subject:
+    """The demo with its own tasks, of which the first items are asked: those about what it knows best."""
+    return replace(SUBJECTS["demo"](folder, shared), tasks=dict.fromkeys(demo.TASKS, 0))
 
 
 def coder(folder: Path, shared: Path | None) -> Subject:
@@ -105,7 +111,7 @@ def coder(folder: Path, shared: Path | None) -> Subject:
     return replace(found, tasks={str(small.write_task(folder / f"task-{ITEMS}", items)): 0})
 
 
-MODELS = {"demo": SUBJECTS["demo"], "code": coder, "gut3m": SUBJECTS["gut3m"], "demo-outliers": outliers}
+MODELS = {"demo": with_all_questions, "code": coder, "gut3m": SUBJECTS["gut3m"], "demo-outliers": outliers}
 
 
 def recipe_of(name: str, subject: Subject, output: Path, seeds: int, steps: int) -> Recipe:

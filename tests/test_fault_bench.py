@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import replace
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,15 +21,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from faults import planted, small, studies, summary  # noqa: E402
+from faults import code, healthy, planted, small, studies, summary, tally  # noqa: E402
 from faults.cells import Cell, Cells, Nats, keep, read_cells  # noqa: E402
-from faults.labels import ANY, Judge, label, mistakes, questions  # noqa: E402
+from faults.labels import ANY, Judge, knows, label, mistakes, nats_of_each, questions  # noqa: E402
 from faults.models import SCORED, Subject, write_texts  # noqa: E402
 from faults.studies import FAULTS, FORMATS, STUDIES, WARMUP, Study, recipe_of  # noqa: E402
 from qatrun.data import IGNORE_INDEX  # noqa: E402
 from qatrun.records.diagnosis import Cause  # noqa: E402
-
-HEALTHY = Nats(own=0.01, new=0.01, answer=0.0)
 
 
 def tiny_neox() -> GPTNeoXForCausalLM:
@@ -38,9 +36,20 @@ def tiny_neox() -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=101, max_position_embeddings=64, **sizes)).eval()
 
 
+def made(build: Any) -> Any:
+    torch.manual_seed(0)
+    return build(0).eval()
+
+
 @pytest.mark.parametrize(
     ("make_model", "norm"),
-    [(tiny_llama, "layers.0.input_layernorm"), (tiny_neox, "layers.0.input_layernorm"), (tiny_gpt2, "h.0.ln_1")],
+    [
+        (tiny_llama, "layers.0.input_layernorm"),
+        (tiny_neox, "layers.0.input_layernorm"),
+        (tiny_gpt2, "h.0.ln_1"),
+        (lambda: made(small.opt), "decoder.layers.0.final_layer_norm"),
+        (lambda: made(small.mixtral), "layers.0.post_attention_layernorm"),
+    ],
 )
 def test_outlier_channels_are_there_and_preserve_the_function(make_model: Any, norm: str) -> None:
     model = make_model()
@@ -49,8 +58,9 @@ def test_outlier_channels_are_there_and_preserve_the_function(make_model: Any, n
     planted.plant_outliers(model)
     torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
     grown = weight / were
-    assert grown[:: planted.EVERY_CHANNEL].tolist() == [planted.OUTLIER] * 4
-    assert grown.sum() == 28 + 4 * planted.OUTLIER
+    num_outliers = len(grown) // planted.EVERY_CHANNEL
+    assert grown[:: planted.EVERY_CHANNEL].tolist() == [planted.OUTLIER] * num_outliers
+    assert grown.sum() == len(grown) - num_outliers + num_outliers * planted.OUTLIER
 
 
 @pytest.mark.parametrize("factor", [1, 8])
@@ -82,10 +92,32 @@ def test_quiet_batches_hold_one_word_and_nothing_else() -> None:
 def test_a_question_counts_the_right_answer_alone() -> None:
     item: Any = {"query": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 1}
     other: Any = {"query": "w1", "choices": ["w6"], "answer": 0}
-    ids, labels = questions(word_tokenizer(), [item, other])
-    assert ids.tolist() == [[2, 3, 5, 6], [2, 7, 0, 0]]
+    asked = questions(word_tokenizer(), [item, other])
+    assert asked.input_ids.tolist() == [[2, 3, 5, 6], [2, 7, 0, 0]]
     no = IGNORE_INDEX
-    assert labels.tolist() == [[no, no, 5, 6], [no, 7, no, no]]
+    assert asked.labels.tolist() == [[no, no, 5, 6], [no, 7, no, no]]
+
+
+def test_answers_count_where_the_model_knows_them() -> None:
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    rng = Random(0)
+    items: list[Any] = [
+        {"query": f"w{rng.randrange(90)} w{rng.randrange(90)}", "choices": ["w3", "w4 w5"], "answer": rng.randrange(2)}
+        for _ in range(60)
+    ]
+    assert not knows(model, tokenizer, items)
+    cost = [nats_of_each(model, questions(tokenizer, items, choice)) for choice in range(2)]
+    known = [item | {"answer": int(one > other)} for item, one, other in zip(items, *cost, strict=True)]
+    assert knows(model, tokenizer, known)
+
+
+@pytest.mark.parametrize("text", ["headers", "docstrings", "source_code"])
+def test_text_that_is_held_out_is_not_learned(text: str) -> None:
+    learned, held = (
+        {piece for piece in islice(part, 200) if len(piece) > code.PIECE // 2} for part in getattr(code, text)()
+    )
+    assert min(len(learned), len(held)) > 100
+    assert not learned & held
 
 
 def test_which_line_comes_next() -> None:
@@ -107,7 +139,7 @@ def subject(folder: Path) -> Subject:
     for kind in ("own", "new"):
         write_texts(folder / "texts", kind, iter(["w1 w2", "w3"]), iter(["w4", "w5", "w6"]))
     rates = {"sane": 1e-4, "high": 1e-3, "mild": 1e-3, "hot": 3e-3, "ruin": 1e-2}
-    return Subject("demo", "builtin:demo", folder / "texts", {"demo_facts": 0}, None, (), rates)
+    return Subject("demo", "builtin:demo", folder / "texts", {"demo_facts": 0}, None, {}, rates)
 
 
 def test_diagnosis_and_rule_read_other_documents(tmp_path: Path) -> None:
@@ -148,7 +180,10 @@ def a_cell(
         name: given if isinstance(given, Cause) else Cause(answer=given)
         for name, given in (found | (answers or {})).items()
     }
-    nats = [Nats(own=value, new=value, answer=0.0) for value in (1.0, 1.0 + training, 1.0 + training + quantization)]
+    nats = [
+        Nats(own=[value + noise, value - noise] * 30, new=[value + noise, value - noise] * 30, answer=[])
+        for value, noise in ((1.0, 0.0), (1.0 + training, 0.01), (1.0 + training + quantization, 0.0))
+    ]
     return Cell(
         model="m", seed=0, study="own", arm=f"hif8-{fault}", format="hif8", fault=fault, text="own", probe=False,
         start=nats[0], twin=nats[1], on=nats[2], answers=causes, sentence="a sentence", alarms={},
@@ -163,7 +198,9 @@ HIDES = {"unit": "nats a token", "answer": "not shown"}
     [
         (a_cell(), (), []),
         (a_cell(answers={"forgetting": "found"}), (), [("accused", "forgetting")]),
-        (a_cell(training=0.049), (), []),
+        (a_cell(training=0.035), (), []),
+        (a_cell(training=0.049), (), []),  # open
+        (a_cell(training=0.049, answers={"forgetting": "found"}), (), []),
         (a_cell(training=0.06), ("forgetting",), [("missed", "forgetting")]),
         (a_cell(training=0.06, answers={"forgetting": "found"}), ("forgetting",), []),
         (a_cell(training=0.06, answers={"forgetting": "not shown"}), ("forgetting",), [("hid", "forgetting")]),
@@ -186,6 +223,7 @@ HIDES = {"unit": "nats a token", "answer": "not shown"}
         ),
         (a_cell(quantization=0.05, answers={"divergence": "found"}), (ANY,), []),
         (a_cell(quantization=0.05), (ANY,), [("missed", ANY)]),
+        (a_cell(training=2.0, quantization=0.1, answers={"forgetting": "found"}), ("forgetting",), []),  # two that part
         (a_cell("words", training=0.5, answers={"forgetting": "found"}), ("input",), [("missed", "input")]),
         (a_cell("words", answers={"input": "found", "resolution": "found"}), ("input",), []),
         (a_cell("words").model_copy(update={"alarms": {"input": 1}}), ("input",), []),
@@ -195,7 +233,7 @@ HIDES = {"unit": "nats a token", "answer": "not shown"}
     ],
 )  # fmt: skip
 def test_the_rule_and_what_is_wrong_by_it(cell: Cell, truth: tuple[str, ...], wrong: list[tuple[str, str]]) -> None:
-    found = label(cell, FAULTS[cell.fault].causes, HEALTHY)
+    found = label(cell, FAULTS[cell.fault].causes, a_cell())
     assert found.truth == truth
     assert list(mistakes(cell, found)) == wrong
 
@@ -208,32 +246,44 @@ def test_the_summary_counts_and_names_what_is_wrong(tmp_path: Path) -> None:
     wrong = summary.summarize(read_cells(tmp_path), tmp_path / "faults.csv", Console(file=text, width=200))
     assert wrong == 1
     assert "m seed 0 own/hif8-scale-8x (without probe): missed saturation" in text.getvalue()
-    assert f"3 (3 to 3 of {60})" in text.getvalue()
-    with (tmp_path / "faults.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = tally.read_csv(tmp_path / "faults.csv")
     assert [row["fault"] for row in rows] == ["none", "high", "scale-8x"]
-    assert [(row["label"], row["found"], row["wrong"]) for row in rows[1:]] == [
-        ("", "ruled out", ""),
-        ("saturation", "ruled out", "missed:saturation"),
+    assert [(row["label"], row["found"], row["wrong"], row["alarm_delay"]) for row in rows[1:]] == [
+        ("", "ruled out", "", ""),
+        ("saturation", "ruled out", "missed:saturation", "3"),
     ]
+    (of_cell, *_) = tally.alarms(rows, [])
+    assert of_cell[1:8] == ("1", "1", "2 %", "3 (3 to 3)", "3", "0", "71 %")
     assert isinstance(Cells(cells=[missed]), Cells)
 
 
-def test_the_document_says_what_the_cells_say() -> None:
-    rows = summary.read_csv(SCRIPTS / "bench_results" / "faults.csv")
-    document = (SCRIPTS.parent / "docs" / "fault-bench.md").read_text(encoding="utf-8")
-    assert summary.markdown(summary.tally(rows)) in document
+def test_documents_say_what_the_cells_say() -> None:
+    rows, healthy = (tally.read_csv(SCRIPTS / "bench_results" / name) for name in ("faults.csv", "healthy.csv"))
+    root = SCRIPTS.parent
+    document = (root / "docs" / "fault-bench.md").read_text(encoding="utf-8")
+    right = tally.markdown(tally.DIAGNOSIS, tally.diagnosis(rows))
+    assert right in document
+    assert tally.markdown(tally.ALARMS, tally.alarms(rows, healthy)) in document
     assert f"{len(rows)} cells" in document
+    assert right in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_mistake_is_counted_once_and_shares_have_their_upper_ends() -> None:
-    cell = {"model": "demo", "seed": "2", "label": "forgetting", "found": "forgetting", "wrong": ""}
+    cell = {"model": "demo", "seed": "3", "label": "forgetting", "open": "", "found": "forgetting", "wrong": ""}
     rows = [cell] * 18 + [
         {**cell, "wrong": "missed:resolution accused:divergence"},
         {**cell, "wrong": "hid:forgetting"},
     ]
-    rows += [{**cell, "label": "", "found": "not shown"}]
-    assert summary.tally(rows)[-1] == ("all, judging", "20", "0", "1", "1", "32 %", "1", "0", "98 %", "1")
+    rows += [{**cell, "label": "", "found": "not shown"}, {**cell, "label": "", "open": "forgetting"}]
+    assert tally.diagnosis(rows)[-1] == ("all, judging", "20", "0", "1", "1", "32 %", "1", "0", "98 %", "1", "1")
+
+
+def test_healthy_arms_over_seeds_have_a_row_each(tmp_path: Path) -> None:
+    arm = tmp_path / "m" / "healthy" / "seed-100" / "own" / "hif8-none"
+    arm.mkdir(parents=True)
+    (arm / "result.json").write_text("{}")
+    (arm / "alarms.jsonl").write_text("")
+    assert list(healthy.rows(tmp_path)) == [("m", "100", "own", "hif8", "")]
 
 
 def test_a_damaged_layer_is_another_one(tmp_path: Path) -> None:

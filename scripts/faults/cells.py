@@ -17,13 +17,13 @@ class Nats(Record):
     """What a model makes of the rule's texts and questions.
 
     Attributes:
-        own, new: nats a token of text of the kind that the start model was trained on, and of the other kind.
-        answer: nats of the right answer's text, mean over questions; 0 where none are asked.
+        own, new: nats a token of each sequence of the kind that the start model was trained on, and of the other kind.
+        answer: nats of the right answer's text, for each question; empty where none are asked.
     """
 
-    own: float
-    new: float
-    answer: float
+    own: list[float]
+    new: list[float]
+    answer: list[float]
 
 
 class Cell(Record):

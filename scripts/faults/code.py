@@ -45,7 +45,8 @@ def prose() -> tuple[Iterator[str], Iterator[str]]:
 def _parted(
     found: Iterable[Path], read: Callable[[str], str] = lambda text: text
 ) -> tuple[Iterator[str], Iterator[str]]:
-    files = sorted(found)
+    copies = {(file.name, file.stat().st_size): file for file in sorted(found)}
+    files = list(copies.values())
     Random(0).shuffle(files)
     held = len(files) // 9
     return _pieces(files[held:], read), _pieces(files[:held], read)

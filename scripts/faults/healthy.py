@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import beta
 
 from faults.models import Subject
 from faults.studies import FORMATS, STUDIES, recipe_of
@@ -18,6 +15,7 @@ from qatrun.study.records import first_alarms
 
 FOLDER = "healthy"
 SETTINGS = {"limit": 1}
+COLUMNS = ("model", "seed", "text", "format", "false_alarms")
 
 
 def run(subject: Subject, num_seeds: int, output: Path, display: Display) -> None:
@@ -37,33 +35,12 @@ def _healthy() -> list[str]:
     return ["bf16", *(f"{format}-none" for format in FORMATS)]
 
 
-def at_most(count: int, total: int) -> str:
-    """The upper end of the exact 95 % interval (Clopper-Pearson) of a share, in per cent."""
-    return f"{100 * float(beta.ppf(0.975, count + 1, total - count)):.0f} %" if count < total else "100 %"
-
-
-def report(output: Path, console: Console) -> None:
-    """Print how many healthy arms raised an alarm, and the most that the share may be."""
-    table = Table("model", "text", "healthy arms", "alarmed", "at most", "alarms")
-    for folder in sorted(output.glob(f"*/{FOLDER}")):
-        for kind in ("own", "new"):
-            arms = [
-                first_alarms(StudyFolder(place).arm(name))
-                for place in sorted(folder.glob(f"seed-*/{kind}"))
-                for name in _healthy()[1:]
-                if StudyFolder(place).arm(name).result.is_file()
-            ]
-            if arms:
-                raised = [alarms for alarms in arms if alarms]
-                kinds = ", ".join(f"{name}@{step}" for alarms in raised for name, step in alarms.items())
-                row = (
-                    folder.parent.name,
-                    kind,
-                    str(len(arms)),
-                    str(len(raised)),
-                    at_most(len(raised), len(arms)),
-                    kinds,
-                )
-                table.add_row(*row)
-    if table.row_count:
-        console.print(table)
+def rows(output: Path) -> Iterator[tuple[str, ...]]:
+    """Of the columns COLUMNS, for each arm that was trained there."""
+    for folder in sorted(output.glob(f"*/{FOLDER}/seed-*/*")):
+        for name in _healthy()[1:]:
+            arm = StudyFolder(folder).arm(name)
+            if arm.result.is_file():
+                raised = " ".join(f"{kind}@{step}" for kind, step in first_alarms(arm).items())
+                model, seed = folder.parents[2].name, folder.parent.name.removeprefix("seed-")
+                yield model, seed, folder.name, name.partition("-")[0], raised

@@ -1,29 +1,30 @@
 """What is harmful, and what is a right answer.
 
 The rule was written down before the cells that it labels were run. It looks at text and questions that the diagnosis does
-not see (other documents, other items), and at point estimates alone:
+not see (other documents, other items):
 
     forgetting      training without quantizers, start -> twin, costs 0.05 nats a token of text of the kind that the start
-                    model was trained on, or 0.10 nats an answer
+                    model was trained on, or 0.10 nats an answer; it is harmless below 0.04 and 0.10
     quantization    twin -> arm costs 0.02 nats a token of text of the kind that the start model was trained on, or of the
                     kind that it is trained on now, or 0.04 an answer, more than the same format costs the same model,
                     trained on the same text, without a fault. The cause is then what was planted: saturation or
-                    resolution; where nothing was, any of saturation, resolution and divergence will do
+                    resolution; where nothing was, any of saturation, resolution and divergence will do. Where training
+                    forgot, harm begins a twentieth of that higher: two runs that forget part by themselves
     input           the text is garbage, or in tokens of another tokenizer: always harmful, and beside it nothing is judged.
                     It is found, too, by what is said of the text before or at the first step
 
-Answers count where questions are asked: of models that can answer any. The thresholds of the diagnosis were set on seeds 0
-to 2 of the demo and on what the formats cost gut3m and stories260K after training; seed 0 of every model was looked at
-while its rule was mended, and once changed this one: text that neither the start model nor training saw no longer counts,
-nor must harm without clipping be called saturation. Of seed 1, `own` and `new` were looked at once more: one cell of 18
-harmful ones was hid (gut3m, 0.070 nats a token of forgetting). Since then whole texts have half of the level, twice the
-known text is read, and the line of forgetting is at 0.04. Seed 2 of these four judges. Then `gpt2` was added: on its seed 2
-the new text, so foreign that token frequencies do better than the model, was taken for none; since then a text with order is
-one, unless the model is surer of other tokens than 1 nat above any guess. Seed 3 still had the alarm of before; seed 4
-judges. An answer is wrong where the diagnosis
+A cause is harmful where the whole 95 % interval over sequences or questions lies above its line, harmless where it lies
+below, and *open* between: there any answer will do. Answers count of tasks that the start model surely answers better than
+by chance.
+
+What was changed after looking: on seed 0 (text that neither the start model nor training saw no longer counts; harm without
+clipping need not be called saturation; forgetting is found from 0.04, so that 0.05 is), and on seeds 1 and 2 (intervals in
+place of point estimates, answers near chance no longer count, two ruined runs may part, and the demo's questions are drawn:
+its first hundred are those that it knows best). On seed 2 of `gpt2`, the diagnosis took text for none that was only foreign.
+The seeds after these judge: 3, 5 of `gpt2`, and 0 of the models that were made last. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
-    accused    finds a cause that is not harmful, or another than the one that is
+    accused    finds a cause that is harmless, or another than the one that is not
     hid        does not show a harmful cause that costs more than 0.05 nats a token, or says that less could hide
 """
 
@@ -34,28 +35,36 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from scipy.stats import binomtest
 from torch.nn.utils.rnn import pad_sequence
 
 from faults.cells import Cell, Nats
 from faults.models import Question, Subject
-from qatrun.data import IGNORE_INDEX, open_probe
-from qatrun.evaluate.text import mean_nll
+from qatrun.data import IGNORE_INDEX, Batch, open_probe
+from qatrun.evaluate.causes import A_TOKEN, AN_ANSWER
+from qatrun.evaluate.paired import t_interval
+from qatrun.evaluate.text import score_texts
 from qatrun.export import artifact
 from qatrun.model import load_model
 from qatrun.recipe import DataConfig, ModelConfig
 from qatrun.tokenizer import load_tokenizer
 
 # Nats a token of text, nats an answer.
-FORGETTING, QUANTIZATION = (0.05, 0.10), (0.02, 0.04)
+HARMLESS = {"forgetting": (0.04, 0.10), "quantization": (0.02, 0.04)}
+HARMFUL = {"forgetting": (0.05, 0.10), "quantization": (0.02, 0.04)}
+PARTING = 0.05  # of what training lost
 MUST_SHOW = 0.05
 OF_QUANTIZATION = ("saturation", "resolution", "divergence")
 ANY = "quantization"  # one of these, where none was planted
 INPUT, DAMAGED = "input", "damaged"
 UNREADABLE = ("words", "characters", "tokenizer")  # faults that make text none to the model
-JUDGED_SEQUENCES = 64
+JUDGED_SEQUENCES = 128
+KNOWS = 0.001  # that a task is answered as well by chance
 
+Array = npt.NDArray[np.float64]
 Wrong = Literal["missed", "accused", "hid"]
 
 
@@ -64,13 +73,16 @@ class Judge:
 
     def __init__(self, subject: Subject, seq_len: int) -> None:
         tokenizer = load_tokenizer(subject.config)
-        self.texts: dict[str, Tensor] = {}
+        self.read: dict[str, Batch] = {}
         for kind in ("own", "new"):
             data = DataConfig(train=subject.text(kind, "train"), probe=subject.text(kind, "judge"), seq_len=seq_len)
             text = open_probe(data, tokenizer, JUDGED_SEQUENCES)
             assert text is not None  # it is given
-            self.texts[kind] = text
-        self.asked = questions(tokenizer, subject.questions) if subject.questions else None
+            self.read[kind] = Batch(text, text)
+        start = load_model(subject.config, torch.bfloat16)
+        known = [items for items in subject.questions.values() if knows(start, tokenizer, items)]
+        if known:
+            self.read["answer"] = questions(tokenizer, [item for items in known for item in items])
         self.plain = cache(self._plain)
 
     def _plain(self, path: str) -> Nats:
@@ -82,35 +94,77 @@ class Judge:
         return self._nats(artifact.load(folder)[0])
 
     def _nats(self, model: Any) -> Nats:
-        own, new = (mean_nll(model, self.texts[kind], batch_size=16) for kind in ("own", "new"))
-        answer = 0.0
-        if self.asked is not None:
-            ids, labels = self.asked
-            of_token = mean_nll(model, ids, batch_size=64, labels=labels)
-            answer = of_token * int((labels[:, 1:] != IGNORE_INDEX).sum()) / len(ids)
-        return Nats(own=own, new=new, answer=answer)
+        nats = {name: nats_of_each(model, batch) for name, batch in self.read.items()}
+        num_tokens = self.read["own"].input_ids.shape[1] - 1
+        return Nats(
+            own=(nats["own"] / num_tokens).tolist(),
+            new=(nats["new"] / num_tokens).tolist(),
+            answer=nats["answer"].tolist() if "answer" in nats else [],
+        )
 
 
-def questions(tokenizer: Any, items: Iterable[Question]) -> tuple[Tensor, Tensor]:
-    """([num_items, longest] token ids, labels of the right answers); what is padded lies after them."""
+def nats_of_each(model: Any, batch: Batch) -> Array:
+    """[num_sequences], of all tokens that count."""
+    of_strata: Array = np.array(score_texts(model, {"it": batch}, batch_size=32).texts["it"].nats)
+    return np.asarray(of_strata.sum(axis=1))
+
+
+def questions(tokenizer: Any, items: Iterable[Question], choice: int | None = None) -> Batch:
+    """Questions with an answer that counts alone; what is padded lies after it.
+
+    Args:
+        choice: which; None: the right one.
+    """
     ids, labels = [], []
     for item in items:
+        answer = item["choices"][item["answer"] if choice is None else choice]
         query = tokenizer(item["query"])["input_ids"]
-        whole = tokenizer(f"{item['query']} {item['choices'][item['answer']]}")["input_ids"]
+        whole = tokenizer(f"{item['query']} {answer}")["input_ids"]
         shared = len(query) - (whole[: len(query)] != query)
         ids.append(torch.tensor(whole))
         labels.append(torch.tensor([IGNORE_INDEX] * shared + whole[shared:]))
-    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    return Batch(
+        pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    )
+
+
+def knows(model: Any, tokenizer: Any, items: Sequence[Question]) -> bool:
+    """Whether the likeliest choice is surely right more often than one that is drawn."""
+    num_choices = len(items[0]["choices"])
+    cost = np.stack([nats_of_each(model, questions(tokenizer, items, choice)) for choice in range(num_choices)])
+    right = int((cost.argmin(axis=0) == [item["answer"] for item in items]).sum())
+    return bool(binomtest(right, len(items), 1.0 / num_choices, alternative="greater").pvalue < KNOWS)
 
 
 class Cost(NamedTuple):
+    """What something costs: mean, and 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Array) -> Cost:
+        return (
+            cls(float(values.mean()), *(t_interval(values) or (-np.inf, np.inf))) if len(values) else cls(0.0, 0.0, 0.0)
+        )
+
+
+class Costs(NamedTuple):
     """Nats a token, nats an answer."""
 
-    token: float
-    answer: float
+    token: Cost
+    answer: Cost
 
-    def harms(self, limits: tuple[float, float]) -> bool:
-        return self.token >= limits[0] or self.answer >= limits[1]
+    def harm(self, cause: Literal["forgetting", "quantization"], more: tuple[float, float]) -> bool | None:
+        """Whether they do; None: open.
+
+        Args:
+            more: that the line of harm lies higher.
+        """
+        if any(cost.low > line + higher for cost, line, higher in zip(self, HARMFUL[cause], more, strict=True)):
+            return True
+        return None if any(cost.high > line for cost, line in zip(self, HARMLESS[cause], strict=True)) else False
 
 
 class Label(NamedTuple):
@@ -118,42 +172,50 @@ class Label(NamedTuple):
 
     Attributes:
         truth: the harmful causes; `ANY` stands for one of OF_QUANTIZATION.
+        open: those of which the rule cannot tell.
         forgetting, quantization: what they cost; the latter beyond the healthy format.
     """
 
     truth: tuple[str, ...]
-    forgetting: Cost
-    quantization: Cost
+    open: tuple[str, ...]
+    forgetting: Costs
+    quantization: Costs
 
 
-def label(cell: Cell, planted: Sequence[str], healthy: Nats) -> Label:
+def label(cell: Cell, planted: Sequence[str], healthy: Cell) -> Label:
     """
     Args:
         planted: causes of quantization that the cell's fault may become.
-        healthy: what the format costs the model without a fault, as `costs` has it.
+        healthy: of the same format, model and text, without a fault.
     """
-    forgetting = Cost(cell.twin.own - cell.start.own, cell.twin.answer - cell.start.answer)
-    here = costs(cell)
-    of_text = [here.own - healthy.own, *([here.new - healthy.new] if cell.text == "new" else [])]
-    quantization = Cost(max(of_text), here.answer - healthy.answer)
+    forgetting = Costs(*(Cost.of(lost(cell.start, cell.twin, name)) for name in ("own", "answer")))
+    beyond = {
+        name: Cost.of(lost(cell.twin, cell.on, name) - lost(healthy.twin, healthy.on, name))
+        for name in ("own", "new", "answer")
+    }
+    of_text = [beyond["own"], *([beyond["new"]] if cell.text == "new" else [])]
+    quantization = Costs(max(of_text, key=lambda cost: cost.low), beyond["answer"])
     if cell.fault == DAMAGED or cell.fault in UNREADABLE:
-        return Label((DAMAGED if cell.fault == DAMAGED else INPUT,), forgetting, quantization)
-    truth = ["forgetting"] if forgetting.harms(FORGETTING) else []
-    truth += (list(planted) or [ANY]) if quantization.harms(QUANTIZATION) else []
-    return Label(tuple(truth), forgetting, quantization)
+        return Label((DAMAGED if cell.fault == DAMAGED else INPUT,), (), forgetting, quantization)
+    parting = tuple(PARTING * max(cost.mean, 0.0) for cost in forgetting)
+    harm = {
+        ("forgetting",): forgetting.harm("forgetting", (0.0, 0.0)),
+        tuple(planted) or (ANY,): quantization.harm("quantization", (parting[0], parting[1])),
+    }
+    truth, open_ = ([name for names, does in harm.items() if does is which for name in names] for which in (True, None))
+    return Label(tuple(truth), tuple(open_), forgetting, quantization)
 
 
-def costs(cell: Cell) -> Nats:
-    """What quantization costs an arm."""
-    return Nats(
-        own=cell.on.own - cell.twin.own, new=cell.on.new - cell.twin.new, answer=cell.on.answer - cell.twin.answer
-    )
+def lost(before: Nats, after: Nats, name: str) -> Array:
+    """Nats a token of each sequence of a text, or nats of each answer."""
+    difference: Array = np.array(getattr(after, name)) - np.array(getattr(before, name))
+    return difference
 
 
-def healthy_costs(cells: Iterable[Cell]) -> Mapping[tuple[str, int, str, str], Nats]:
-    """(model, seed, text, format) -> what the format costs without a fault."""
+def healthy_cells(cells: Iterable[Cell]) -> Mapping[tuple[str, int, str, str], Cell]:
+    """(model, seed, text, format) -> the one without a fault."""
     return {
-        (cell.model, cell.seed, cell.text, cell.format): costs(cell)
+        (cell.model, cell.seed, cell.text, cell.format): cell
         for cell in cells
         if cell.fault == "none" and cell.study == cell.text
     }
@@ -168,24 +230,33 @@ def mistakes(cell: Cell, found: Label) -> Iterator[tuple[Wrong, str]]:
     answers = {cause: each.answer for cause, each in cell.answers.items()}
     if cell.warned or INPUT in cell.alarms:
         answers[INPUT] = "found"
-    harmful: set[str] = set()
     for cause in found.truth:
-        among = OF_QUANTIZATION if cause == ANY else (cause,)
-        harmful |= set(among)
+        among = causes_of(cause)
         given = {answers[name] for name in among}
-        cost = found.forgetting.token if cause == "forgetting" else found.quantization.token
+        costs = found.forgetting if cause == "forgetting" else found.quantization
         if given == {"ruled out"}:
             yield "missed", cause
-        elif "found" not in given and (cause == INPUT or cost > MUST_SHOW or _hidden(cell, among) < cost):
+        elif "found" not in given and (
+            cause == INPUT or costs.token.low > MUST_SHOW or _less_could_hide(cell, among, costs)
+        ):
             yield "hid", cause
     if found.truth == (INPUT,):
         return
+    spared = {name for cause in (*found.truth, *found.open) for name in causes_of(cause)}
     for cause, answer in answers.items():
-        if answer == "found" and cause not in harmful:
+        if answer == "found" and cause not in spared:
             yield "accused", cause
 
 
-def _hidden(cell: Cell, causes: Sequence[str]) -> float:
-    """Nats a token that could hide in those that are not shown."""
+def causes_of(cause: str) -> tuple[str, ...]:
+    """Those that a harmful one may be found as."""
+    return OF_QUANTIZATION if cause == ANY else (cause,)
+
+
+def _less_could_hide(cell: Cell, causes: Sequence[str], costs: Costs) -> bool:
+    """Whether what is not shown surely costs more than each of them is said to hide, in the unit in which it is said."""
     open_ = [cell.answers[cause] for cause in causes if cell.answers[cause].answer == "not shown"]
-    return max((each.could_hide or 0.0 for each in open_ if each.unit == "nats a token"), default=0.0)
+    of_unit = {A_TOKEN: costs.token.low, AN_ANSWER: costs.answer.low}
+    return all(
+        each.could_hide is not None and each.could_hide < of_unit.get(each.unit or "", -np.inf) for each in open_
+    )

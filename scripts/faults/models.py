@@ -3,21 +3,21 @@
     demo          2.7M, words, a generated world that it knows well; questions about it
     code          0.8M, a GPT-NeoX made here (see `small`): Python, and prose about Python; which line comes next?
     gpt2          1.0M, a GPT-2 made here, children's stories; Python is new to it; which sentence comes next?
-    qwen3         4.8M, a Qwen3 made here: the docstrings of PyTorch; its C++ headers are new to it; which sentence comes next?
-    opt           0.9M, an OPT made here: the demo's world; docstrings are new to it; which sentence comes next?
-    mixtral       2.0M, four experts, made here: C++ headers; the prose of Python's manual is new to it; which line comes next?
+    qwen3         4.8M, a Qwen3 made here, PyTorch's docstrings; its C++ headers are new to it; which sentence comes next?
+    opt           0.9M, an OPT made here, the demo's world; PyTorch's docstrings are new to it; questions about the world
+    mixtral       2.0M, four experts, made here, C++ headers; prose about Python is new to it; which line comes next?
     gut3m         3.4M, books, perplexity 30; children's stories are new to it; ARC-Challenge by chance
     stories260K   0.26M, children's stories, perplexity 4.4; books are new to it; ARC-Challenge by chance
 
 Of held-out text the diagnosis reads every other document, and the rule of the labels the rest. Of the questions likewise:
-the diagnosis asks `SCORED` of each task; the rule asks others, of the models that can answer any.
+the diagnosis asks `SCORED` of each task; the rule asks others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -31,6 +31,7 @@ from qatrun.recipe import ModelConfig, Source
 
 Kind = Literal["own", "new"]
 Part = Literal["train", "valid", "judge"]
+Texts = tuple[Iterator[str], Iterator[str]]  # to learn, held out
 
 SCORED, ASKED = 100, 400  # items a task: of the diagnosis; of the rule
 KEPT = {"train": 6_000, "held": 1_000}  # documents at most
@@ -52,7 +53,7 @@ class Subject:
         model: as a recipe's `model.path`.
         texts: folder with `<kind>-<part>.jsonl`.
         tasks, data_dir: as a recipe's `eval`.
-        questions: that the rule asks.
+        questions: that the rule asks, by task.
         rates: of learning, by what they are for: `sane`, on either text; `high`, on its own text, where it does no harm;
             `mild`, `hot`, on new text, and `ruin`, on its own: they forget.
     """
@@ -62,7 +63,7 @@ class Subject:
     texts: Path
     tasks: dict[str, int]
     data_dir: str | None
-    questions: Sequence[Question]
+    questions: Mapping[str, Sequence[Question]]
     rates: dict[str, float]
 
     @property
@@ -99,12 +100,7 @@ def write_texts(folder: Path, kind: Kind, train: Iterable[str], held: Iterable[s
 def demo_subject(folder: Path, _shared: Path | None) -> Subject:
     write_texts(folder / "texts", "own", demo.documents("pretrain"), demo.documents("probe"))
     write_texts(folder / "texts", "new", demo.documents("finetune"), demo.documents("valid"))
-    tasks: dict[str, int] = {}
-    asked: list[Question] = []
-    for task in demo.TASKS:  # whose first items are about the best known
-        drawn = Random(task).sample(demo.items(task), SCORED + ASKED)
-        tasks[str(small.write_task(folder / "task", drawn[:SCORED], f"some_{task}"))] = 0
-        asked += drawn[SCORED:]
+    tasks, asked = _about_the_world(folder / "task")
     return Subject(
         name="demo",
         model=demo.BUILTIN,
@@ -116,70 +112,83 @@ def demo_subject(folder: Path, _shared: Path | None) -> Subject:
     )
 
 
+def _about_the_world(folder: Path) -> tuple[dict[str, int], dict[str, list[Question]]]:
+    """(a recipe's tasks, what the rule asks) of the demo's questions; drawn, since the first are about the best known."""
+    tasks, asked = {}, {}
+    for task in demo.TASKS:
+        drawn = Random(task).sample(demo.items(task), SCORED + ASKED)
+        tasks[str(small.write_task(folder, drawn[:SCORED], f"some_{task}"))] = 0
+        asked[task] = drawn[SCORED:]
+    return tasks, asked
+
+
 def code_subject(folder: Path, _shared: Path | None) -> Subject:
-    for kind, (train, held) in {"own": code.source_code(), "new": code.prose()}.items():
-        write_texts(folder / "texts", "own" if kind == "own" else "new", train, held)
-    return made_here("code", folder, small.gpt_neox, str.splitlines)
+    made = made_here("code", folder, small.gpt_neox, code.source_code(), code.prose())
+    return asked_what_comes_next(made, folder / "task", str.splitlines)
 
 
 def gpt2_subject(folder: Path, shared: Path | None) -> Subject:
-    write_texts(folder / "texts", "own", *_shared_text("gpt2", shared, "tinystories"))
-    write_texts(folder / "texts", "new", *code.source_code())
-    return made_here("gpt2", folder, small.gpt2, small.sentences)
+    made = made_here("gpt2", folder, small.gpt2, _shared_text("gpt2", shared, "tinystories"), code.source_code())
+    return asked_what_comes_next(made, folder / "task", small.sentences)
 
 
 def qwen3_subject(folder: Path, _shared: Path | None) -> Subject:
-    write_texts(folder / "texts", "own", *code.docstrings())
-    write_texts(folder / "texts", "new", *code.headers())
-    return made_here("qwen3", folder, small.qwen3, small.sentences, small.LARGER)
-
-
-def opt_subject(folder: Path, _shared: Path | None) -> Subject:
-    write_texts(folder / "texts", "own", demo.documents("pretrain"), demo.documents("probe"))
-    write_texts(folder / "texts", "new", *code.docstrings())
-    return made_here("opt", folder, small.opt, small.sentences)
+    made = made_here("qwen3", folder, small.qwen3, code.docstrings(), code.headers(), small.LARGER)
+    return asked_what_comes_next(made, folder / "task", small.sentences)
 
 
 def mixtral_subject(folder: Path, _shared: Path | None) -> Subject:
-    write_texts(folder / "texts", "own", *code.headers())
-    write_texts(folder / "texts", "new", *code.prose())
-    return made_here("mixtral", folder, small.mixtral, str.splitlines)
+    made = made_here("mixtral", folder, small.mixtral, code.headers(), code.prose())
+    return asked_what_comes_next(made, folder / "task", str.splitlines)
+
+
+def opt_subject(folder: Path, _shared: Path | None) -> Subject:
+    world = (demo.documents("pretrain"), demo.documents("probe"))
+    made = made_here("opt", folder, small.opt, world, code.docstrings())
+    tasks, asked = _about_the_world(folder / "task")
+    return replace(made, tasks=tasks, questions=asked)
 
 
 def made_here(
     name: str,
     folder: Path,
     build: Callable[[int], PreTrainedModel],
-    parts: Callable[[str], list[str]],
+    own: Texts,
+    new: Texts,
     vocabulary: int = small.VOCABULARY,
 ) -> Subject:
-    """A small model that is trained on its own text, and asked what comes next in it.
+    """A small model that is trained on its own text, and asked nothing yet.
 
     Args:
-        folder: its texts are there.
-        build, parts, vocabulary: as in `small`.
+        build, vocabulary: as in `small`.
     """
     texts = folder / "texts"
+    write_texts(texts, "own", *own)
+    write_texts(texts, "new", *new)
     small.make_model(folder / "model", documents(texts / "own-train.jsonl"), build, vocabulary)
-    items = small.what_comes_next(documents(texts / "own-valid.jsonl"), SCORED, parts)
-    task = small.write_task(folder / "task", items)
-    return Subject(
-        name=name,
-        model=str(folder / "model"),
-        texts=texts,
-        tasks={str(task): 0},
-        data_dir=None,
-        questions=small.what_comes_next(documents(texts / "own-judge.jsonl"), ASKED, parts),
-        rates={"sane": 3e-5, "high": 1e-3, "mild": 3e-4, "hot": 3e-3, "ruin": 1e-2},
+    rates = {"sane": 3e-5, "high": 1e-3, "mild": 3e-4, "hot": 3e-3, "ruin": 1e-2}
+    return Subject(name, str(folder / "model"), texts, tasks={}, data_dir=None, questions={}, rates=rates)
+
+
+def asked_what_comes_next(made: Subject, folder: Path, parts: Callable[[str], list[str]]) -> Subject:
+    """The same, asked which part of a text comes next.
+
+    Args:
+        parts: text -> its lines, or what stands for them.
+    """
+    seen, unseen = (
+        small.what_comes_next(documents(made.texts / f"own-{part}.jsonl"), count, parts)
+        for part, count in (("valid", SCORED), ("judge", ASKED))
     )
+    return replace(made, tasks={str(small.write_task(folder, seen)): 0}, questions={"next_line": unseen})
 
 
-def _shared_text(name: str, shared: Path | None, text: str) -> list[Iterator[str]]:
+def _shared_text(name: str, shared: Path | None, text: str) -> Texts:
     """(to learn, held out); FileNotFoundError where the folder that `--shared` names has none."""
     files = [] if shared is None else [shared / "text" / f"{text}_{part}.jsonl" for part in ("train", "valid")]
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(f"{name}: skipped, --shared names no folder with text/{text}_train.jsonl")
-    return [documents(file) for file in files]
+    return documents(files[0]), documents(files[1])
 
 
 def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Callable[[Path, Path | None], Subject]:
@@ -196,7 +205,7 @@ def shared_subject(name: str, own: str, new: str, rates: dict[str, float]) -> Ca
             texts=folder / "texts",
             tasks={"arc_challenge": 0},
             data_dir=str(shared / "data"),
-            questions=(),
+            questions={},
             rates=rates,
         )
 

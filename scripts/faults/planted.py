@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
-from typing import Any
 from unittest.mock import patch
 
 import torch

@@ -195,10 +195,8 @@ def what_comes_next(
     rng = Random(count)
     questions: list[Question] = []
     others = ["pass", "return None", "import os"]
-    for text in cycle(list(texts)):
-        lines = [line for line in parts(text) if line.strip()]
-        if len(lines) <= SHOWN_LINES:
-            continue
+    parted = [[line for line in parts(text) if line.strip()] for text in texts]
+    for lines in cycle([lines for lines in parted if len(lines) > SHOWN_LINES]):
         at = rng.randrange(SHOWN_LINES, len(lines))
         right = lines[at].strip()
         wrong = rng.sample(sorted({line for line in others if line != right}), 3)

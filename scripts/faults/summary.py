@@ -1,27 +1,22 @@
-"""What the cells say together: a matrix for each model, every wrong answer with its numbers, alarms, faults.csv."""
+"""What the cells say one by one: a matrix for each model, every wrong answer with its numbers, false alarms, faults.csv."""
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from faults.cells import Cell
-from faults.healthy import at_most
-from faults.labels import ANY, INPUT, Label, Wrong, healthy_costs, label, mistakes
-from faults.models import SUBJECTS
-from faults.studies import FAULTS, STEPS
+from faults.labels import ANY, INPUT, Costs, Label, Wrong, healthy_cells, label, mistakes
+from faults.studies import FAULTS
+from faults.tally import write_csv
 from qatrun.records.diagnosis import Cause
 
 NOTHING = "nothing"
-MISTAKES = ("missed", "hid", "accused")  # the later, the heavier
-LOOKED_AT = {model: (2, 3) if model == "gpt2" else (0, 1) for model in SUBJECTS}  # seeds, while the rule was mended
 
 
 class Judged(NamedTuple):
@@ -34,7 +29,7 @@ class Judged(NamedTuple):
 
 def judged(cells: Sequence[Cell]) -> list[Judged]:
     """Every cell that has a healthy one to stand beside."""
-    healthy = healthy_costs(cells)
+    healthy = healthy_cells(cells)
     found = []
     for cell in cells:
         usual = healthy.get((cell.model, cell.seed, cell.text, cell.format))
@@ -77,11 +72,17 @@ def wrong_answers(cells: Sequence[Judged]) -> Iterator[str]:
         yield (
             f"{cell.model} seed {cell.seed} {cell.study}/{cell.arm} ({'with' if cell.probe else 'without'} probe): "
             f"{'; '.join(f'{how} {cause}' for how, cause in wrong)}\n"
-            f"  by the rule {', '.join(its.truth) or NOTHING}: forgetting {its.forgetting.token:+.3f} a token "
-            f"{its.forgetting.answer:+.3f} an answer, quantization beyond {its.quantization.token:+.3f} "
-            f"{its.quantization.answer:+.3f}\n"
+            f"  by the rule {', '.join(its.truth) or NOTHING}{' (open: ' + ', '.join(its.open) + ')' if its.open else ''}: "
+            f"forgetting {_shown(its.forgetting)}, quantization beyond {_shown(its.quantization)}\n"
             f"  said: {cell.sentence}\n" + "\n".join(_looks(cell))
         )
+
+
+def _shown(costs: Costs) -> str:
+    return " and ".join(
+        f"{cost.mean:+.3f} [{cost.low:+.3f}, {cost.high:+.3f}] {unit}"
+        for cost, unit in zip(costs, ("a token", "an answer"), strict=True)
+    )
 
 
 def _looks(cell: Cell) -> Iterator[str]:
@@ -100,121 +101,44 @@ def _answer(cause: Cause) -> str:
     return cause.answer if cause.could_hide is None else f"{cause.answer} (up to {cause.could_hide:.3f} {cause.unit})"
 
 
-NAMES = {  # as documents have them
-    "stories260K": "stories, Llama 0.26M",
-    "gut3m": "books, Llama 3.4M",
-    "demo": "demo, Llama 2.7M",
-    "code": "Python, GPT-NeoX 0.8M",
-    "gpt2": "stories, GPT-2 1.0M",
-}
-TALLY = (
-    "model",
-    "harmful",
-    "missed",
-    "hid",
-    "misnamed",
-    "wrong, at most",
-    "healthy",
-    "accused",
-    "at most",
-    "not shown",
-)
-
-
-def tally(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """For each model, and for all, on the seeds that judge; then for all on those that the rule was mended on: harmful and
-    healthy cells, how many of them were answered wrongly (and the upper end of the share's interval), and healthy ones that
-    were not ruled out. Right is also what is not shown, where it is as small as the answer says.
-
-    Args:
-        rows: of faults.csv.
-    Returns:
-        rows of the columns TALLY.
-    """
-    looked_at = [row for row in rows if int(row["seed"]) in LOOKED_AT.get(row["model"], ())]
-    judging = [row for row in rows if row not in looked_at]
-    parts = {name: [row for row in judging if row["model"] == model] for model, name in NAMES.items()}
-    parts |= {"all, judging": judging, "all, looked at": looked_at}
-    return [(name, *_counts(part)) for name, part in parts.items() if part]
-
-
-def _counts(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    harmful = [_mistake(row) for row in rows if row["label"]]
-    healthy = [row for row in rows if not row["label"]]
-    accused = sum(bool(row["wrong"]) for row in healthy)
-    yield from (str(len(harmful)), *(str(harmful.count(how)) for how in MISTAKES))
-    yield at_most(len(harmful) - harmful.count(""), len(harmful))
-    yield from (str(len(healthy)), str(accused), at_most(accused, len(healthy)))
-    yield str(sum(row["found"] == "not shown" for row in healthy))
-
-
-def _mistake(row: Mapping[str, str]) -> str:
-    """One of MISTAKES or ""; where another cause was named for a harmful one, that is the mistake, and not that it was ruled
-    out, too."""
-    made = [wrong.partition(":")[0] for wrong in row["wrong"].split()]
-    return max(made, key=MISTAKES.index, default="")
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The tally as documents have it."""
-    lines = [TALLY, ("---",) * len(TALLY), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def right_and_false(cell: Cell, its: Label) -> tuple[dict[str, int], dict[str, int]]:
     """Its alarms, kind -> step: those that name harm which the rule sees, and those that name harm which it does not."""
-    harmful = {cause if cause in (INPUT, "forgetting") else ANY for cause in its.truth}
-    right: dict[str, int] = {}
-    false: dict[str, int] = {}
-    for kind, step in cell.alarms.items():
-        of = kind if kind in (INPUT, "forgetting") else ANY
-        (right if of in harmful or INPUT in harmful else false)[kind] = step
+    harmful, open_ = ({_harm(cause) for cause in causes} for causes in (its.truth, its.open))
+    right = {kind: step for kind, step in cell.alarms.items() if _harm(kind) in harmful or INPUT in harmful}
+    false = {kind: step for kind, step in cell.alarms.items() if kind not in right and _harm(kind) not in open_}
     return right, false
 
 
-def alarms(cells: Sequence[Judged]) -> Table:
-    """For each model: harmful arms with an alarm that names the harm, how long after the fault could act, and arms with one
-    that names harm where there is none."""
-    table = Table("model", "harmful", "alarmed", "delay, steps", "all arms", "alarmed falsely", "which")
-    for model in dict.fromkeys(each.cell.model for each in cells):
-        arms = [each for each in cells if each.cell.model == model and not each.cell.refused]
-        raised = [(each, *right_and_false(each.cell, each.label)) for each in arms]
-        delays = [min(right.values()) - FAULTS[each.cell.fault].acts_at for each, right, _ in raised if right]
-        spread = f"{median(delays):g} ({min(delays)} to {max(delays)} of {STEPS})" if delays else "-"
-        false = [f"{each.cell.study}/{each.cell.arm} {', '.join(wrong)}" for each, _, wrong in raised if wrong]
-        harmful = sum(bool(each.label.truth) for each in arms)
-        row = (model, str(harmful), str(len(delays)), spread, str(len(arms)), str(len(false)), "; ".join(false))
-        table.add_row(*row)
-    return table
+def _harm(cause: str) -> str:
+    return cause if cause in (INPUT, "forgetting") else ANY
 
 
+def false_alarms(cells: Sequence[Judged]) -> Iterator[str]:
+    """A line for each arm that raised one."""
+    for cell, its, _ in cells:
+        if wrong := right_and_false(cell, its)[1]:
+            raised = ", ".join(f"{kind}@{step}" for kind, step in wrong.items())
+            yield f"{cell.model} seed {cell.seed} {cell.study}/{cell.arm}: false alarm {raised}"
+
+
+COSTS = ("forgetting_nats_token", "forgetting_nats_answer", "quantization_nats_token", "quantization_nats_answer")
+CAUSES = ("input", "forgetting", "saturation", "resolution", "divergence")
 COLUMNS = (
     *("model", "seed", "study", "format", "fault", "probe"),
-    *("forgetting_nats_token", "forgetting_nats_answer", "quantization_nats_token", "quantization_nats_answer"),
-    *("label", "found", "wrong", "alarms", "input", "forgetting", "saturation", "resolution", "divergence"),
+    *(f"{cost}{end}" for cost in COSTS for end in ("", "_low", "_high")),
+    *("label", "open", "found", "wrong", "alarms", "alarm_delay", "false_alarms", *CAUSES),
 )
 
 
-def write_csv(file: Path, cells: Sequence[Judged]) -> None:
-    """A row for each cell."""
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(COLUMNS)
-        writer.writerows(_row(*each) for each in cells)
-
-
-def read_csv(file: Path) -> list[dict[str, str]]:
-    """Its rows."""
-    with file.open(newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
-
-
 def _row(cell: Cell, its: Label, wrong: Sequence[tuple[Wrong, str]]) -> Iterator[str]:
+    right, false = right_and_false(cell, its)
     yield from (cell.model, str(cell.seed), cell.study, cell.format, cell.fault, "yes" if cell.probe else "no")
-    yield from (f"{value:.4f}" for value in (*its.forgetting, *its.quantization))
-    yield from (" ".join(its.truth), said(cell), " ".join(f"{how}:{cause}" for how, cause in wrong))
+    yield from (f"{value:.4f}" for costs in (its.forgetting, its.quantization) for cost in costs for value in cost)
+    yield from (" ".join(its.truth), " ".join(its.open), said(cell), " ".join(f"{how}:{cause}" for how, cause in wrong))
     yield " ".join(f"{kind}@{step}" for kind, step in cell.alarms.items())
-    for name in COLUMNS[-5:]:
+    yield str(min(right.values()) - FAULTS[cell.fault].acts_at) if right else ""
+    yield " ".join(f"{kind}@{step}" for kind, step in false.items())
+    for name in CAUSES:
         yield _short(cell.answers[name]) if name in cell.answers else ""
 
 
@@ -238,7 +162,7 @@ def summarize(cells: Sequence[Cell], file: Path, console: Console) -> int:
         console.print(matrix(of_model, f"{model}: {len(of_model)} cells"))
     for text in wrong_answers(found):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(alarms(found))
-    write_csv(file, found)
-    console.print(markdown(tally(read_csv(file))), markup=False, highlight=False, soft_wrap=True)
+    for line in false_alarms(found):
+        console.print(line, markup=False, highlight=False)
+    write_csv(file, COLUMNS, [list(_row(*each)) for each in found])
     return sum(bool(each.wrong) for each in found)
