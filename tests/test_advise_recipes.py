@@ -19,7 +19,7 @@ from qatrun.layout import StudyFolder
 from qatrun.recipe import load_recipe
 from qatrun.study import advising, candidates
 from qatrun.study.advised_recipe import KINDS
-from qatrun.study.preflight import preflight
+from qatrun.study.checking import preflight
 
 BUDGET = 0.01
 NAME = "int8-tensor-tensor"

@@ -131,10 +131,15 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
     assert run_qatrun("--version", cwd=tmp_path) == (0, f"qatrun {version('qatrun')}\n", "")
 
 
-def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; from qatrun import cli; sys.argv = ['qatrun', '--help']\ntry: cli.main()\n"
-    program += "finally: print(sorted({'torch', 'transformers', 'datasets', 'pydantic'} & set(sys.modules)))"
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("command", "heavy"),
+    [("--help", {"torch", "transformers", "datasets", "pydantic"}), ("studies", {"torch", "transformers", "datasets"})],
+)
+def test_what_needs_nothing_heavy_imports_nothing_heavy(command: str, heavy: set[str], trained_world: Path) -> None:
+    program = f"import sys; from qatrun import cli; sys.argv = ['qatrun', '{command}']\ntry: cli.main()\n"
+    program += f"finally: print(sorted({heavy} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=trained_world, capture_output=True, text=True, check=True)
+    assert command != "studies" or "tiny" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "[]"
 
 

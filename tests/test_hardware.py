@@ -9,8 +9,8 @@ import pytest
 from qatrun.formats import FORMATS
 from qatrun.hardware import CHIPS, answer
 from qatrun.recipe import QatConfig, parse_recipe
+from qatrun.study.checking import preflight
 from qatrun.study.dryrun import dry_run_of
-from qatrun.study.preflight import preflight
 
 FP8, INT8 = {"format": "fp8_e4m3"}, {"format": "int8", "weight": {"granularity": "per_channel"}}
 TOKENS = {"input": {"granularity": "per_token"}}

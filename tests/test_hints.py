@@ -17,7 +17,7 @@ from qatrun.formats import get_format
 from qatrun.records.dryrun import DryRunTask
 from qatrun.report import dry_run
 from qatrun.serving import EXPORT_NAMES, known
-from qatrun.study.preflight import tracker_problems
+from qatrun.study.checking import tracker_problems
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from qatrun.quant import coverage, make_plan
 from qatrun.quant.linears import survey
 from qatrun.quant.plan import idle_assignments
 from qatrun.recipe import QatConfig, load_recipe, parse_recipe
+from qatrun.study.checking import preflight
 from qatrun.study.dryrun import dry_run_of
-from qatrun.study.preflight import preflight
 
 # Each case: the lines put in place of lines of RECIPE (old -> new), and every line of the error.
 MISTAKES: dict[str, tuple[str, str, list[str]]] = {

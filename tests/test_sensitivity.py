@@ -26,8 +26,8 @@ from qatrun.quant.sensitivity import (
     quantizing,
 )
 from qatrun.recipe import QatConfig, load_recipe
+from qatrun.study.checking import preflight
 from qatrun.study.keeping import Part, curve_of, is_flat, num_kept, parse_budget, ranked
-from qatrun.study.preflight import preflight
 
 pytestmark = pytest.mark.usefixtures("datasets_cache", "one_thread")
 

@@ -20,8 +20,8 @@ from qatrun.recipe import load_recipe
 from qatrun.records.comparison import StudyComparison
 from qatrun.records.seeds import Seeds
 from qatrun.report.seeds_table import seeds_table
+from qatrun.study.checking import preflight
 from qatrun.study.evidence import summarize
-from qatrun.study.preflight import preflight
 
 SHORT = ("--set", "train.steps=6", "--set", "warmup.steps=2", "--set", "qat.scaling.window=2")
 CONTRASTS = ("--set", "contrasts={quantization: [hif8, bf16], training: [bf16, start]}")

@@ -14,8 +14,8 @@ from builders import tiny_llama, word_tokenizer
 from tiny_world import run_qatrun, write_world
 
 from qatrun.recipe import load_recipe
+from qatrun.study.checking import Preflight, preflight
 from qatrun.study.dryrun import dry_run_of
-from qatrun.study.preflight import Preflight, preflight
 from qatrun.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

@@ -1,15 +1,15 @@
 """A recipe -> its arms -> trunk, branches, scores, comparison.
 
-All but the preflight is loaded when first used: `qatrun check` trains and scores nothing.
+Each is loaded when first used: `qatrun studies` needs no torch.
 """
 
 from typing import TYPE_CHECKING
 
 from qatrun.lazy import lazy_names
-from qatrun.study.preflight import preflight
 
 if TYPE_CHECKING:
     from qatrun.study.advising import advise, recipe_to_advise
+    from qatrun.study.checking import preflight
     from qatrun.study.dryrun import dry_run_of
     from qatrun.study.exporting import export_arm
     from qatrun.study.fix import fix_study
@@ -26,6 +26,7 @@ else:
         __name__,
         {
             "qatrun.study.advising": ("advise", "recipe_to_advise"),
+            "qatrun.study.checking": ("preflight",),
             "qatrun.study.dryrun": ("dry_run_of",),
             "qatrun.study.exporting": ("export_arm",),
             "qatrun.study.fix": ("fix_study",),

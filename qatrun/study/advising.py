@@ -27,6 +27,7 @@ from qatrun.report.page.advice_page import advice_document
 from qatrun.study import keeping
 from qatrun.study.advised_recipe import KINDS, Kind
 from qatrun.study.candidates import MEASURED, Candidates
+from qatrun.study.checking import preflight
 from qatrun.study.deciding import answer_in_words, decide, in_order, tokens_needed, worth_keeping
 from qatrun.study.display import ScoringDisplay
 from qatrun.study.dryrun import dry_run_of
@@ -34,7 +35,6 @@ from qatrun.study.inputs import describe_inputs
 from qatrun.study.measuring import budget_of, preflight_to_measure
 from qatrun.study.output import claimed_output
 from qatrun.study.page import write_document
-from qatrun.study.preflight import preflight
 from qatrun.study.sensitivity import find_sensitivity
 from qatrun.text import suggestion
 

@@ -17,7 +17,6 @@ from qatrun.layout import EXPORT_FILE, LOCK_FILE, StudyFolder
 from qatrun.recipe import Recipe, load_recipe
 from qatrun.records.environment import StudyEnvironment
 from qatrun.study.contents import is_free, is_study, own_files, saved_recipe, strangers
-from qatrun.study.environment import describe_environment
 from qatrun.study.inputs import describe_inputs, input_problems
 from qatrun.text import flat
 
@@ -133,6 +132,8 @@ def _take_up(folder: StudyFolder, recipe: Recipe, warn: Say) -> None:
     except DamagedFileError as error:
         if folder.environment.is_file():
             warn(f"{error}; written anew: it says what the study goes on with, not what it began with")
+        from qatrun.study.environment import describe_environment  # loads torch
+
         environment = describe_environment()
     current = environment.model_copy(update={"inputs": inputs})
     if current.to_dict() != environment.to_dict():

@@ -9,9 +9,9 @@ from qatrun.evaluate import paired
 from qatrun.evaluate.plan import TaskPlan
 from qatrun.recipe import Arm
 from qatrun.records.dryrun import DryRun, DryRunArm, DryRunTask
+from qatrun.study.checking import Preflight
 from qatrun.study.environment import runs_on
 from qatrun.study.estimate import disk_bytes, memory_bytes, phases
-from qatrun.study.preflight import Preflight
 from qatrun.study.schemes import schemes_text
 from qatrun.study.teacher import teacher_text
 from qatrun.tokenizer import load_tokenizer

@@ -12,8 +12,8 @@ from qatrun.model import text_config
 from qatrun.recipe import Arm, Recipe
 from qatrun.records.sensitivity import Budget
 from qatrun.study import keeping
+from qatrun.study.checking import Preflight, preflight
 from qatrun.study.display import ScoringDisplay
-from qatrun.study.preflight import Preflight, preflight
 
 ASKED_ELSEWHERE = {"eval", "export"}  # sections of a recipe that matter to what is trained, scored and exported
 LOGITS_AT_ONCE = 2**27

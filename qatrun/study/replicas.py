@@ -11,8 +11,8 @@ from qatrun.files import read_json, replace_file, write_json, writing
 from qatrun.layout import StudyFolder
 from qatrun.recipe import Recipe
 from qatrun.records.training import Result
+from qatrun.study.checking import Preflight
 from qatrun.study.doneness import scores_lost
-from qatrun.study.preflight import Preflight
 
 
 def replica_recipe(recipe: Recipe, seed: int) -> Recipe:

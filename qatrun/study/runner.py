@@ -18,11 +18,11 @@ from qatrun.recipe import Recipe, load_recipe
 from qatrun.report import TerminalDisplay
 from qatrun.report.notebook import in_a_cell
 from qatrun.report.seeds_table import seeds_text
+from qatrun.study.checking import Preflight, preflight, tracker_problems
 from qatrun.study.claim import claimed
 from qatrun.study.display import Display
 from qatrun.study.evidence import summarize
 from qatrun.study.page import write_page
-from qatrun.study.preflight import Preflight, preflight, tracker_problems
 from qatrun.study.replicas import replica_preflight, replica_recipe, share_start
 from qatrun.study.results import StudyResult, write_over_ptq, write_summary
 from qatrun.study.single import run_single

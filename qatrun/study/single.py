@@ -26,6 +26,7 @@ from qatrun.records.environment import Environment
 from qatrun.records.training import ArmResult, Match, Outcome, Result
 from qatrun.study.calibrating import Source, calibrate_arm, is_of_other_weights
 from qatrun.study.card import write_cards
+from qatrun.study.checking import Preflight
 from qatrun.study.diagnose import diagnose
 from qatrun.study.display import Display
 from qatrun.study.doneness import finished, scores_lost, weights_of
@@ -36,7 +37,6 @@ from qatrun.study.joint import Opener, open_plain, score_together, train_togethe
 from qatrun.study.known_text import KNOWN_TEXT, KnownText, known_text
 from qatrun.study.over_ptq import over_ptq
 from qatrun.study.pairs import compare_arms
-from qatrun.study.preflight import Preflight
 from qatrun.study.records import read_losses
 from qatrun.study.results import StudyResult, write_comparison, write_summary, write_text
 from qatrun.study.segments import ArmSegments, matched_settings, plan_segments

@@ -12,7 +12,7 @@ from qatrun.layout import StudyFolder
 from qatrun.model import DTYPES, on_device, without_values
 from qatrun.quant import Mode, QuantPlan, attach
 from qatrun.recipe import Arm
-from qatrun.study.preflight import Preflight
+from qatrun.study.checking import Preflight
 from qatrun.study.segments import plan_segments
 
 TIMED = 2  # forwards and backwards, after one that warms up
