@@ -79,11 +79,11 @@ def test_the_rule(effects: dict[str, float], clipped: bool, expected: dict[str, 
 
 
 def test_a_text_is_none_to_a_model_that_neither_reads_nor_learns_it_or_is_sure_and_wrong() -> None:
-    def found(start: float, twin: float, guessing: float, *, ordered: bool = False) -> str:
+    def found(start: float, twin: float, guessing: float, *, ordered: bool = False, fits: bool = False) -> str:
         base = measures()
         read = {"start": measured(start), "twin": measured(twin)}
         both = Measures(base.texts, {}, base.points, base.nats, {}, {}, read, {"start": measured(guessing)})
-        return causes(both, clipped=False, ordered=ordered)["input"].answer
+        return causes(both, clipped=False, ordered=ordered, fits=fits)["input"].answer
 
     assert found(1.5, 0.8, -0.3) == "found"  # words at random
     assert found(1.5, -2.0, 0.0) == "ruled out"  # a model that is trained from nothing
@@ -91,6 +91,8 @@ def test_a_text_is_none_to_a_model_that_neither_reads_nor_learns_it_or_is_sure_a
     assert found(-2.0, -3.0, -4.0) == "ruled out"
     assert found(3.46, 2.35, 0.59, ordered=True) == "ruled out"  # Python, to a model of children's stories
     assert found(4.1, 3.4, 2.8, ordered=True) == "found"  # tokens of another tokenizer, of a text that is one
+    assert found(4.1, 3.4, 2.7, ordered=True, fits=True) == "ruled out"  # docstrings, to a model of a closed world
+    assert found(1.5, 0.8, -0.3, fits=True) == "found"
 
 
 def test_without_power_nothing_is_ruled_out_and_the_most_that_could_hide_is_said() -> None:

@@ -76,6 +76,16 @@ def test_compare_repeats_what_train_wrote(trained_world: Path) -> None:
     assert [row["verdict"] for row in csv.DictReader(io.StringIO(text))] == ["inconclusive", "inconclusive"]
 
 
+def test_two_arms_are_compared_with_what_the_diagnosis_found(world: Path) -> None:
+    folder = world / "runs/tiny"
+    found = {"sentence": "hif8: training forgot", "findings": ["forgetting"]}
+    (folder / "diagnosis.json").write_text(json.dumps({"sentence": "", "arms": {"hif8": found}}), encoding="utf-8")
+    next_step = "next: hif8: forgetting: `qatrun fix` tries the remedy as another arm"
+    assert next_step in run_qatrun("compare", "bf16", "hif8", "--study", "tiny", cwd=world).out
+    assert next_step in run_qatrun("compare", "--study", "tiny", cwd=world).out
+    assert next_step not in run_qatrun("compare", "start", "hif8", "--study", "tiny", "--anyway", cwd=world).out
+
+
 def test_arms_that_do_not_match_are_refused_reason_by_reason(world: Path) -> None:
     result = world / "runs/tiny/hif8/result.json"
     record = json.loads(result.read_text(encoding="utf-8"))

@@ -176,6 +176,22 @@ class TestChoice:
         assert (chosen.divergence or 9) - (chosen.noise or 0) < known_text_module.SAME_KIND
         assert (chosen.surprise or 0) > known_text_module.AS_FAMILIAR
 
+    def test_whether_the_tokenizer_fits_is_asked_of_foreign_text_and_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(known_text_module, "fits", lambda *_, **__: True)
+        assert not self.choose(tmp_path, train=own_kind(tmp_path))[0].fits
+        (tmp_path / "b").mkdir()
+        words = " ".join(islice(demo.documents("pretrain"), 400)).split()
+        shuffled = Random(0).sample(words, len(words))
+        foreign = written(tmp_path / "b", (" ".join(shuffled[at : at + 50]) for at in range(0, len(shuffled), 50)))
+        chosen, _ = self.choose(tmp_path / "b", train=foreign)
+        assert chosen.fits
+        assert KnownText.load(StudyFolder(tmp_path / "b" / "a").start).fits
+        assert chosen.shows_fit(knew=False)
+        given = KnownText(chosen.input_ids, "given")
+        assert (given.shows_fit(knew=True), given.shows_fit(knew=False)) == (True, False)
+
     def test_a_model_that_cannot_write_is_not_watched_and_what_to_give_is_said(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

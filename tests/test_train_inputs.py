@@ -68,6 +68,8 @@ class TestFirstLoss:
         found = mistake_in_input(loss, batch(), 512, ordered=True)
         assert (found is None) == (said is None)
         assert said is None or said in (found or "")
+        assert mistake_in_input(loss, batch(), 512, ordered=True, fits=True) is None
+        assert mistake_in_input(loss, batch(), 512, fits=True) is not None
 
     @pytest.mark.parametrize("few", [batch(counted=512), Batch(batch().input_ids[:3], batch().labels[:3])])
     def test_frequencies_are_asked_only_of_enough_plain_text(self, few: Batch) -> None:

@@ -137,7 +137,7 @@ class Models:
     def _knew(self) -> bool:
         """Whether the start model read the known text better than a guess; true where it read none."""
         known = self.texts["start"].texts.get(KNOWN) if "start" in self.texts else None
-        return known is None or known.mean < KNEW * known.uniform
+        return known is None or knew(known)
 
     @property
     def _held_out(self) -> dict[str, TextScore]:
@@ -207,6 +207,11 @@ def _thirds(choices: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         return np.full(len(choices), -1)
     likeliest = np.nanmax(choices, axis=1) - _log_sum(choices)
     return np.argsort(np.argsort(likeliest, kind="stable")) * len(THIRDS) // len(choices)
+
+
+def knew(score: TextScore) -> bool:
+    """Whether a text was read better than by a guess."""
+    return score.mean < KNEW * score.uniform
 
 
 def accuracies(models: Mapping[str, Scores], task: str) -> dict[str, float]:

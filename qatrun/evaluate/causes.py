@@ -15,7 +15,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
                   learned to, does better than to guess by frequency, so this is none (the wrong data); but not where its
                   words follow each other as words do, for then it may just be far from all that the model knows. Or start,
                   1.0 above ln(vocabulary): only who is sure of other tokens does so much worse than any guess (another
-                  tokenizer: 2.8 and more, measured on four models; Python to a model of children's stories: 0.6)
+                  tokenizer: 2.8 and more, measured on four models); but not where the words do follow and the tokenizer
+                  is known to be the model's (to a model of a closed world, PyTorch's docstrings are 2.7 above)
     forgetting    start -> twin on text that the start model knew: 0.04, so that 0.05 is found; in each third of its tokens
                   by frequency three times as much, as if all of it fell there. Who only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
@@ -99,12 +100,13 @@ class Measures:
     knew: bool = True
 
 
-def causes(measures: Measures, *, clipped: bool, ordered: bool = False) -> dict[str, Cause]:
+def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bool = False) -> dict[str, Cause]:
     """What each cause of CAUSES did.
 
     Args:
         clipped: whether training recorded a tensor that clipped.
         ordered: whether the words of the held-out text are known not to follow each other at random.
+        fits: whether the tokenizer is known to be the start model's.
     """
     both = ("whole", "beyond ptq")
     beyond = _judge(_quantization_looks(measures, BEYOND_PTQ, both, both))
@@ -113,7 +115,7 @@ def causes(measures: Measures, *, clipped: bool, ordered: bool = False) -> dict[
     elsewhere = Cause(answer="ruled out")
     unclipped = beyond if beyond.answer == "ruled out" else fresh  # which is not found
     return {
-        "input": _judge(_input_looks(measures, ordered)),
+        "input": elsewhere if ordered and fits else _judge(_input_looks(measures, ordered)),
         "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,
         "saturation": beyond if scales else unclipped,
         "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),

@@ -87,8 +87,12 @@ class _Diagnosis:
         clipped = any(record.clip_fraction > limit for record in records) or "saturation" in alarms
         measures = models.measures()
         foreign = any(read.value > 0 for read in measures.beyond_frequency.values())
-        ordered = foreign and self._text_has_order()
-        causes = self._that_can_be(found_causes(measures, clipped=clipped, ordered=ordered))
+        known = _known(self.folder.start)
+        readable = {
+            "ordered": foreign and self._text_has_order(),
+            "fits": known is not None and known.shows_fit(measures.knew),
+        }
+        causes = self._that_can_be(found_causes(measures, clipped=clipped, **readable))
         findings = [name for name, cause in causes.items() if cause.answer == "found"]
         since, tasks = _since(findings, records, alarms), tuple(models.scores["twin"].tasks)
         effects = self._that_are(models.effects())
@@ -111,7 +115,7 @@ class _Diagnosis:
             findings=findings,
             causes=causes,
             texts=texts,
-            known_text=_described(self.folder.start),
+            known_text=str(known or ""),
             effects=effects,
             tasks={task: self._that_are(models.effects((task,))) for task in tasks},
             accuracy={task: attribution.accuracies(models.scores, task) for task in tasks},
@@ -249,11 +253,11 @@ def _since(findings: Sequence[str], records: Sequence[TensorRecord], alarms: Map
     return alarms.get(findings[0])
 
 
-def _described(start: ArmFolder) -> str:
+def _known(start: ArmFolder) -> KnownText | None:
     try:
-        return str(KnownText.load(start))
+        return KnownText.load(start)
     except DamagedFileError:  # a model that writes no text, or a study of an earlier version
-        return ""
+        return None
 
 
 def _open_calibrated(

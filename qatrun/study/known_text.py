@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -28,12 +29,14 @@ from torch import Tensor
 
 from qatrun.data import open_data, open_probe
 from qatrun.errors import DamagedFileError, InputError
+from qatrun.evaluate.attribution import KNEW
 from qatrun.evaluate.text import mean_nll
 from qatrun.files import reading, whole_file
 from qatrun.layout import ArmFolder, StudyFolder
-from qatrun.model import DTYPES, load_model, on_device, write_text
+from qatrun.model import DTYPES, load_model, on_device, text_config, write_text
 from qatrun.recipe import Arm, Recipe
 from qatrun.study.inputs import check_inputs
+from qatrun.study.tokenizer_fit import fits
 from qatrun.tokenizer import load_tokenizer
 
 Source = Literal["given", "held-out", "own writing"]
@@ -61,6 +64,8 @@ class KnownText:
             too little to tell.
         noise: the same between halves of the own writing.
         surprise: of the start model, nats a token that it loses on the held-out text beyond those on the own writing.
+        fits: whether the tokenizer is known to be the model's by what it writes; asked where the held-out text is hardly
+            better than a guess.
     """
 
     input_ids: Tensor
@@ -68,6 +73,15 @@ class KnownText:
     divergence: float | None = None
     noise: float | None = None
     surprise: float | None = None
+    fits: bool = False
+
+    def shows_fit(self, knew: bool) -> bool:
+        """Whether the tokenizer is known to be the model's: with it, the model reads its own writing, or text that is given.
+
+        Args:
+            knew: whether the start model reads this text better than a guess.
+        """
+        return self.fits or (self.source == "given" and knew)
 
     def __str__(self) -> str:
         num, seq_len = self.input_ids.shape
@@ -144,15 +158,16 @@ def _choose(arm: Arm, batch_size: int, warn: Callable[[str], None]) -> KnownText
             "text of the kind that it was pretrained on"
         )
         return None
+    of_held_out, of_own = (mean_nll(model, text, batch_size=batch_size) for text in (held_out, own))
+    foreign = of_held_out > KNEW * math.log(text_config(model).vocab_size)
+    its_own = foreign and fits(model, tokenizer, own, batch_size=batch_size)
     compared = kinship(own, held_out, tokenizer.all_special_ids)
     if compared is None:
-        return KnownText(own, "own writing")
-    divergence, noise = compared
-    of_held_out, of_own = (mean_nll(model, text, batch_size=batch_size) for text in (held_out, own))
-    surprise = of_held_out - of_own
+        return KnownText(own, "own writing", fits=its_own)
+    (divergence, noise), surprise = compared, of_held_out - of_own
     if divergence - noise <= max(noise, SAME_KIND) and surprise <= AS_FAMILIAR:
-        return KnownText(held_out, "held-out", divergence, noise, surprise)
-    return KnownText(own, "own writing", divergence, noise, surprise)
+        return KnownText(held_out, "held-out", divergence, noise, surprise, its_own)
+    return KnownText(own, "own writing", divergence, noise, surprise, its_own)
 
 
 def kinship(own: Tensor, other: Tensor, special: list[int]) -> tuple[float, float] | None:

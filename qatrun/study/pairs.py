@@ -16,7 +16,7 @@ from qatrun.layout import EVAL, RESULT_FILE, START, TEXT_FILE, ArmFolder, StudyF
 from qatrun.recipe import DEFAULT_BUDGET_PP, load_recipe
 from qatrun.recipe.schema import DEFAULT_BUDGET_PERPLEXITY, PERPLEXITY, TRAINING, Budgets
 from qatrun.records.comparison import OverPtq, Pair, StudyComparison
-from qatrun.records.diagnosis import StudyDiagnosis
+from qatrun.records.diagnosis import ArmDiagnosis, StudyDiagnosis
 from qatrun.records.scores import TextScores
 from qatrun.records.training import ArmResult, Result
 from qatrun.report.total import Total, totals
@@ -198,11 +198,14 @@ def ranked_arms(
     if twin is not None and arm is not None:
         took, pair = compare_named(twin, arm, study=study, output_dir=output_dir, budgets=budgets, anyway=anyway)
         folders = {pair.twin: ArmFolder(Path(twin)), pair.arm: ArmFolder(Path(arm))}
+        diagnosed: dict[str, ArmDiagnosis] = {}
         if study is not None or not all(folder.path.is_dir() for folder in folders.values()):
             found = _study_named(study, output_dir)
             folders = {name: found.arm(name) for name in folders}
+            if read_json(folders[pair.arm].result, Result).twin == pair.twin:
+                diagnosed = _diagnosed(found)
         alarms = {name: read_alarms(folder.alarms) for name, folder in folders.items()}
-        return took, totals([pair], {}, alarms), []
+        return took, totals([pair], diagnosed, alarms), []
     found = _study_named(study, output_dir)
     twins = {name: read_json(found.arm(name).result, Result).twin for name in found.begun if _scored(found.arm(name))}
     pairs = [
@@ -214,9 +217,12 @@ def ranked_arms(
         raise InputError(
             f"{found.path} has no quantized arm with scores beside a BF16 twin's (unfinished? see `qatrun studies`)"
         )
-    diagnosis = read_json(found.diagnosis, StudyDiagnosis).arms if found.diagnosis.is_file() else {}
     against = read_json(found.comparison, StudyComparison).over_ptq if found.comparison.is_file() else []
-    return f"every arm of {found.path}", totals(pairs, diagnosis, alarms_raised(found)), against
+    return f"every arm of {found.path}", totals(pairs, _diagnosed(found), alarms_raised(found)), against
+
+
+def _diagnosed(study: StudyFolder) -> dict[str, ArmDiagnosis]:
+    return read_json(study.diagnosis, StudyDiagnosis).arms if study.diagnosis.is_file() else {}
 
 
 def _scored(folder: ArmFolder) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 
 from qatrun.data import Batch, open_data
 from qatrun.errors import DamagedFileError
-from qatrun.evaluate.attribution import HELD_OUT
-from qatrun.evaluate.text import perplexity
+from qatrun.evaluate.attribution import HELD_OUT, KNOWN, knew
+from qatrun.evaluate.text import load_texts, perplexity
 from qatrun.export import artifact
 from qatrun.files import filled_folder, read_json, write_json
 from qatrun.layout import ArmFolder, StudyFolder
@@ -210,12 +210,18 @@ class _Study:
         probe, known, valid = arm.monitor.probe, self.known, arm.data.valid
         same_source = valid is None or valid.path == arm.data.train.path
         nll = math.log(read_json(self.folder.start.result, Result).perplexity["on"]) if same_source else None
+        watched = Watched(held_out_nll=nll, ordered=ordered, fits=ordered and self._tokenizer_fits())
         if probe is None or known is None:
-            return Watched(held_out_nll=nll, ordered=ordered), None
+            return watched, None
         few = self.recipe.eval.model_copy(update={"limit": probe.items})
-        return Watched(
-            known.input_ids[: probe.sequences], held_out_nll=nll, ordered=ordered
-        ), None if probe.items is None else few
+        return replace(watched, text=known.input_ids[: probe.sequences]), None if probe.items is None else few
+
+    def _tokenizer_fits(self) -> bool:
+        """Whether it is known to be the start model's."""
+        if self.known is None:
+            return False
+        read = load_texts(self.folder.start.eval).texts.get(KNOWN)
+        return self.known.shows_fit(read is not None and knew(read))
 
     def _export(self, model: Any, arm: Arm, plan: QuantPlan | None, folder: ArmFolder) -> dict[str, int]:
         """Write the plain folder and, for a quantized arm, the quantized one; returns the sizes of their weights."""

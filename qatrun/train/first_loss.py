@@ -19,7 +19,13 @@ LEAST_TARGETS = 500  # in which the frequencies of tokens are known
 
 
 def mistake_in_input(
-    loss: float, batch: Batch, vocab_size: int, held_out_nll: float | None = None, *, ordered: bool = False
+    loss: float,
+    batch: Batch,
+    vocab_size: int,
+    held_out_nll: float | None = None,
+    *,
+    ordered: bool = False,
+    fits: bool = False,
 ) -> str | None:
     """What is wrong with the input by the loss of the first step; None where nothing shows.
 
@@ -27,6 +33,7 @@ def mistake_in_input(
         batch: what the loss is of.
         held_out_nll: the start model's on held-out text of the same source, nats a token; None where there is none.
         ordered: whether the words of the text are known not to follow each other at random.
+        fits: whether the tokenizer is known to be the model's: text with order is then foreign to the model at worst.
     """
     uniform, of_frequencies = math.log(vocab_size), _unigram_entropy(batch)
     if held_out_nll is not None and loss > max(OF_START * held_out_nll, held_out_nll + BEYOND_START):
@@ -34,6 +41,8 @@ def mistake_in_input(
             f"the first loss is {loss:.2f}, where the start model's is {held_out_nll:.2f} on held-out text of the same "
             "source: labels are shifted or masked wrongly, or that text is of another kind"
         )
+    if ordered and fits:
+        return None
     above, near = loss > ABOVE * uniform, loss > NEAR * uniform
     if ordered:
         above, near = loss > uniform + ABOVE_NATS, abs(loss - uniform) < NEAR_NATS

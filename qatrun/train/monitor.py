@@ -113,7 +113,8 @@ class Monitor(Stateful):
     def see_first_loss(self, loss: float, batch: Batch) -> None:
         """Judge the text by the loss of the first step; an alarm is among those that `see` returns next."""
         vocab_size = text_config(self.model).vocab_size
-        found = mistake_in_input(loss, batch, vocab_size, self.watched.held_out_nll, ordered=self.watched.ordered)
+        readable = {"ordered": self.watched.ordered, "fits": self.watched.fits}
+        found = mistake_in_input(loss, batch, vocab_size, self.watched.held_out_nll, **readable)
         if found is not None:
             self._of_input += self.watch.see_input(1, found)
 

@@ -70,9 +70,11 @@ class Watched:
         benchmark: model -> task -> accuracy, on a fixed subset of items, asked with the probe; None: no mini-benchmark.
         held_out_nll: of the start model, nats a token, on held-out text of the source that is trained on; None: none.
         ordered: whether words of the text that the first step is made on are known not to follow each other at random.
+        fits: whether the tokenizer is known to be the start model's.
     """
 
     text: Tensor | None = None
     benchmark: Callable[[Any], Mapping[str, float]] | None = None
     held_out_nll: float | None = None
     ordered: bool = False
+    fits: bool = False
