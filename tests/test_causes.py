@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -175,6 +176,8 @@ def test_rare_facts_fade_in_the_text_of_the_answers_before_their_choice_does() -
     assert answers(faded) == {"forgetting": "found"}
     usual = Measures(base.texts, {}, base.points, base.nats, {"training": measured(0.08)}, {}, base.beyond_frequency)
     assert answers(usual) == {}
+    assert answers(replace(faded, answer_tokens=20.0)) == {}  # of twenty tokens, 0.03 each
+    assert answers(replace(faded, answer_tokens=10.0)) == {"forgetting": "found"}
 
 
 def test_scales_that_may_not_fit_are_not_ruled_out_because_nothing_clipped() -> None:

@@ -238,6 +238,15 @@ def test_the_rule_and_what_is_wrong_by_it(cell: Cell, truth: tuple[str, ...], wr
     assert list(mistakes(cell, found)) == wrong
 
 
+def test_long_answers_have_the_line_of_a_text_of_as_many_tokens() -> None:
+    answers = [Nats(own=[1.0] * 40, new=[1.0] * 40, answer=[value] * 40) for value in (1.0, 1.3)]
+    nats = {"start": answers[0], "twin": answers[0], "on": answers[1]}
+    short = a_cell().model_copy(update={**nats, "answer_tokens": 2.0})
+    long = short.model_copy(update={"answer_tokens": 20.0})
+    healthy = short.model_copy(update={"on": answers[0]})
+    assert [label(cell, (), healthy).truth for cell in (short, long)] == [(ANY,), ()]
+
+
 def test_the_summary_counts_and_names_what_is_wrong(tmp_path: Path) -> None:
     missed = a_cell("scale-8x", quantization=0.5).model_copy(update={"alarms": {"saturation": WARMUP + 3}})
     keep(tmp_path / "m" / "seed-0" / "cells.json", [a_cell(), a_cell("high", answers={"forgetting": "not shown"})])

@@ -13,7 +13,7 @@ The models of an arm:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import Any
@@ -84,6 +84,7 @@ class Models:
             points={name: _points(pairs.flips) for name, pairs in answers.items()},
             nats={name: _mean(pairs.nats) for name, pairs in answers.items()},
             answers={name: _mean(pairs.text_nats[pairs.known]) for name, pairs in answers.items() if pairs.known.any()},
+            answer_tokens=max((pairs.known_tokens for pairs in answers.values()), default=0.0),
             by_confidence={
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()
@@ -154,7 +155,7 @@ class _Pairs:
         text_nats: [num_items], lost of the right answer's own text.
         third: [num_items], of THIRDS; -1 in a task without choices.
         known: [num_items] bool, of a task that the first model surely answers better than by chance.
-        answer_tokens: of an answer of mean length.
+        answer_tokens: of an answer of mean length; `known_tokens`: of those of the known tasks, 0 where there is none.
     """
 
     correct: npt.NDArray[np.bool_]
@@ -164,6 +165,7 @@ class _Pairs:
     third: npt.NDArray[np.int64]
     known: npt.NDArray[np.bool_]
     answer_tokens: float
+    known_tokens: float
 
     @classmethod
     def of(cls, tasks: list[tuple[TaskScore, TaskScore]]) -> _Pairs:
@@ -171,8 +173,11 @@ class _Pairs:
         correct, after, nats, text_nats, third, known = (np.concatenate(part) for part in parts)
         # Of the items that both answered: one of the two answered no others.
         fewer = [min(pair, key=lambda score: score.num_items) for pair in tasks]
-        answer_tokens = sum(each.num_answer_tokens for each in fewer) / len(nats)
-        return cls(correct, after, nats, text_nats, third, known, answer_tokens)
+        tokens = _tokens_an_answer(fewer)
+        of_known = _tokens_an_answer(
+            [each for each, (before, _) in zip(fewer, tasks, strict=True) if _beats_chance(before)]
+        )
+        return cls(correct, after, nats, text_nats, third, known, tokens, of_known)
 
     @property
     def flips(self) -> Flips:
@@ -191,6 +196,12 @@ def _in_one_order(before: TaskScore, after: TaskScore) -> tuple[npt.NDArray[Any]
         _thirds(before.items.choice_loglikelihoods[one]),
         np.full(len(both), _beats_chance(before)),
     )
+
+
+def _tokens_an_answer(scores: Sequence[TaskScore]) -> float:
+    """Of a right answer of mean length; 0 of none."""
+    num_items = sum(score.num_items for score in scores)
+    return sum(score.num_answer_tokens for score in scores) / num_items if num_items else 0.0
 
 
 def _beats_chance(score: TaskScore) -> bool:

@@ -28,7 +28,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
 
 Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
 sure the start model was. Of tasks that the model surely answers better than by chance, the right answers' own text decides
-too, in nats an answer: forgetting 0.10, saturation and divergence 0.04. Rare facts fade there before their choice does.
+too, in nats an answer: forgetting 0.10, saturation and divergence 0.04, but no less than the line of text allows for so many
+tokens. Rare facts fade there before their choice does.
 
 Pure: arrays in, records out.
 """
@@ -87,6 +88,7 @@ class Measures:
         beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
             frequencies, or less ln(vocabulary).
         knew: whether the start model does better than to guess on the text it is said to have known.
+        answer_tokens: of a right answer of mean length in those tasks.
     """
 
     texts: Mapping[str, Mapping[str, Measured]]
@@ -98,6 +100,7 @@ class Measures:
     beyond_frequency: Mapping[str, Measured] = field(default_factory=dict)
     beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
     knew: bool = True
+    answer_tokens: float = 0.0
 
 
 def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bool = False) -> dict[str, Cause]:
@@ -188,7 +191,8 @@ def _item_looks(
     if all(effect in measures.points for effect in effects):
         yield look("accuracy", measures.points, limits.pp, POINTS, decides=False)
         if limits.answer < math.inf and all(effect in measures.answers for effect in effects):
-            yield look("the right answers' own text", measures.answers, limits.answer, AN_ANSWER, decides=True)
+            limit = max(limits.answer, limits.text * measures.answer_tokens)
+            yield look("the right answers' own text", measures.answers, limit, AN_ANSWER, decides=True)
         yield look("right answers", measures.nats, limits.nats, AN_ANSWER, decides)
 
 

@@ -33,6 +33,7 @@ class Cell(Record):
         study: which, and `fault` what was planted in it; `arm` its name there.
         probe: whether the recipe names text that the model knew.
         start, twin, on: models before training, in BF16 after it, and as deployed.
+        answer_tokens: of an answer that the rule looks at, in the mean.
         answers: cause -> what the diagnosis says; empty where it refused.
         refused: why.
         warned: what was said of the training text before the first step.
@@ -50,6 +51,7 @@ class Cell(Record):
     start: Nats
     twin: Nats
     on: Nats
+    answer_tokens: float = 0.0
     answers: dict[str, Cause]
     sentence: str
     refused: str = ""

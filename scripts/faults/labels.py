@@ -15,12 +15,13 @@ not see (other documents, other items):
 
 A cause is harmful where the whole 95 % interval over sequences or questions lies above its line, harmless where it lies
 below, and *open* between: there any answer will do. Answers count of tasks that the start model surely answers better than
-by chance.
+by chance; where they are long, their line is that of a text of so many tokens.
 
 What was changed after looking: on seed 0 (text that neither the start model nor training saw no longer counts; harm without
 clipping need not be called saturation; forgetting is found from 0.04, so that 0.05 is), and on seeds 1 and 2 (intervals in
 place of point estimates, answers near chance no longer count, two ruined runs may part, and the demo's questions are drawn:
-its first hundred are those that it knows best). On seed 2 of `gpt2`, the diagnosis took text for none that was only foreign.
+its first hundred are those that it knows best). On seed 2 of `gpt2` and 0 of `opt`, the diagnosis took text for none that
+was only foreign; on seed 0 of `mixtral`, answers of 20 tokens had the line of one.
 The seeds after these judge: 3, 5 of `gpt2`, and 0 of the models that were made last. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
@@ -74,6 +75,7 @@ class Judge:
     def __init__(self, subject: Subject, seq_len: int) -> None:
         tokenizer = load_tokenizer(subject.config)
         self.read: dict[str, Batch] = {}
+        self.answer_tokens = 0.0
         for kind in ("own", "new"):
             data = DataConfig(train=subject.text(kind, "train"), probe=subject.text(kind, "judge"), seq_len=seq_len)
             text = open_probe(data, tokenizer, JUDGED_SEQUENCES)
@@ -83,6 +85,7 @@ class Judge:
         known = [items for items in subject.questions.values() if knows(start, tokenizer, items)]
         if known:
             self.read["answer"] = questions(tokenizer, [item for items in known for item in items])
+            self.answer_tokens = self.read["answer"].num_targets / len(self.read["answer"].input_ids)
         self.plain = cache(self._plain)
 
     def _plain(self, path: str) -> Nats:
@@ -156,15 +159,23 @@ class Costs(NamedTuple):
     token: Cost
     answer: Cost
 
-    def harm(self, cause: Literal["forgetting", "quantization"], more: tuple[float, float]) -> bool | None:
+    def harm(
+        self, cause: Literal["forgetting", "quantization"], tokens: float, more: tuple[float, float]
+    ) -> bool | None:
         """Whether they do; None: open.
 
         Args:
+            tokens: of an answer.
             more: that the line of harm lies higher.
         """
-        if any(cost.low > line + higher for cost, line, higher in zip(self, HARMFUL[cause], more, strict=True)):
+        harmful, harmless = (_lines(*lines[cause], tokens) for lines in (HARMFUL, HARMLESS))
+        if any(cost.low > line + higher for cost, line, higher in zip(self, harmful, more, strict=True)):
             return True
-        return None if any(cost.high > line for cost, line in zip(self, HARMLESS[cause], strict=True)) else False
+        return None if any(cost.high > line for cost, line in zip(self, harmless, strict=True)) else False
+
+
+def _lines(of_token: float, of_answer: float, tokens: float) -> tuple[float, float]:
+    return of_token, max(of_answer, of_token * tokens)
 
 
 class Label(NamedTuple):
@@ -199,8 +210,8 @@ def label(cell: Cell, planted: Sequence[str], healthy: Cell) -> Label:
         return Label((DAMAGED if cell.fault == DAMAGED else INPUT,), (), forgetting, quantization)
     parting = tuple(PARTING * max(cost.mean, 0.0) for cost in forgetting)
     harm = {
-        ("forgetting",): forgetting.harm("forgetting", (0.0, 0.0)),
-        tuple(planted) or (ANY,): quantization.harm("quantization", (parting[0], parting[1])),
+        ("forgetting",): forgetting.harm("forgetting", cell.answer_tokens, (0.0, 0.0)),
+        tuple(planted) or (ANY,): quantization.harm("quantization", cell.answer_tokens, (parting[0], parting[1])),
     }
     truth, open_ = ([name for names, does in harm.items() if does is which for name in names] for which in (True, None))
     return Label(tuple(truth), tuple(open_), forgetting, quantization)

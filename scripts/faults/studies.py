@@ -253,6 +253,7 @@ def _cell(
         start=judge.plain(arm.model.path),
         twin=judge.plain(str(folder.arm(str(arm.twin)).path)),
         on=judge.quantized(folder.arm(arm.name).quantized),
+        answer_tokens=judge.answer_tokens,
         answers=found.causes,
         sentence=found.sentence,
         warned=warned,
