@@ -64,6 +64,11 @@ def test_a_healthy_arm_rules_every_cause_out() -> None:
         ({"whole": 0.08, "beyond_ptq": 0.07, "stale_scale": 0.06}, False, {"saturation": "found"}),
         ({"whole": 0.08, "beyond_ptq": 0.07}, False, {"divergence": "found"}),
         ({"whole": 0.5, "ptq": 0.6, "beyond_ptq": -0.1, "granularity": 0.4}, False, {"resolution": "found"}),
+        (  # outlier channels, where the scales of a window are a fifth larger than those of a batch
+            {"whole": 1.86, "ptq": 1.42, "beyond_ptq": 0.44, "granularity": 1.27, "stale_scale": 0.49},
+            False,
+            {"resolution": "found"},
+        ),
         ({"whole": 0.06, "ptq": 0.06, "beyond_ptq": 0.0, "granularity": 0.002}, False, {}),  # what the format costs
         ({"whole": 0.0, "ptq": 0.09, "granularity": 0.08}, False, {}),  # training made up for it
         ({"beyond_ptq": 0.05, "whole": 0.001}, True, {}),  # it clipped, and lost nothing

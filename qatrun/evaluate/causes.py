@@ -20,7 +20,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
     forgetting    start -> twin on text that the start model knew: 0.04, so that 0.05 is found; in each third of its tokens
                   by frequency three times as much, as if all of it fell there. Who only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
-                  named where a tensor clipped, or where fresh scales cure it
+                  named where a tensor clipped, or where fresh scales cure it; but not where nothing clipped and the grid is
+                  too coarse, for there scales that are a little too large cost as much by themselves
     divergence    the same where nothing clipped, and beyond a twentieth of what training itself lost there: two runs that
                   forget part by up to 4 % of it in formats that cost nothing (measured: 55 arms)
     resolution    twin -> on and finest -> ptq, 0.04: beyond what the format costs where no value shares its scale with
@@ -114,15 +115,21 @@ def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bo
     both = ("whole", "beyond ptq")
     beyond = _judge(_quantization_looks(measures, BEYOND_PTQ, both, both))
     fresh = _judge(_quantization_looks(measures, BEYOND_PTQ, ("stale scale",), ("stale scale",)))
-    scales = clipped or fresh.answer == "found"
+    coarse = _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq")))
     elsewhere = Cause(answer="ruled out")
-    unclipped = beyond if beyond.answer == "ruled out" else fresh  # which is not found
+    if clipped:
+        saturation, divergence = beyond, elsewhere
+    elif fresh.answer == "found":
+        saturation, divergence = elsewhere if coarse.answer == "found" else beyond, elsewhere
+    else:
+        saturation = beyond if beyond.answer == "ruled out" else fresh
+        divergence = _judge(_quantization_looks(measures, BEYOND_PTQ, both, both, PARTING))
     return {
         "input": elsewhere if ordered and fits else _judge(_input_looks(measures, ordered)),
         "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,
-        "saturation": beyond if scales else unclipped,
-        "resolution": _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq"))),
-        "divergence": elsewhere if scales else _judge(_quantization_looks(measures, BEYOND_PTQ, both, both, PARTING)),
+        "saturation": saturation,
+        "resolution": coarse,
+        "divergence": divergence,
     }
 
 
