@@ -9,6 +9,7 @@ INPUT = "look at data.train: other text than meant, or tokens of another tokeniz
 DIVERGENCE = "look for saturated or coarse tensors before the learning rate, and compare more seeds (train.seeds)"
 UNEXPLAINED = "compare more seeds (train.seeds) before blaming the format"
 QUANTIZATION = "look for saturated or coarse tensors, or leave sensitive layers in BF16"
+TOO_LARGE = "scales stand for an amax of long ago; shorten qat.scaling.window, or use dynamic scaling"
 RESOLUTION = (
     "few values take most of the grid, or most values are clipped; try per_token inputs, per_channel weights, "
     "a wider format such as hif8, or leave these layers in BF16"

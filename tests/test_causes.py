@@ -146,7 +146,9 @@ def test_either_text_is_enough_to_find_and_both_must_rule_out() -> None:
 
 def test_items_find_what_text_does_not_show() -> None:
     assert answers(measures(items={"training": 0.4})) == {"forgetting": "found"}
-    assert answers(measures(items={"whole": 0.1, "beyond ptq": 0.09}), clipped=True) == {"saturation": "found"}
+    in_answers = measures(items={"whole": 0.1, "beyond ptq": 0.09})
+    assert answers(in_answers, clipped=True) == {"saturation": "found"}
+    assert answers(replace(in_answers, answer_tokens=20.0), clipped=True) == {}  # half a hundredth a token
 
 
 def test_a_third_of_the_tokens_or_of_the_items_may_tell() -> None:
@@ -181,8 +183,8 @@ def test_rare_facts_fade_in_the_text_of_the_answers_before_their_choice_does() -
     assert answers(faded) == {"forgetting": "found"}
     usual = Measures(base.texts, {}, base.points, base.nats, {"training": measured(0.08)}, {}, base.beyond_frequency)
     assert answers(usual) == {}
-    assert answers(replace(faded, answer_tokens=20.0)) == {}  # of twenty tokens, 0.03 each
-    assert answers(replace(faded, answer_tokens=10.0)) == {"forgetting": "found"}
+    assert answers(replace(faded, known_tokens=20.0)) == {}  # of twenty tokens, 0.03 each
+    assert answers(replace(faded, known_tokens=10.0)) == {"forgetting": "found"}
 
 
 def test_scales_that_may_not_fit_are_not_ruled_out_because_nothing_clipped() -> None:

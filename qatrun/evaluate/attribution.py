@@ -84,7 +84,8 @@ class Models:
             points={name: _points(pairs.flips) for name, pairs in answers.items()},
             nats={name: _mean(pairs.nats) for name, pairs in answers.items()},
             answers={name: _mean(pairs.text_nats[pairs.known]) for name, pairs in answers.items() if pairs.known.any()},
-            answer_tokens=max((pairs.known_tokens for pairs in answers.values()), default=0.0),
+            answer_tokens=max((pairs.answer_tokens for pairs in answers.values()), default=0.0),
+            known_tokens=max((pairs.known_tokens for pairs in answers.values()), default=0.0),
             by_confidence={
                 name: {THIRDS[n]: _mean(pairs.nats[pairs.third == n]) for n in np.unique(pairs.third) if n >= 0}
                 for name, pairs in answers.items()

@@ -29,8 +29,8 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
 
 Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
 sure the start model was. Of tasks that the model surely answers better than by chance, the right answers' own text decides
-too, in nats an answer: forgetting 0.10, saturation and divergence 0.04, but no less than the line of text allows for so many
-tokens. Rare facts fade there before their choice does.
+too, in nats an answer: forgetting 0.10, saturation and divergence 0.04. Rare facts fade there before their choice does. What
+is said of an answer is a sum over its tokens: no line is stricter than that of text for as many.
 
 Pure: arrays in, records out.
 """
@@ -89,7 +89,7 @@ class Measures:
         beyond_frequency, beyond_guessing: model -> nats a token of held-out text, less the entropy of the text's token
             frequencies, or less ln(vocabulary).
         knew: whether the start model does better than to guess on the text it is said to have known.
-        answer_tokens: of a right answer of mean length in those tasks.
+        answer_tokens: of a right answer of mean length; `known_tokens`: the same of tasks that the first model knows.
     """
 
     texts: Mapping[str, Mapping[str, Measured]]
@@ -102,6 +102,7 @@ class Measures:
     beyond_guessing: Mapping[str, Measured] = field(default_factory=dict)
     knew: bool = True
     answer_tokens: float = 0.0
+    known_tokens: float = 0.0
 
 
 def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bool = False) -> dict[str, Cause]:
@@ -163,7 +164,7 @@ def _forgetting_looks(measures: Measures) -> Iterator[_Look]:
             yield _Look(what, (effect,), [measured], limits.stratum, A_TOKEN, decides=True)
     yield from _item_looks(measures, limits, (effect,), decides=known is None)
     for third, measured in measures.by_confidence.get(effect, {}).items():
-        yield _Look(f"items it was {third} of", (effect,), [measured], limits.nats, AN_ANSWER)
+        yield _Look(f"items it was {third} of", (effect,), [measured], _of_choices(measures, limits), AN_ANSWER)
 
 
 def _quantization_looks(
@@ -198,9 +199,13 @@ def _item_looks(
     if all(effect in measures.points for effect in effects):
         yield look("accuracy", measures.points, limits.pp, POINTS, decides=False)
         if limits.answer < math.inf and all(effect in measures.answers for effect in effects):
-            limit = max(limits.answer, limits.text * measures.answer_tokens)
+            limit = max(limits.answer, limits.text * measures.known_tokens)
             yield look("the right answers' own text", measures.answers, limit, AN_ANSWER, decides=True)
-        yield look("right answers", measures.nats, limits.nats, AN_ANSWER, decides)
+        yield look("right answers", measures.nats, _of_choices(measures, limits), AN_ANSWER, decides)
+
+
+def _of_choices(measures: Measures, limits: Thresholds) -> float:
+    return max(limits.nats, limits.text * measures.answer_tokens)
 
 
 def _judge(looks: Iterable[_Look]) -> Cause:

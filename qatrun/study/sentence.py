@@ -10,6 +10,7 @@ from qatrun import advice
 from qatrun.evaluate.causes import POINTS
 from qatrun.records.diagnosis import Cause, Effect, Look, TensorRecord, TextEffect
 from qatrun.scheme import Scheme
+from qatrun.study.records import CLIPS
 from qatrun.text import listed
 
 SHOWN_LOOKS = 2
@@ -75,10 +76,18 @@ class Said:
         )
 
     def _saturation(self, cause: Cause) -> str:
-        return (
-            f"scales saturate: quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}"
-            + (f"; {self._worst_clip(self.worst[0])}" if self.worst else "")
-        )
+        cost = f"quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}"
+        if not self.worst:
+            return f"scales saturate: {cost}"
+        if self.worst[0].clip_fraction < CLIPS and "saturation" not in self.alarms:
+            return f"scales do not fit: {cost}; {self._loosest()}"
+        return f"scales saturate: {cost}; {self._worst_clip(self.worst[0])}"
+
+    def _loosest(self) -> str:
+        fills = {each.tensor: each.typical_overshoot for each in self.worst if each.typical_overshoot}
+        loosest = min(fills, key=fills.__getitem__, default=None)
+        of_range = "" if loosest is None else f", and {loosest} fills {100 * fills[loosest]:.0f} % of its range"
+        return f"nothing clips{of_range}: {advice.TOO_LARGE}"
 
     def _worst_clip(self, worst: TensorRecord) -> str:
         steady = (worst.typical_overshoot or 0.0) > advice.STEADY

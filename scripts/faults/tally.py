@@ -12,7 +12,7 @@ from scipy.stats import beta
 Row = Mapping[str, str]
 
 MISTAKES = ("missed", "hid", "accused")  # the later, the heavier
-LOOKED_AT = {"gpt2": (2, 3, 4), "opt": (0,), "mixtral": (0,)}  # seeds, while the rule was mended
+LOOKED_AT = {"gpt2": (2, 3, 4, 5), "opt": (0,), "mixtral": (0,)}  # seeds, while the rule was mended
 LOOKED_AT_OTHERWISE = (1, 2)
 NAMES = {
     "stories260K": "stories, Llama 0.26M",
