@@ -1,4 +1,4 @@
-"""What a diagnosis says of scales that do not fit: too small, or too large."""
+"""What a diagnosis says of scales: too small, too large, or a grid that is too coarse whatever they are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import pytest
 from qatrun.records.diagnosis import Cause, Look, TensorRecord
 from qatrun.study.sentence import Said
 
-FOUND = Look(
-    what="held-out text", effects=["whole"], values=[0.4], intervals=[[0.3, 0.5]], threshold=0.02, unit="nats a token",
-    decides=True, answer="found",
-)  # fmt: skip
+
+def found(*effects: str) -> Cause:
+    look = Look(
+        what="held-out text", effects=list(effects), values=[0.4] * 2, intervals=[[0.3, 0.5]] * 2, threshold=0.02,
+        unit="nats a token", decides=True, answer="found",
+    )  # fmt: skip
+    return Cause(answer="found", looks=[look])
 
 
 def tensor(name: str, clips: float, fills: float) -> TensorRecord:
@@ -20,21 +23,18 @@ def tensor(name: str, clips: float, fills: float) -> TensorRecord:
     )  # fmt: skip
 
 
+COSTS = "quantization costs 0.400 nats a token [0.300, 0.500] of held-out text"
+
+
 @pytest.mark.parametrize(
-    ("clips", "alarms", "said"),
+    ("cause", "effect", "said"),
     [
-        (0.0, {}, "scales do not fit: quantization costs 0.400 nats a token [0.300, 0.500] of held-out text"),
-        (
-            0.0,
-            {},
-            "nothing clips, and down:input fills 14 % of its range: scales stand for an amax of long ago; shorten",
-        ),
-        (0.05, {}, "scales saturate: quantization costs 0.400 nats a token"),
-        (0.05, {}, "worst up:input clips 5 % (overshoot up to 1.1x)"),
-        (0.0, {"saturation": 30}, "scales saturate: quantization costs 0.400 nats a token"),
+        ("saturation", "beyond ptq", (f"scales saturate: {COSTS}", "worst up:input clips 5 % (overshoot up to 1.1x)")),
+        ("resolution", "beyond ptq", (f"scales are too large: {COSTS}", "down:input fills 14 % of its range: scales")),
+        ("resolution", "granularity", (f"the grid is too coarse: {COSTS}", "worst up:input keeps 20.0 dB: few values")),
     ],
 )
-def test_scales_that_do_not_fit_are_too_small_or_too_large(clips: float, alarms: dict[str, int], said: str) -> None:
-    worst = [tensor("up:input", clips, 0.9), tensor("down:input", 0.0, 0.14)]
-    causes = {"saturation": Cause(answer="found", looks=[FOUND])}
-    assert said in str(Said("bf16", True, 1e-4, causes, {}, {}, alarms, worst, None, None))
+def test_what_is_said_of_scales(cause: str, effect: str, said: tuple[str, str]) -> None:
+    worst = [tensor("up:input", 0.05, 0.9), tensor("down:input", 0.0, 0.14)]
+    text = str(Said("bf16", True, 1e-4, {cause: found("whole", effect)}, {}, {}, {}, worst, None, None))
+    assert all(part in text for part in said)

@@ -20,12 +20,11 @@ text, the right answers' log-probability decides in its place. Thresholds, in na
     forgetting    start -> twin on text that the start model knew: 0.04, so that 0.05 is found; in each third of its tokens
                   by frequency three times as much, as if all of it fell there. Who only guessed knew nothing to forget
     saturation    twin -> on and ptq -> on, 0.02: beyond what the format costs these weights with fitting scales. It is
-                  named where a tensor clipped, or where fresh scales cure it; but not where nothing clipped and the grid is
-                  too coarse, for there scales that are a little too large cost as much by themselves
+                  named where a tensor clipped, or where fresh scales cure it
     divergence    the same where nothing clipped, and beyond a twentieth of what training itself lost there: two runs that
                   forget part by up to 4 % of it in formats that cost nothing (measured: 55 arms)
     resolution    twin -> on and finest -> ptq, 0.04: beyond what the format costs where no value shares its scale with
-                  more than a row
+                  more than a row. Or what fresh scales cure where the scales were never too small: then they are too large
 
 Items find in percentage points, and in nats of the right answer among its choices, all items together and by thirds of how
 sure the start model was. Of tasks that the model surely answers better than by chance, the right answers' own text decides
@@ -105,11 +104,14 @@ class Measures:
     known_tokens: float = 0.0
 
 
-def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bool = False) -> dict[str, Cause]:
+def causes(
+    measures: Measures, *, clipped: bool, loose: bool = False, ordered: bool = False, fits: bool = False
+) -> dict[str, Cause]:
     """What each cause of CAUSES did.
 
     Args:
         clipped: whether training recorded a tensor that clipped.
+        loose: whether it recorded that no scale was ever too small.
         ordered: whether the words of the held-out text are known not to follow each other at random.
         fits: whether the tokenizer is known to be the start model's.
     """
@@ -118,13 +120,12 @@ def causes(measures: Measures, *, clipped: bool, ordered: bool = False, fits: bo
     fresh = _judge(_quantization_looks(measures, BEYOND_PTQ, ("stale scale",), ("stale scale",)))
     coarse = _judge(_quantization_looks(measures, RESOLUTION, ("whole", "granularity"), ("whole", "ptq")))
     elsewhere = Cause(answer="ruled out")
-    if clipped:
-        saturation, divergence = beyond, elsewhere
-    elif fresh.answer == "found":
-        saturation, divergence = elsewhere if coarse.answer == "found" else beyond, elsewhere
-    else:
+    saturation, divergence = beyond, elsewhere
+    if not clipped and fresh.answer != "found":
         saturation = beyond if beyond.answer == "ruled out" else fresh
         divergence = _judge(_quantization_looks(measures, BEYOND_PTQ, both, both, PARTING))
+    elif not clipped and loose:
+        saturation, coarse = elsewhere, coarse if coarse.answer == "found" else beyond
     return {
         "input": elsewhere if ordered and fits else _judge(_input_looks(measures, ordered)),
         "forgetting": _judge(_forgetting_looks(measures)) if measures.knew else elsewhere,

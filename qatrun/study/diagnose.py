@@ -41,7 +41,7 @@ from qatrun.study.doneness import changed_weights, scores_lost
 from qatrun.study.histograms import write_histograms
 from qatrun.study.joint import score_together
 from qatrun.study.known_text import KnownText, known_text
-from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, tensor_records
+from qatrun.study.records import SHOWN, clipping_limit, first_alarms, last_probe, never_too_small, tensor_records
 from qatrun.study.sentence import Said
 from qatrun.study.texts import has_order, study_texts
 from qatrun.study.variants import calibrated, calibration_batches
@@ -88,11 +88,14 @@ class _Diagnosis:
         measures = models.measures()
         foreign = any(read.value > 0 for read in measures.beyond_frequency.values())
         known = _known(self.folder.start)
-        readable = {
-            "ordered": foreign and self._text_has_order(),
-            "fits": known is not None and known.shows_fit(measures.knew),
-        }
-        causes = self._that_can_be(found_causes(measures, clipped=clipped, **readable))
+        found = found_causes(
+            measures,
+            clipped=clipped,
+            loose=never_too_small(records),
+            ordered=foreign and self._text_has_order(),
+            fits=known is not None and known.shows_fit(measures.knew),
+        )
+        causes = self._that_can_be(found)
         findings = [name for name, cause in causes.items() if cause.answer == "found"]
         since, tasks = _since(findings, records, alarms), tuple(models.scores["twin"].tasks)
         effects = self._that_are(models.effects())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from qatrun.train.metrics import read_alarms, read_metrics
 from qatrun.train.tensors import read_tensor_stats
 
 SHOWN = 5
+TOO_SMALL = 1.5  # amax over what the scale stands for; less is the noise of a batch
 CLIPS = 0.001  # the share of a tensor's values that counts as clipping where no alarm has a threshold
 
 
@@ -57,6 +59,11 @@ def tensor_records(folder: Path, alarms: AlarmConfig) -> list[TensorRecord]:
             )
         )
     return sorted(records, key=lambda r: (-r.clip_fraction, np.inf if r.sqnr_db is None else r.sqnr_db))
+
+
+def never_too_small(records: Sequence[TensorRecord]) -> bool:
+    """Whether no scale of these tensors ever was."""
+    return bool(records) and max(record.overshoot for record in records) < TOO_SMALL
 
 
 def first_alarms(folder: ArmFolder) -> dict[str, int]:

@@ -10,7 +10,6 @@ from qatrun import advice
 from qatrun.evaluate.causes import POINTS
 from qatrun.records.diagnosis import Cause, Effect, Look, TensorRecord, TextEffect
 from qatrun.scheme import Scheme
-from qatrun.study.records import CLIPS
 from qatrun.text import listed
 
 SHOWN_LOOKS = 2
@@ -76,18 +75,12 @@ class Said:
         )
 
     def _saturation(self, cause: Cause) -> str:
-        cost = f"quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}"
-        if not self.worst:
-            return f"scales saturate: {cost}"
-        if self.worst[0].clip_fraction < CLIPS and "saturation" not in self.alarms:
-            return f"scales do not fit: {cost}; {self._loosest()}"
-        return f"scales saturate: {cost}; {self._worst_clip(self.worst[0])}"
+        return f"scales saturate: {self._beyond_fitting(cause)}" + (
+            f"; {self._worst_clip(self.worst[0])}" if self.worst else ""
+        )
 
-    def _loosest(self) -> str:
-        fills = {each.tensor: each.typical_overshoot for each in self.worst if each.typical_overshoot}
-        loosest = min(fills, key=fills.__getitem__, default=None)
-        of_range = "" if loosest is None else f", and {loosest} fills {100 * fills[loosest]:.0f} % of its range"
-        return f"nothing clips{of_range}: {advice.TOO_LARGE}"
+    def _beyond_fitting(self, cause: Cause) -> str:
+        return f"quantization costs {_seen(cause)}, of which fitting scales would cost {self._cost('ptq')}"
 
     def _worst_clip(self, worst: TensorRecord) -> str:
         steady = (worst.typical_overshoot or 0.0) > advice.STEADY
@@ -97,11 +90,18 @@ class Said:
         )
 
     def _resolution(self, cause: Cause) -> str:
+        if any("beyond ptq" in look.effects for look in cause.looks):
+            return f"scales are too large: {self._beyond_fitting(cause)}; {self._loosest()}{advice.TOO_LARGE}"
         measured = [record for record in self.worst if record.sqnr_db is not None]
         coarsest = min(measured, key=lambda record: record.sqnr_db or math.inf, default=None)
         where = "" if coarsest is None else f"worst {coarsest.tensor} keeps {coarsest.sqnr_db:.1f} dB: "
         even = f", and even fitting scales {self._cost('ptq')}" if self.trained else ""
         return f"the grid is too coarse: quantization costs {_seen(cause)}{even}; {where}{advice.RESOLUTION}"
+
+    def _loosest(self) -> str:
+        fills = {each.tensor: each.typical_overshoot for each in self.worst if each.typical_overshoot}
+        loosest = min(fills, key=fills.__getitem__, default=None)
+        return "" if loosest is None else f"{loosest} fills {100 * fills[loosest]:.0f} % of its range: "
 
     def _divergence(self, cause: Cause) -> str:
         return (
