@@ -14,6 +14,7 @@ Row = Mapping[str, str]
 MISTAKES = ("missed", "hid", "accused")  # the later, the heavier
 LOOKED_AT = {"gpt2": (2, 3, 4, 5), "opt": (0,), "mixtral": (0,)}  # seeds, while the rule was mended
 LOOKED_AT_OTHERWISE = (1, 2)
+ALL, OTHERS = "all, judging", "all, looked at"
 NAMES = {
     "stories260K": "stories, Llama 0.26M",
     "gut3m": "books, Llama 3.4M",
@@ -48,26 +49,29 @@ def diagnosis(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def alarms(rows: Sequence[Row], healthy: Sequence[Row]) -> list[tuple[str, ...]]:
-    """For each model, all seeds, and for all: harmful arms with an alarm that names the harm, how long after the fault could
-    act (median, range), arms with one that names harm where there is none; and of the healthy arms over seeds.
+    """For each model, on the seeds that judge, and for all: harmful arms with an alarm that names the harm, how long after
+    the fault could act (median, range), arms with one that names harm where there is none; and the same of the healthy arms
+    over seeds.
 
     Args:
         rows: of faults.csv; `healthy`: of healthy.csv.
     Returns:
         rows of the columns ALARMS.
     """
-    of_model = {name: [row for row in rows if row["model"] == model] for model, name in NAMES.items()}
-    seeds = {name: [row for row in healthy if row["model"] == model] for model, name in NAMES.items()}
-    parts = {name: (part, seeds[name]) for name, part in of_model.items() if part} | {"all": (rows, healthy)}
-    return [(name, *_raised(part), *_falsely(of_seeds)) for name, (part, of_seeds) in parts.items()]
+    parts = {name: part for name, part in _parts(rows).items() if name != OTHERS}
+    over_seeds = _of_models(healthy) | {ALL: list(healthy)}
+    return [(name, *_raised(part), *_falsely(over_seeds.get(name, []))) for name, part in parts.items()]
 
 
 def _parts(rows: Sequence[Row]) -> dict[str, list[Row]]:
     looked_at = [row for row in rows if int(row["seed"]) in LOOKED_AT.get(row["model"], LOOKED_AT_OTHERWISE)]
     judging = [row for row in rows if row not in looked_at]
-    parts = {name: [row for row in judging if row["model"] == model] for model, name in NAMES.items()}
-    parts |= {"all, judging": judging, "all, looked at": looked_at}
+    parts = _of_models(judging) | {ALL: judging, OTHERS: looked_at}
     return {name: part for name, part in parts.items() if part}
+
+
+def _of_models(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row["model"] == model] for model, name in NAMES.items()}
 
 
 def _answers(rows: Sequence[Row]) -> Iterator[str]:
