@@ -113,8 +113,8 @@ def test_interval_holds_mean_items_and_seeds_and_turns_with_the_sign(data: st.Da
         assert found.interval[1] >= high - 1e-12
     assert found.interval[0] <= found.mean <= found.interval[1]
     assert turned.mean == pytest.approx(-found.mean)
-    # The bootstrap of the other direction draws other numbers.
-    assert turned.interval == pytest.approx((-found.interval[1], -found.interval[0]), abs=0.1)
+    # The bootstrap of the other direction draws other numbers: an end may lie one item further.
+    assert turned.interval == pytest.approx((-found.interval[1], -found.interval[0]), abs=max(0.1, 1.01 / shape[1]))
 
 
 # Where the truth is known.
