@@ -51,7 +51,7 @@ def diagnosis(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 def alarms(rows: Sequence[Row], healthy: Sequence[Row]) -> list[tuple[str, ...]]:
     """For each model, on the seeds that judge, and for all: harmful arms with an alarm that names the harm, how long after
     the fault could act (median, range), arms with one that names harm where there is none; and the same of the healthy arms
-    over seeds.
+    over seeds, but for those that even a sane rate harms by the rule.
 
     Args:
         rows: of faults.csv; `healthy`: of healthy.csv.
@@ -59,7 +59,9 @@ def alarms(rows: Sequence[Row], healthy: Sequence[Row]) -> list[tuple[str, ...]]
         rows of the columns ALARMS.
     """
     parts = {name: part for name, part in _parts(rows).items() if name != OTHERS}
-    over_seeds = _of_models(healthy) | {ALL: list(healthy)}
+    forget = {(row["model"], row["study"]) for row in rows if row["fault"] == "none" and row["label"]}
+    spared = [row for row in healthy if (row["model"], row["text"]) not in forget]
+    over_seeds = _of_models(spared) | {ALL: spared}
     return [(name, *_raised(part), *_falsely(over_seeds.get(name, []))) for name, part in parts.items()]
 
 
