@@ -1,7 +1,6 @@
 """What is harmful, and what is a right answer.
 
-The rule was written down before the cells that it labels were run. It looks at text and questions that the diagnosis does
-not see (other documents, other items):
+The rule looks at text and questions that the diagnosis does not see (other documents, other items):
 
     forgetting      training without quantizers, start -> twin, costs 0.05 nats a token of text of the kind that the start
                     model was trained on, or 0.10 nats an answer; it is harmless below 0.04 and 0.10
@@ -21,8 +20,8 @@ What was changed after looking: on seed 0 (text that neither the start model nor
 clipping need not be called saturation; forgetting is found from 0.04, so that 0.05 is), and on seeds 1 and 2 (intervals in
 place of point estimates, answers near chance no longer count, two ruined runs may part, and the demo's questions are drawn:
 its first hundred are those that it knows best). On seed 2 of `gpt2` and 0 of `opt`, the diagnosis took text for none that
-was only foreign; on seed 0 of `mixtral` and 5 of `gpt2`, answers of 20 tokens had the line of one. The seeds after these
-judge: `faults.tally` names those that were looked at. An answer is wrong where the diagnosis
+was only foreign; on seed 0 of `mixtral` and 5 of `gpt2`, answers of 20 tokens had the line of one. A seed that
+prompted a change does not judge: `faults.tally` names them. An answer is wrong where the diagnosis
 
     missed     rules a harmful cause out
     accused    finds a cause that is harmless, or another than the one that is not
