@@ -72,6 +72,13 @@ def test_what_is_tried_in_which_order(cause: str, qat: dict[str, Any], texts: li
         assert text in remedy.text
 
 
+def test_scales_that_are_too_large_are_made_anew_each_step() -> None:
+    loose = tensor("a", 9.0).model_copy(update={"typical_overshoot": 0.14})
+    texts = [each.text for each in remedies("resolution", arm_of(format="int8"), plan_of("a", "b", "c"), [loose])]
+    assert texts[0].startswith("per_channel weights and per_token inputs")
+    assert texts[1].startswith("dynamic scaling")
+
+
 @pytest.mark.parametrize("cause", ["forgetting", "saturation", "resolution"])
 @pytest.mark.parametrize(
     "qat",

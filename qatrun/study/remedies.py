@@ -18,6 +18,7 @@ from qatrun.scheme import Scaling, Scheme, Slot
 Schemes = Mapping[Role, Scheme]
 SLOWER = 10.0
 SPARED = 0.1  # of the linears, those that keep least
+LOOSE = 0.5  # amax over what the scale stands for, in most steps: the scale is twice what it need be
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ def _against_saturation(arm: Arm) -> Iterator[Remedy]:
         yield Remedy("clip: format, the format's own edge", {"qat": {"clip": "format"}})
     if any(s.symmetric and s.target_amax > FORMATS[s.format].target_amax[role] for role, s in tensors):
         yield Remedy("target_amax as the format has it by default", _in_all_modules(qat, _without_targets))
-    if any(scheme.scaling.type != "dynamic" for scheme in shared):
+    yield from _always_fitting(qat)
+
+
+def _always_fitting(qat: QatConfig) -> Iterator[Remedy]:
+    tensors = [(role, scheme) for schemes in qat.all_schemes for role, scheme in schemes.items()]
+    if any(scheme.scaling.type != "dynamic" for role, scheme in tensors if _shares_a_scale(role, scheme)):
         words = "dynamic scaling of weights and inputs, which always fits"
         yield Remedy(words, _in_all_modules(qat, partial(_scaled, {"type": "dynamic"})))
 
@@ -140,6 +146,8 @@ def _against_resolution(arm: Arm, plan: QuantPlan, tensors: list[TensorRecord]) 
     if coarse := {role: granularity for schemes in qat.all_schemes for role, granularity in _coarse(schemes).items()}:
         words = " and ".join(f"{granularity} {role}s" for role, granularity in coarse.items())
         yield Remedy(words, _in_all_modules(qat, _finer))
+    if any(record.typical_overshoot is not None and record.typical_overshoot < LOOSE for record in tensors):
+        yield from _always_fitting(qat)
     if any(name != "hif8" for name in qat.formats):
         yield Remedy("format hif8, whose range is wider", _in_all_modules(qat, _in_hif8))
     measured = [record for record in tensors if record.sqnr_db is not None]

@@ -15,7 +15,7 @@ from qatrun.study.records import first_alarms
 
 FOLDER = "healthy"
 SETTINGS = {"limit": 1}
-COLUMNS = ("model", "seed", "text", "format", "false_alarms")
+COLUMNS = ("model", "seed", "text", "format", "alarms")
 
 
 def run(subject: Subject, num_seeds: int, output: Path, display: Display) -> None:

@@ -147,9 +147,9 @@ class Cost(NamedTuple):
 
     @classmethod
     def of(cls, values: Array) -> Cost:
-        return (
-            cls(float(values.mean()), *(t_interval(values) or (-np.inf, np.inf))) if len(values) else cls(0.0, 0.0, 0.0)
-        )
+        if not len(values):
+            return cls(0.0, 0.0, 0.0)
+        return cls(float(values.mean()), *(t_interval(values) or (-np.inf, np.inf)))
 
 
 class Costs(NamedTuple):

@@ -62,7 +62,7 @@ def alarms(rows: Sequence[Row], healthy: Sequence[Row]) -> list[tuple[str, ...]]
     forget = {(row["model"], row["study"]) for row in rows if row["fault"] == "none" and row["label"]}
     spared = [row for row in healthy if (row["model"], row["text"]) not in forget]
     over_seeds = _of_models(spared) | {ALL: spared}
-    return [(name, *_raised(part), *_falsely(over_seeds.get(name, []))) for name, part in parts.items()]
+    return [(name, *_raised(part), *_falsely(over_seeds.get(name, []), "alarms")) for name, part in parts.items()]
 
 
 def _parts(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -103,8 +103,8 @@ def _raised(rows: Sequence[Row]) -> Iterator[str]:
     yield from _falsely(trained)
 
 
-def _falsely(rows: Sequence[Row]) -> Iterator[str]:
-    falsely = sum(bool(row["false_alarms"]) for row in rows)
+def _falsely(rows: Sequence[Row], column: str = "false_alarms") -> Iterator[str]:
+    falsely = sum(bool(row[column]) for row in rows)
     yield from (str(len(rows)), str(falsely), at_most(falsely, len(rows)))
 
 

@@ -23,7 +23,7 @@ GLOSSARY = {
     "stale scale": "what fresh scales win back: the loss of scales that lag behind",
     "granularity": "what finer scales, one a row, win back: the loss of a grid that is too coarse",
     "saturation": "values beyond the scale are clipped: it lags behind, or was set too small",
-    "resolution": "the grid is too coarse for the values, whatever the scale",
+    "resolution": "the grid is too coarse for the values, whatever the scale, or because the scale is too large",
     "divergence": "training under quantization went astray, and neither clipping nor the grid explains it",
     "flips": "items that one model answers right and the other wrong",
     "McNemar p": "how likely so uneven flips are where the two models are equally good",
