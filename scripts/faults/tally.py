@@ -79,7 +79,7 @@ def _of_models(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _answers(rows: Sequence[Row]) -> Iterator[str]:
     harmful = [_mistake(row) for row in rows if row["label"]]
     healthy = [row for row in rows if not row["label"] and not row["open"]]
-    accused = sum(bool(row["wrong"]) for row in healthy)
+    accused = sum(bool(row["wrong"]) for row in rows if not row["label"])  # of open ones, too
     yield from (str(len(harmful)), *(str(harmful.count(how)) for how in MISTAKES))
     yield at_most(len(harmful) - harmful.count(""), len(harmful))
     yield from (str(len(healthy)), str(accused), at_most(accused, len(healthy)))
